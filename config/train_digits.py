@@ -1,0 +1,20 @@
+# The embedded digits on a laptop's CPU.
+#   python data/digits/make.py
+#   python prepare.py data/digits/embeddings.pkl --out=data/digits
+#   python train.py config/train_digits.py
+out_dir = "out-digits"
+data_dir = "data/digits"
+eval_interval = 125
+eval_samples = 32
+save_interval = 125
+batch_size = 16
+gradient_accumulation_steps = 2  # so that one process or two do the same work
+dim = 128
+n_layer = 4
+n_head = 4
+multiple_of = 32
+max_iters = 500
+learning_rate = 6e-3
+warmup_iters = 50
+weight_decay = 0.01
+ema_decay = 0.99

@@ -1,0 +1,225 @@
+"""
+NextDiT: the diffusion transformer of Lumina-Next (Zhuo et al. 2024, arXiv 2406.18583), as
+BLIP3-o (Chen et al. 2025, arXiv 2505.09568) uses it on grids of image-token embeddings.
+
+    model = NextDiT(NextDiTConfig(grid=(8, 8), target_dim=768, cond_dim=1280, dim=512, n_layer=6, n_head=8))
+    out = model(x_t, t, cond)    # (B, T, D), (B,), (B, S, C) -> (B, T, D)
+
+Per block: RMSNorm before and after each sublayer (sandwich), scale and tanh gate from time
+and pooled condition (adaLN), self-attention with 2D RoPE and QK-norm whose output is summed
+with that of a gated cross-attention to the condition, and a SwiGLU feed-forward. Structure
+and initialization are those of diffusers' LuminaNextDiT2DModel; projections that read the
+same input are fused into one matrix. Shapes: B batch, T target tokens, S condition tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class NextDiTConfig:
+    grid: tuple[int, int]  # (H, W) of the target tokens, T = H * W
+    target_dim: int  # D
+    cond_dim: int  # C
+    dim: int = 1792
+    n_layer: int = 24
+    n_head: int = 28
+    n_kv_head: int | None = None  # None: as many as n_head; fewer: grouped-query attention
+    multiple_of: int = 256  # the feed-forward's width is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass
+
+    def __post_init__(self):
+        self.grid = tuple(self.grid)
+        self.n_kv_head = self.n_kv_head or self.n_head
+        sizes = {
+            k: getattr(self, k)
+            for k in ("target_dim", "cond_dim", "dim", "n_layer", "n_head", "n_kv_head", "multiple_of")
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if self.dim % self.n_head or (self.dim // self.n_head) % 4:
+            raise ValueError(
+                f"dim={self.dim} / n_head={self.n_head} must be a multiple of 4: 2D RoPE rotates pairs per axis"
+            )
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+
+    @property
+    def ffn_dim(self):
+        hidden = int(8 * self.dim / 3)  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
+        hidden = int((self.ffn_dim_multiplier or 1) * hidden)
+        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+
+def rope_2d(head_dim, grid, theta=10000.0):
+    """Angles of 2D rotary embedding (Su et al. 2021, per axis as in Lumina-Next).
+
+    Returns cos and sin, each (T, head_dim / 2): the pair of channels (2j, 2j + 1) turns with
+    the row for even j and with the column for odd j, both at frequency theta^(-4k / head_dim), k = j // 2.
+    """
+    H, W = grid
+    freqs = theta ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
+    rows = torch.arange(H).repeat_interleave(W)
+    cols = torch.arange(W).repeat(H)
+    angles = torch.stack([rows[:, None] * freqs, cols[:, None] * freqs], dim=-1).flatten(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """x: (B, T, n, head_dim), its channel pairs turned by the angles of `rope`."""
+    cos, sin = rope[0][:, None], rope[1][:, None]  # (T, 1, head_dim / 2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def timestep_embedding(t, dim=256, max_period=10000):
+    """(B,) -> (B, dim) sinusoids of the noise level 1000 * (1 - t).
+
+    The argument is the reference's timestep, which runs from data (0) to noise (1000): with
+    it, its weights need no change to be used under our time, which runs from noise to data.
+    """
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    angles = 1000 * (1 - t.float())[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim, C, eps = config.dim, config.cond_dim, config.norm_eps
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, dim // config.n_head
+        kv_dim = self.n_kv_head * self.head_dim
+        self.split = (dim, kv_dim, kv_dim, dim)
+        self.ada = nn.Linear(min(dim, 1024), 4 * dim)
+        self.norm1, self.norm2 = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.ffn_norm1, self.ffn_norm2 = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.cond_norm = nn.RMSNorm(C, eps)
+        # queries, keys and values of self-attention and the queries of cross-attention
+        self.qkvq = nn.Linear(dim, sum(self.split), bias=False)
+        self.cond_kv = nn.Linear(C, 2 * kv_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.gate = nn.Parameter(torch.empty(config.n_head))
+        # QK-norm spans all heads, as in Lumina-Next
+        norm = (lambda width: nn.LayerNorm(width, 1e-5)) if config.qk_norm else (lambda width: nn.Identity())
+        self.q_norm, self.k_norm = norm(dim), norm(kv_dim)
+        self.cond_q_norm, self.cond_k_norm = norm(dim), norm(kv_dim)
+        self.w13 = nn.Linear(dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, dim, bias=False)
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, n * head_dim) -> (B, T, n, head_dim)
+
+    def attend(self, q, k, v, mask=None):
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, n, T, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
+        return y.transpose(1, 2)  # (B, T, n_head, head_dim)
+
+    def context(self, cond):
+        """Keys and values of the condition: they do not depend on x_t or t."""
+        k, v = self.cond_kv(self.cond_norm(cond)).chunk(2, dim=-1)
+        return self.heads(self.cond_k_norm(k)), self.heads(v)
+
+    def forward(self, x, emb, rope, cond, mask, context=None):
+        cond_k, cond_v = self.context(cond) if context is None else context
+        scale1, gate1, scale2, gate2 = self.ada(emb)[:, None].chunk(4, dim=-1)  # each (B, 1, dim)
+
+        h = self.norm1(x) * (1 + scale1)
+        q, k, v, cond_q = self.qkvq(h).split(self.split, dim=-1)
+        q, k = rotate(self.heads(self.q_norm(q)), rope), rotate(self.heads(self.k_norm(k)), rope)
+        cond_q = rotate(self.heads(self.cond_q_norm(cond_q)), rope)  # the reference turns the query here too
+        y = self.attend(q, k, self.heads(v))
+        y = y + self.gate.tanh()[:, None] * self.attend(cond_q, cond_k, cond_v, mask)
+        x = x + gate1.tanh() * self.norm2(self.out(y.flatten(2)))
+
+        a, b = self.w13(self.ffn_norm1(x) * (1 + scale2)).chunk(2, dim=-1)
+        return x + gate2.tanh() * self.ffn_norm2(self.w2(F.silu(a) * b))
+
+
+class NextDiT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim, C, width = config.dim, config.cond_dim, min(config.dim, 1024)  # width of adaLN's input
+        self.x_embed = nn.Linear(config.target_dim, dim)
+        self.t_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.cond_embed = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, width))
+        self.null_cond = nn.Parameter(torch.empty(C))  # stands for "no condition" at every token
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_ada = nn.Linear(width, dim)
+        self.final_norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
+        self.final = nn.Linear(dim, config.target_dim)
+        cos, sin = rope_2d(dim // config.n_head, config.grid)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """The reference's initialization: all Linear layers uniform in +-1/sqrt(fan_in),
+        norms 1, and what must start silent at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                bound = module.in_features**-0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+                if module.bias is not None:
+                    nn.init.uniform_(module.bias, -bound, bound)
+        for block in self.layers:
+            nn.init.zeros_(block.gate)  # cross-attention starts closed
+        nn.init.zeros_(self.null_cond)  # BLIP3-o's null condition is zero; training moves ours
+
+    def context(self, cond, cond_mask=None, drop=None):
+        """All that depends on the condition alone, computed once for a whole trajectory.
+
+        cond (B, S, C), cond_mask (B, S) True where a token counts, drop (B,) True where the
+        learned null condition takes the place of cond. Returns what forward() takes as `context`.
+        """
+        cond, mask, pooled = self._condition(cond, cond_mask, drop)
+        return cond, mask, pooled, [block.context(cond) for block in self.layers]
+
+    def _condition(self, cond, cond_mask, drop):
+        if drop is not None:
+            cond = torch.where(drop[:, None, None], self.null_cond.to(cond.dtype), cond)
+        if cond_mask is None:
+            pooled, mask = cond.mean(1), None
+        else:
+            weight = cond_mask.to(cond.dtype)[..., None]
+            pooled, mask = (cond * weight).sum(1) / weight.sum(1), cond_mask.bool()[:, None, None]
+        return cond, mask, self.cond_embed(pooled)
+
+    def forward(self, x_t, t, cond=None, cond_mask=None, drop=None, context=None):
+        """
+        x_t: (B, T, D) state; t: (B,) in [0, 1], 0 noise and 1 data; cond: (B, S, C)
+        cond_mask: (B, S), True where a condition token counts; None: all do
+        drop: (B,), True where the learned null condition replaces cond; None: nowhere
+        context: from self.context(...), instead of the three above
+        Returns (B, T, D): the prediction (velocity, noise or data: flow.py decides).
+        Raises ValueError where the shapes do not fit the config.
+        """
+        B, T, D = x_t.shape
+        H, W = self.config.grid
+        if T != H * W or D != self.config.target_dim:
+            raise ValueError(
+                f"x_t has {T} tokens of {D} channels; the model is for {H}x{W} of {self.config.target_dim}"
+            )
+        if context is None:
+            if cond.shape[0] != B or cond.shape[-1] != self.config.cond_dim:
+                raise ValueError(f"cond has shape {tuple(cond.shape)}; expected ({B}, S, {self.config.cond_dim})")
+            context = (*self._condition(cond, cond_mask, drop), [None] * len(self.layers))
+        cond, mask, pooled, contexts = context
+
+        x = self.x_embed(x_t)
+        emb = F.silu(self.t_embed(timestep_embedding(t).to(x.dtype)) + pooled)
+        rope = self.rope_cos, self.rope_sin
+        for block, block_context in zip(self.layers, contexts):
+            args = (x, emb, rope, cond, mask, block_context)
+            recompute = self.config.gradient_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        return self.final(self.final_norm(x) * (1 + self.final_ada(emb))[:, None])

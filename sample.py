@@ -1,0 +1,250 @@
+"""
+Generate embeddings from a checkpoint, score them, save them.
+
+    python sample.py --out_dir=out-digits --plot=True            # the validation split, with metrics
+    python sample.py --out_dir=out --cond=conditions.npy --save=generated.npy
+    python sample.py --out_dir=out --steps=50 --method=euler --guidance=2.0
+    python sample.py --help
+
+or from Python:
+
+    import numpy as np, sample
+    loaded = sample.load("out-digits")
+    target = sample.generate(loaded, np.load("conditions.npy"), steps=20)    # (B, S, C) -> (B, T, D)
+"""
+
+import json
+import pickle
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import flow
+import score
+from configurator import configure
+from flow import FlowConfig, Normalizer
+from model import NextDiT, NextDiTConfig
+from prepare import DataError, get_array, load_pickle, open_dataset
+
+# ---- I/O
+out_dir = "out"  # where train.py wrote
+checkpoint = "ckpt_best.pt"  # in out_dir
+weights = "ema"  # ema | model (the raw ones)
+cond = ""  # .npy (B, S, C) or .pkl of conditions; empty: those of the dataset
+cond_key = "eva_blip3o_embeddings"  # in a .pkl
+data_dir = ""  # dataset to read conditions and truth from; empty: the one trained on
+split = "val"  # val | train
+subset_size: int | None = None  # the first so many conditions only
+save = ""  # .npy to write; empty: out_dir/generated.npy
+save_draws = False  # also write all draws (B, draws, T, D), as *_draws.npy
+save_pickle = ""  # .pkl with conditions, truth, generated, captions, keys and metrics
+plot = False  # draw conditions, truth and samples into out_dir/samples.png
+# ---- sampling
+steps = 12  # of the solver; midpoint and heun evaluate the model twice a step, rk4 four times
+method = "midpoint"  # euler | midpoint | heun | rk4
+shift = 1.0  # > 1: finer steps near noise
+guidance = 1.0  # classifier-free guidance; 1: none
+draws = 4  # samples of each condition where there is truth: the first is saved, their mean scored beside ridge
+batch_size = 64
+seed = 0
+# ---- system
+device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
+dtype = "auto"  # auto (bfloat16 on cuda, else float32) | float32 | bfloat16 | float16
+# ----
+
+
+def pick_device(device):
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return device
+
+
+def load(path, device="auto", weights="ema"):
+    """A trained model, ready to sample.
+
+    path: a checkpoint, or the folder of a run (then its ckpt_best.pt)
+    weights: 'ema' or 'model', the raw ones
+    Returns a namespace: model, flow (FlowConfig), cond and target (Normalizer), stats, cond_tokens,
+    data_dir, config (the run's), iter, device. Raises ValueError with one line on what is wrong.
+    """
+    path, device = Path(path), pick_device(device)
+    if weights not in ("ema", "model"):
+        raise ValueError(f"weights={weights!r} is unknown; it is one of ema, model")
+    if path.is_dir():
+        path = path / "ckpt_best.pt"
+    if not path.is_file():
+        raise ValueError(f"no checkpoint {path}; train one with: python train.py --out_dir={path.parent}")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        model = NextDiT(NextDiTConfig(**ckpt["model_args"]))
+        model.load_state_dict(ckpt[weights])
+        stats, flow_config = ckpt["stats"], FlowConfig(**ckpt["flow"])
+        cond, target = (
+            Normalizer(ckpt["normalize"], stats[f"{n}_mean"], stats[f"{n}_std"], device) for n in ("cond", "target")
+        )
+        keep = {name: ckpt[name] for name in ("config", "iter", "cond_tokens")}
+    except Exception as e:  # torch raises many kinds for a truncated or foreign file
+        raise ValueError(f"{path} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    model.config.gradient_checkpointing = False
+    model = model.to(device).eval().requires_grad_(False)
+    data_dir = keep["config"]["data_dir"]
+    return SimpleNamespace(
+        model=model, flow=flow_config, cond=cond, target=target, stats=stats, data_dir=data_dir, device=device, **keep
+    )
+
+
+@torch.no_grad()
+def generate(
+    loaded,
+    cond,
+    steps=12,
+    method="midpoint",
+    guidance=1.0,
+    seed=0,
+    shift=1.0,
+    draw=0,
+    first=0,
+    dtype="auto",
+    trajectory=False,
+):
+    """Generate target embeddings for raw conditions.
+
+    loaded: from load(); cond: (B, S, C) array or tensor, raw (not normalized)
+    steps, method, shift: of the solver, see flow.integrate
+    guidance: classifier-free guidance scale; 1 is none
+    seed, draw, first: sample i starts from noise that is a function of (seed, first + i, draw)
+        alone, so neither the batch size nor the number of conditions changes a sample
+    dtype: of the model's arithmetic; the state is float32
+    trajectory: return the states at every step, noise first, instead of the last alone
+    Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
+    Raises ValueError where cond's width differs from the model's or a setting is unknown.
+    """
+    model, T = loaded.model, loaded.model.config.grid[0] * loaded.model.config.grid[1]
+    cond = torch.as_tensor(cond)
+    if cond.dim() != 3 or cond.shape[2] != model.config.cond_dim or cond.shape[1] != loaded.cond_tokens:
+        expected = f"(B, {loaded.cond_tokens}, {model.config.cond_dim})"
+        raise ValueError(f"conditions have shape {tuple(cond.shape)}; this model was trained on {expected}")
+    if dtype == "auto":
+        dtype = "bfloat16" if loaded.device.startswith("cuda") else "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
+    rows = range(first, first + len(cond))
+    x = loaded.flow.sigma_max * flow.sample_noise(rows, (T, model.config.target_dim), seed, draw).to(loaded.device)
+    with torch.autocast(torch.device(loaded.device).type, getattr(torch, dtype), enabled=dtype != "float32"):
+        velocity = flow.guided_velocity(model, loaded.cond.encode(cond.to(loaded.device)), loaded.flow, guidance)
+        states = flow.integrate(velocity, x, steps, method, shift, trajectory=trajectory)
+    return loaded.target.decode(states).cpu()
+
+
+def interpolate(loaded, cond_a, cond_b, n=8, **settings):
+    """Targets for n conditions on the line from cond_a (S, C) to cond_b, all from the same noise:
+    (n, T, D). `settings` are generate()'s."""
+    weights = torch.linspace(0, 1, n)
+    a, b = torch.as_tensor(cond_a).float(), torch.as_tensor(cond_b).float()
+    return torch.cat([generate(loaded, torch.lerp(a, b, w)[None], **settings) for w in weights])
+
+
+def read_conditions(path, key):
+    """(B, S, C) array from a .npy or, through prepare.py's safe reader, a .pkl."""
+    try:
+        if str(path).endswith(".npy"):
+            return np.load(path, mmap_mode="r")
+        if str(path).endswith((".pkl", ".pickle")):
+            return get_array(load_pickle(path), key, path)[0]
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: {e}") from e
+    raise ValueError(f"{path}: conditions are read from .npy or .pkl files")
+
+
+def main():
+    config = configure(globals())
+    print(" ".join(f"{k}={v}" for k, v in config.items()))
+    try:
+        run()
+    except (ValueError, DataError) as e:
+        sys.exit(f"error: {e}")
+
+
+def run():
+    loaded = load(Path(out_dir) / checkpoint, device, weights)
+    if cond:
+        conditions, truth, data = read_conditions(cond, cond_key), None, None
+    else:
+        if split not in ("val", "train"):
+            raise ValueError(f"split={split!r} is unknown; it is one of val, train")
+        data = open_dataset(data_dir or loaded.data_dir)
+        conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
+    n = len(conditions) if subset_size is None else min(subset_size, len(conditions))
+    if n < 1 or draws < 1 or batch_size < 1:
+        raise ValueError(f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}")
+    n_draws = draws if truth is not None or save_draws or plot else 1
+    T, D = loaded.model.config.grid[0] * loaded.model.config.grid[1], loaded.model.config.target_dim
+    out = np.empty((n, n_draws, T, D), np.float32)
+    start = time.perf_counter()
+    with tqdm(total=n * n_draws, unit="sample") as bar:
+        for first in range(0, n, batch_size):
+            batch = torch.from_numpy(np.array(conditions[first : min(first + batch_size, n)]))
+            for draw in range(n_draws):
+                out[first : first + len(batch), draw] = generate(
+                    loaded, batch, steps, method, guidance, seed, shift, draw, first, dtype
+                )
+                bar.update(len(batch))
+    evaluations = steps * len(flow.METHODS[method][2]) * (1 if guidance == 1 else 2)
+    print(
+        f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {time.perf_counter() - start:.1f} s"
+    )
+
+    target = Path(save) if save else Path(out_dir) / "generated.npy"
+    np.save(target, out[:, 0])
+    print(f"wrote {target} {out[:, 0].shape}")
+    if save_draws:
+        np.save(target.with_name(target.stem + "_draws.npy"), out)
+        print(f"wrote {target.with_name(target.stem + '_draws.npy')} {out.shape}")
+    result = evaluate(loaded, data, conditions[:n], truth[:n], out) if truth is not None else None
+    if save_pickle:
+        items = read_items(data_dir or loaded.data_dir, split, n) if data else [{}] * n
+        results = {
+            "eva_embeddings": np.asarray(conditions[:n]), "clip_targets": None if truth is None else np.asarray(truth[:n]),
+            "generated_clip": out[:, 0], "captions": [i.get("caption") for i in items], "keys": [i.get("key") for i in items],
+            "generation_metrics": result,
+        }  # fmt: skip
+        Path(save_pickle).write_bytes(pickle.dumps(results, protocol=4))
+        print(f"wrote {save_pickle}")
+    if plot:
+        from plot import draw_samples
+
+        picture = Path(out_dir) / "samples.png"
+        draw_samples(picture, np.asarray(conditions[:n]), None if truth is None else np.asarray(truth[:n]), out, loaded.model.config.grid,
+                     loaded.stats, data_dir or loaded.data_dir)  # fmt: skip
+        print(f"wrote {picture}")
+
+
+def read_items(folder, split, n):
+    with open(Path(folder) / f"{split}_items.jsonl") as f:
+        return [json.loads(line) for line, _ in zip(f, range(n))]
+
+
+def evaluate(loaded, data, conditions, truth, out):
+    """Score the draws (B, draws, T, D), print a table beside the baselines, write metrics.json."""
+    to_cond, to_target = (
+        score.standardizer(loaded.stats[f"{n}_mean"], loaded.stats[f"{n}_std"]) for n in ("cond", "target")
+    )
+    samples, target = to_target(out), to_target(truth)
+    ridge = score.Ridge(data["train_cond"], data["train_target"], to_cond, to_target)
+    result = score.report(samples[:, 0], target, ridge(conditions))
+    rows = {"generated": result}
+    if out.shape[1] > 1:
+        result["mean_of_draws"] = {"draws": out.shape[1], **score.metrics(samples.mean(1), target)}
+        rows[f"mean of {out.shape[1]}"] = result["mean_of_draws"]
+    print(score.table(rows | result["baselines"]))
+    (Path(out_dir) / "metrics.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+TINY = ["--dim=32", "--n_layer=2", "--n_head=2", "--multiple_of=16", "--batch_size=4", "--gradient_accumulation_steps=2",
+        "--max_iters=6", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=3", "--save_interval=3", "--log_interval=1",
+        "--ema_decay=0.5", "--eval_batch_size=4", "--eval_samples=4", "--eval_sample_steps=2"]  # fmt: skip
+
+
+def run(*args, cwd=ROOT, check=True, threads=1, **env):
+    """Run a script as a user would; returns the finished process with its text output."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def refused(*args, **kwargs):
+    """Run something that must be refused: non-zero exit, no traceback; returns its one line of stderr."""
+    done = run(*args, check=False, **kwargs)
+    assert done.returncode in (1, 2), (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def make_pickle(path, n=40, seed=0, grid=(2, 2), C=6, D=5, **changes):
+    """A pickle in the users' layout whose target is a linear map of the condition plus noise."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(C, D, generator=torch.Generator().manual_seed(99))
+    cond = torch.randn(n, grid[0] * grid[1], C, generator=g)
+    content = {
+        "eva_blip3o_embeddings": cond,
+        "clip_blip3o_embeddings": cond @ weight + 0.5 * torch.randn(n, grid[0] * grid[1], D, generator=g) + 3,
+        "captions": [f"caption {seed}.{i}" for i in range(n)],
+        "keys": [f"key {seed}.{i}" for i in range(n)],
+        "total_samples": n,
+        "config": {"eva_model": "test"},
+    } | changes
+    path.write_bytes(pickle.dumps({k: v for k, v in content.items() if v is not None}))
+    return content
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_pickle(folder / "embeddings.pkl")
+    run("prepare.py", folder / "embeddings.pkl", f"--out={folder / 'tiny'}", "--val_fraction=0.25")
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def trained(dataset, tmp_path_factory):
+    """out_dir of a tiny finished run."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    run("train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}")
+    return out

@@ -1,0 +1,86 @@
+import pytest
+
+from configurator import configure, read_defaults
+
+SCRIPT = '''"""Run me."""
+import math
+# ---- first group
+out_dir = "out"  # where to write
+rate = 1e-3  # a float
+    # that goes on
+count = -1
+flag = True
+# ---- second group
+limit: int | None = None  # optional
+# ----
+config = configure(globals())
+hidden = 5
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return {"__file__": str(tmp_path / "script.py"), "__doc__": "Run me.", "tmp": tmp_path}
+
+
+def test_defaults_are_the_block_and_nothing_else():
+    defaults = read_defaults(SCRIPT)
+    assert {k: v["value"] for k, v in defaults.items()} == dict(
+        out_dir="out", rate=1e-3, count=-1, flag=True, limit=None
+    )
+    assert defaults["rate"]["comment"] == "a float that goes on"
+    assert defaults["limit"] == dict(value=None, kinds=["int", "None"], group="second group", comment="optional")
+
+
+def test_values_keep_their_types(script):
+    config = configure(script, ["--out_dir=a=b c", "--rate=2", "--count=-7", "--flag=False", "--limit=3"])
+    assert config == dict(out_dir="a=b c", rate=2.0, count=-7, flag=False, limit=3)
+    assert type(config["rate"]) is float and script["count"] == -7
+    assert configure(script, ["--limit=3", "--limit=None", "--out_dir=None"]) == dict(
+        out_dir="None", rate=1e-3, count=-1, flag=True, limit=None
+    )
+
+
+def test_files_and_flags_apply_in_order(script, tmp_path, monkeypatch):
+    (tmp_path / "c.py").write_text(
+        "import math\nrate = int(math.sqrt(4))  # int for a float\ncount = 3\n_private = 1\n"
+    )
+    assert configure(script, ["--count=9", str(tmp_path / "c.py"), "--flag=False"])["count"] == 3
+    monkeypatch.chdir("/")  # a path relative to the script's folder works from anywhere
+    assert configure(script, ["c.py", "--count=4"]) == dict(out_dir="out", rate=2.0, count=4, flag=True, limit=None)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--rte=1"], ["'rte'", "did you mean 'rate'"]),
+        (["--count=1.5"], ["count takes int", "'1.5'"]),
+        (["--flag=yes"], ["flag takes bool"]),
+        (["--flag=1"], ["flag takes bool"]),
+        (["--count=None"], ["count takes int"]),
+        (["--hidden=1"], ["unknown setting"]),
+        (["--count", "3"], ["--key=value"]),
+        (["-count=3"], ["--key=value"]),
+        (["nowhere.py"], ["no config file 'nowhere.py'"]),
+        (["bad_key.py"], ["unknown setting 'cuont'", "'count'"]),
+        (["bad_type.py"], ["count takes int, not True"]),
+        (["broken.py"], ["SyntaxError"]),
+    ],
+)
+def test_mistakes_are_named(script, argv, words):
+    (script["tmp"] / "bad_key.py").write_text("cuont = 1\n")
+    (script["tmp"] / "bad_type.py").write_text("count = True\n")
+    (script["tmp"] / "broken.py").write_text("count = = 1\n")
+    with pytest.raises(SystemExit) as e:
+        configure(script, argv)
+    assert "\n" not in e.value.code and all(word in e.value.code for word in words), e.value.code
+
+
+def test_help_prints_groups_defaults_and_comments(script, capsys):
+    with pytest.raises(SystemExit) as e:
+        configure(script, ["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    assert text.index("Run me.") < text.index("first group:") < text.index("--rate=0.001") < text.index("second group:")
+    assert "a float that goes on" in text and "--limit=None" in text

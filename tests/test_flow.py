@@ -1,0 +1,224 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flow
+from flow import FlowConfig, Normalizer
+from model import NextDiT, NextDiTConfig
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["v", "epsilon", "x"])
+def test_loss_trains_on_the_noise_it_shows(path, prediction):
+    """A model that knows x_0 and x_1 reaches zero loss: input and target come from one draw."""
+    cfg = FlowConfig(path=path, prediction=prediction, sigma_min=0.1, sigma_max=2.0, cond_dropout=0.0)
+    x_1, cond = torch.randn(8, 4, 3).double(), torch.randn(8, 4, 2)
+    seen = {}
+
+    def oracle(x_t, t, cond, cond_mask, drop):
+        alpha, sigma, d_alpha, d_sigma = flow.coefficients(t, cfg)
+        x_0 = (x_t - alpha * x_1) / sigma
+        seen.update(x_0=x_0, x_t=x_t, t=t)
+        return {"v": d_alpha * x_1 + d_sigma * x_0, "epsilon": x_0, "x": x_1}[prediction]
+
+    losses, out = flow.loss(oracle, x_1, cond, cfg, generator=torch.Generator().manual_seed(1))
+    assert losses.shape == (8,) and losses.max() < 1e-9
+    assert abs(seen["x_0"].mean()) < 0.3 and abs(seen["x_0"].std() - 1) < 0.2
+    regularized, _ = flow.loss(
+        oracle, x_1, cond, replace(cfg, l2_weight=0.5), generator=torch.Generator().manual_seed(1)
+    )
+    assert torch.allclose(regularized.float(), 0.5 * (out**2).mean((1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_path_derivatives_and_conversions(path):
+    cfg = FlowConfig(path=path, sigma_min=0.05, sigma_max=1.5)
+    t = torch.linspace(0.06, 0.94, 7, dtype=torch.float64)
+    h = 1e-6
+    ahead, behind, here = (flow.coefficients(t + d, cfg) for d in (h, -h, 0))
+    for value, slope in ((0, 2), (1, 3)):
+        assert torch.allclose((ahead[value] - behind[value]) / (2 * h), here[slope], atol=1e-7)
+    x_0, x_1 = torch.randn(2, 7, 4, 3, dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = here
+    x_t, v = alpha * x_1 + sigma * x_0, d_alpha * x_1 + d_sigma * x_0
+    for prediction, out in (("v", v), ("epsilon", x_0), ("x", x_1)):
+        for got, want in zip(flow.convert(out, x_t, t, replace(cfg, prediction=prediction)), (v, x_0, x_1)):
+            assert torch.allclose(got, want, atol=1e-10)
+    ends = flow.coefficients(torch.tensor([0.0, 1.0]), cfg)
+    assert torch.allclose(ends[0].flatten(), torch.tensor([0.0, 1.0]), atol=1e-6)
+    assert torch.allclose(ends[1].flatten(), torch.tensor([1.5, 0.05]), atol=1e-6)
+
+
+def test_training_times():
+    g = torch.Generator().manual_seed(0)
+    uniform = flow.sample_t(20000, FlowConfig(), g)
+    assert torch.allclose(uniform.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([0.25, 0.5, 0.75]), atol=0.02)
+    normal = flow.sample_t(20000, FlowConfig(t_sampling="logit_normal", t_mean=0.5, t_std=2.0), g)
+    assert abs(normal.logit().mean() - 0.5) < 0.05 and abs(normal.logit().std() - 2) < 0.05
+    shifted = flow.sample_t(20000, FlowConfig(t_shift=3.0), g)
+    assert abs(shifted.median() - 0.25) < 0.02  # 0.5 / (0.5 + 3 * 0.5)
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_solvers_have_their_order_on_an_exact_flow(method, order, shift):
+    """Gaussian data N(m, s^2) under the linear path: the exact velocity is known, and carries
+    x_0 to m + s * x_0."""
+    m, s = 1.5, 0.3
+
+    def velocity(x, t):
+        t = t.view(-1, 1, 1)
+        variance = (t * s) ** 2 + (1 - t) ** 2
+        x_1 = m + t * s**2 / variance * (x - t * m)
+        x_0 = (1 - t) / variance * (x - t * m)
+        return x_1 - x_0
+
+    x_0 = torch.randn(64, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = [(flow.integrate(velocity, x_0, n, method, shift) - (m + s * x_0)).abs().max().item() for n in (32, 64)]
+    measured = math.log2(errors[0] / errors[1])
+    assert abs(measured - order) < 0.35, (measured, errors)
+    assert errors[1] < {1: 0.05, 2: 2e-3, 4: 1e-5}[order]
+
+
+def test_integrate_counts_evaluations_and_keeps_the_trajectory():
+    calls = []
+
+    def velocity(x, t):
+        calls.append(t[0].item())
+        return torch.ones_like(x)
+
+    states = flow.integrate(velocity, torch.zeros(2, 1, 1, dtype=torch.bfloat16), 5, "heun", trajectory=True)
+    assert len(calls) == 10 and min(calls) == 0 and max(calls) == 1
+    assert states.dtype == torch.float32 and torch.allclose(states[:, 0, 0, 0], torch.linspace(0, 1, 6))
+    for bad in (dict(steps=0), dict(steps=5, method="rk5")):
+        with pytest.raises(ValueError, match=str(list(bad.values())[-1])):
+            flow.integrate(velocity, torch.zeros(1, 1, 1), **bad)
+
+
+def test_noise_is_a_function_of_seed_sample_and_draw():
+    together = flow.sample_noise(range(5), (3, 2), seed=7)
+    assert torch.equal(together[3:], flow.sample_noise([3, 4], (3, 2), seed=7))
+    assert (
+        len(
+            {
+                x.sum().item()
+                for x in (
+                    *together,
+                    *flow.sample_noise(range(5), (3, 2), 7, draw=1),
+                    *flow.sample_noise(range(5), (3, 2), 8),
+                )
+            }
+        )
+        == 15
+    )
+
+
+def test_guidance():
+    model = NextDiT(NextDiTConfig((2, 2), 3, 4, dim=16, n_layer=1, n_head=2, multiple_of=8))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    x, t, cond = torch.randn(5, 4, 3), torch.rand(5), torch.randn(5, 4, 4)
+    plain, null, guided = (
+        flow.guided_velocity(model, c, FlowConfig(), g)(x, t)
+        for c, g in ((cond, 1.0), (model.null_cond.expand(5, 4, 4), 1.0), (cond, 3.0))
+    )
+    assert (plain - null).abs().max() > 0.1
+    assert torch.allclose(guided, null + 3 * (plain - null), atol=1e-4)
+    with pytest.raises(ValueError, match="cond_dropout"):
+        flow.guided_velocity(model, cond, FlowConfig(cond_dropout=0.0), 3.0)
+
+
+def test_condition_dropout_trains_the_null_condition():
+    model = NextDiT(NextDiTConfig((2, 2), 3, 4, dim=16, n_layer=1, n_head=2, multiple_of=8))
+    losses, _ = flow.loss(model, torch.randn(64, 4, 3), torch.randn(64, 4, 4), FlowConfig(cond_dropout=0.5))
+    losses.mean().backward()
+    assert model.null_cond.grad.abs().max() > 0
+    drops = []
+    flow.loss(
+        lambda x, t, c, m, drop: drops.append(drop) or x, torch.randn(4000, 1, 1), None, FlowConfig(cond_dropout=0.3)
+    )
+    assert abs(drops[0].float().mean() - 0.3) < 0.03
+
+
+@pytest.mark.parametrize("mode", ["channel", "l2", "none"])
+def test_normalizer_round_trip(mode):
+    x = torch.randn(500, 4, 6) * torch.tensor([0.1, 1, 10, 3, 2, 0]) + torch.tensor([5.0, 0, 0, 1, 2, 7])
+    n = Normalizer(mode, x.mean((0, 1)), x.std((0, 1)))
+    z = n.encode(x)
+    if mode == "channel":
+        assert torch.allclose(z[..., :5].std((0, 1)), torch.ones(5), atol=1e-4) and z[..., 5].abs().max() < 1e-5
+    if mode == "l2":
+        assert torch.allclose(z.norm(dim=-1), torch.full((500, 4), math.sqrt(6)), atol=1e-4)
+        ratio = n.decode(z).norm(dim=-1) / x.square().sum(-1).mean().sqrt()
+        assert torch.allclose(ratio, torch.ones(500, 4), atol=1e-3)
+    else:
+        assert torch.allclose(n.decode(z), x, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(path="cubic"),
+        dict(prediction="score"),
+        dict(t_sampling="beta"),
+        dict(sigma_min=1.0),
+        dict(cond_dropout=1.0),
+        dict(t_shift=0.0),
+    ],
+)
+def test_bad_settings_are_named(setting):
+    with pytest.raises(
+        ValueError,
+        match="=".join(map(str, *setting.items()))
+        if not isinstance(list(setting.values())[0], str)
+        else list(setting.values())[0],
+    ):
+        FlowConfig(**setting)
+
+
+def train_tiny(prediction, shuffle, steps=700):
+    """Two tokens of one channel; given cond c in {-1, +1} at a token, the target is a mixture:
+    c + 1 or c - 1 with equal probability (both tokens alike), each with standard deviation 0.1."""
+    torch.manual_seed(0)
+    cfg = FlowConfig(prediction=prediction, cond_dropout=0.0)
+    model = NextDiT(NextDiTConfig((1, 2), 1, 1, dim=48, n_layer=2, n_head=2, multiple_of=16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    g = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        c = torch.randint(0, 2, (128, 1, 1), generator=g).float() * 2 - 1
+        mode = torch.randint(0, 2, (128, 1, 1), generator=g).float() * 2 - 1
+        x_1 = (c + mode + 0.1 * torch.randn(128, 2, 1, generator=g)).expand(-1, 2, -1)
+        cond = (c[torch.randperm(128, generator=g)] if shuffle else c).expand(-1, 2, -1)
+        losses, _ = flow.loss(model, x_1, cond, cfg, generator=g)
+        losses.mean().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    cond = torch.tensor([-1.0, 1.0]).repeat(400)[:, None, None].expand(-1, 2, -1)
+    x = flow.integrate(flow.guided_velocity(model, cond, cfg), flow.sample_noise(range(800), (2, 1), 0), 20)
+    return x[::2].flatten(), x[1::2].flatten()  # samples of c = -1, of c = +1
+
+
+def fits_posterior(samples, c):
+    """Both modes of the posterior, with their weights, places and widths, and nothing between."""
+    low, high = samples[samples < c], samples[samples >= c]
+    return (
+        abs(len(high) / len(samples) - 0.5) < 0.1
+        and all(abs(part.mean() - (c + sign)) < 0.1 and part.std() < 0.25 for part, sign in ((low, -1), (high, 1)))
+        and abs(samples.mean() - c) < 0.15
+        and abs(samples.var() - 1.01) < 0.15
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", ["v", "epsilon", "x"])
+def test_samples_match_a_known_two_mode_posterior(prediction):
+    minus, plus = train_tiny(prediction, shuffle=False)
+    assert fits_posterior(minus, -1) and fits_posterior(plus, 1), (minus.mean(), minus.std(), plus.mean(), plus.std())
+
+
+def test_shuffled_conditions_fail_that_test():
+    minus, plus = train_tiny("v", shuffle=True)
+    assert not fits_posterior(minus, -1) and not fits_posterior(plus, 1)

@@ -1,0 +1,131 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import score
+from conftest import make_pickle, refused, run
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    return sample.load(trained)
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    """A copy of the run's folder, to write into."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_python_api(trained, dataset):
+    loaded = sample.load(trained)
+    cond = np.load(dataset / "val_cond.npy")
+    target = sample.generate(loaded, cond, steps=5)
+    assert target.shape == (10, 4, 5) and target.dtype == torch.float32 and target.isfinite().all()
+    truth = np.load(dataset / "val_target.npy")
+    assert abs(target.mean() - truth.mean()) < 0.5  # raw targets, un-normalized: the dataset's mean is 3
+
+
+def test_a_sample_depends_on_its_own_noise_only(loaded, dataset):
+    cond = torch.from_numpy(np.load(dataset / "val_cond.npy"))
+    together = sample.generate(loaded, cond, steps=3)
+    alone = torch.cat([sample.generate(loaded, cond[i : i + 1], steps=3, first=i) for i in range(10)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert (together - sample.generate(loaded, cond, steps=3, draw=1)).abs().mean() > 0.1
+    assert (together - sample.generate(loaded, cond, steps=3, seed=1)).abs().mean() > 0.1
+    assert torch.equal(together, sample.generate(loaded, cond, steps=3))
+
+
+def test_guidance_trajectory_and_interpolation(loaded, dataset):
+    cond = torch.from_numpy(np.load(dataset / "val_cond.npy"))
+    plain = sample.generate(loaded, cond, steps=4)
+    assert (plain - sample.generate(loaded, cond, steps=4, guidance=3.0)).abs().max() > 1e-3
+    states = sample.generate(loaded, cond, steps=4, trajectory=True)
+    assert states.shape == (5, 10, 4, 5) and torch.equal(states[-1], plain)
+    noise = loaded.target.encode(states[0])
+    assert abs(noise.std() - 1) < 0.2 and abs(noise.mean()) < 0.2
+    path = sample.interpolate(loaded, cond[0], cond[1], n=3, steps=4)
+    assert torch.allclose(path[0], plain[0], atol=1e-5) and path.shape == (3, 4, 5)
+    assert torch.allclose(path[2], sample.generate(loaded, cond[1:2], steps=4)[0], atol=1e-5)
+    assert torch.allclose(path[1], sample.generate(loaded, (cond[:1] + cond[1:2]) / 2, steps=4)[0], atol=1e-5)
+
+
+def test_command_line_scores_and_saves_a_split(run_dir, dataset):
+    done = run("sample.py", f"--out_dir={run_dir}", "--steps=4", "--draws=3", "--batch_size=3", "--plot=True", "--save_draws=True",
+               f"--save_pickle={run_dir / 'results.pkl'}")  # fmt: skip
+    assert "10 conditions, 3 draws, 8 model evaluations a sample" in done.stdout
+    generated, draws = np.load(run_dir / "generated.npy"), np.load(run_dir / "generated_draws.npy")
+    assert generated.shape == (10, 4, 5) and draws.shape == (10, 3, 4, 5) and np.array_equal(draws[:, 0], generated)
+    assert np.allclose(
+        generated, sample.generate(sample.load(run_dir), np.load(dataset / "val_cond.npy"), steps=4), atol=1e-5
+    )
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics.keys() == {*score.METRICS, "baselines", "mean_of_draws"}
+    assert metrics["baselines"].keys() == {"mean", "ridge", "shuffled"} and metrics["mean_of_draws"]["draws"] == 3
+    for row in metrics["baselines"].values():
+        assert row.keys() == set(score.METRICS)
+    stats = np.load(dataset / "stats.npz")
+    standardized = [
+        (x - stats["target_mean"]) / stats["target_std"] for x in (generated, np.load(dataset / "val_target.npy"))
+    ]
+    cosine = np.mean(
+        [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*(s.reshape(-1, 5) for s in standardized))]
+    )
+    assert metrics["token_cosine"] == pytest.approx(cosine, abs=1e-5)
+    for row in ("generated", "mean of 3", "mean", "ridge", "shuffled"):
+        assert any(line.startswith(row + " ") for line in done.stdout.splitlines())
+    assert (run_dir / "samples.png").read_bytes()[:4] == b"\x89PNG"
+    results = pickle.loads((run_dir / "results.pkl").read_bytes())
+    assert results.keys() == {
+        "eva_embeddings",
+        "clip_targets",
+        "generated_clip",
+        "captions",
+        "keys",
+        "generation_metrics",
+    }
+    items = [json.loads(line) for line in (dataset / "val_items.jsonl").read_text().splitlines()]
+    assert results["keys"] == [i["key"] for i in items] and np.array_equal(results["generated_clip"], generated)
+    assert results["generation_metrics"]["token_cosine"] == metrics["token_cosine"]
+
+
+def test_conditions_from_files(run_dir, dataset, tmp_path):
+    content = make_pickle(tmp_path / "new.pkl", n=5, seed=5)
+    np.save(tmp_path / "new.npy", content["eva_blip3o_embeddings"].numpy())
+    args = ["sample.py", f"--out_dir={run_dir}", "--steps=2", "--method=euler", "--subset_size=4"]
+    for kind in ("npy", "pkl"):
+        done = run(*args, f"--cond={tmp_path}/new.{kind}", f"--save={tmp_path}/{kind}.npy")
+        assert "4 conditions, 1 draws, 2 model evaluations" in done.stdout and "ridge" not in done.stdout
+    a, b = np.load(tmp_path / "npy.npy"), np.load(tmp_path / "pkl.npy")
+    assert a.shape == (4, 4, 5) and np.array_equal(a, b) and not (run_dir / "metrics.json").exists()
+
+
+def test_raw_weights_and_best_checkpoint(trained):
+    ckpt = torch.load(trained / "ckpt_best.pt", weights_only=True)
+    for weights in ("ema", "model"):
+        state = sample.load(trained, weights=weights).model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in ckpt[weights].items())
+    assert any(not torch.equal(ckpt["ema"][name], ckpt["model"][name]) for name in ckpt["ema"])
+
+
+def test_bad_input(run_dir, dataset, tmp_path):
+    args = ["sample.py", f"--out_dir={run_dir}"]
+    np.save(tmp_path / "wide.npy", np.zeros((3, 4, 9), np.float32))
+    np.save(tmp_path / "long.npy", np.zeros((3, 5, 6), np.float32))
+    np.save(tmp_path / "none.npy", np.zeros((0, 4, 6), np.float32))
+    assert "(3, 4, 9); this model was trained on (B, 4, 6)" in refused(*args, f"--cond={tmp_path}/wide.npy")
+    assert "(3, 5, 6); this model was trained on (B, 4, 6)" in refused(*args, f"--cond={tmp_path}/long.npy")
+    assert "0 conditions" in refused(*args, f"--cond={tmp_path}/none.npy")
+    assert "No such file" in refused(*args, f"--cond={tmp_path}/nowhere.npy")
+    assert "method='rk5'" in refused(*args, "--method=rk5")
+    assert "steps=0" in refused(*args, "--steps=0")
+    assert "did you mean 'steps'" in refused(*args, "--step=3")
+    assert "train one with" in refused("sample.py", f"--out_dir={tmp_path}/nowhere")
+    assert "dataset 'nowhere' does not exist" in refused(*args, "--data_dir=nowhere")
+    (run_dir / "ckpt_best.pt").write_bytes((run_dir / "ckpt_best.pt").read_bytes()[:5000])
+    assert "cannot be read as a checkpoint" in refused(*args)

@@ -1,0 +1,180 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY, refused, run
+
+
+def train(dataset, out, *args, **kwargs):
+    return run("train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args, **kwargs)
+
+
+def torchrun(n, dataset, out, *args):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *TINY,
+         f"--data_dir={dataset}", f"--out_dir={out}", *args],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def measured(out):
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in ("ms", "samples_per_s")} for line in log(out)]
+
+
+def checkpoint(out, name="ckpt_last.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_run_learns_logs_and_saves(trained, dataset):
+    lines = log(trained)
+    assert [line["iter"] for line in lines] == list(range(7))
+    assert {"val_loss", "val_loss_raw", "val_token_cosine", "val_loss_t0", "val_loss_t3"} <= lines[-1].keys()
+    assert {"loss", "grad_norm", "lr", "ms", "samples_per_s"} <= lines[0].keys()
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    assert [line["lr"] for line in lines[:2]] == pytest.approx([5e-3, 1e-2])  # warmup
+    assert [line["lr"] for line in lines[2:6]] == sorted((line["lr"] for line in lines[2:6]), reverse=True)  # cosine
+    ckpt = checkpoint(trained)
+    assert ckpt["iter"] == 6 and ckpt["model_args"]["dim"] == 32 and ckpt["config"]["learning_rate"] == 1e-2
+    assert not any(key.startswith(("module.", "_orig_mod.")) for key in [*ckpt["model"], *ckpt["ema"]])
+    assert (
+        ckpt["best_val_loss"] == min(line["val_loss"] for line in lines[1:] if "val_loss" in line)
+        or ckpt["best_val_loss"] == lines[0]["val_loss"]
+    )
+    assert json.loads((trained / "config.json").read_text()) == ckpt["config"]
+    decayed = sum(len(g["params"]) for g in ckpt["optimizer"]["param_groups"] if g["weight_decay"])
+    assert decayed == sum(p.dim() >= 2 for p in ckpt["model"].values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(dataset, tmp_path, dtype):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(dataset, whole, f"--dtype={dtype}", "--save_interval=4")
+    # killed in iteration 5: the checkpoint is of iteration 4, the log has run ahead
+    kill = "import json, os, runpy, sys; d = json.dumps; json.dumps = lambda r, **k: os._exit(9) if r.get('iter') == 5 else d(r, **k)"
+    kill += "; sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={parts}", f"--dtype={dtype}", "--save_interval=4"]
+    assert run("-c", kill, "train.py", *args, check=False).returncode == 9
+    assert checkpoint(parts)["iter"] == 4 and log(parts)[-1]["iter"] == 4
+    done = train(dataset, parts, f"--dtype={dtype}", "--save_interval=2", "--init_from=resume")
+    assert "changed since the checkpoint: save_interval 4 -> 2" in done.stdout
+    for key in ("model", "ema", "optimizer", "scaler", "iter", "best_val_loss"):
+        assert same(checkpoint(whole)[key], checkpoint(parts)[key]), key
+    assert measured(whole) == measured(parts)
+    if dtype == "float16":
+        assert checkpoint(whole)["scaler"]["scale"] > 1
+
+
+def test_ddp_equals_one_process(dataset, tmp_path, trained):
+    torchrun(2, dataset, tmp_path / "two")
+    one, two = measured(trained), measured(tmp_path / "two")
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    for name, value in checkpoint(trained)["model"].items():
+        assert torch.allclose(value, checkpoint(tmp_path / "two")["model"][name], atol=1e-4), name
+
+
+def test_wandb_offline(dataset, tmp_path):
+    done = train(dataset, tmp_path / "out", "--wandb_log=True", "--wandb_run_name=test", WANDB_MODE="offline")
+    runs = list((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 1 and runs[0].stat().st_size > 1000, done.stdout
+    wandb_id = checkpoint(tmp_path / "out")["wandb_id"]
+    assert wandb_id and wandb_id in runs[0].name
+    assert "val_token_cosine" in runs[0].read_bytes().decode("latin1")
+
+
+def test_epochs_subset_and_settings_of_the_flow(dataset, tmp_path):
+    done = train(dataset, tmp_path / "out", "--num_epochs=2", "--subset_size=12", "--path=cosine", "--prediction=x", "--normalize=l2",
+                 "--t_sampling=logit_normal", "--sigma_min=0.01", "--l2_weight=0.1", "--gradient_checkpointing=True", "--dtype=bfloat16")  # fmt: skip
+    assert "12 samples, 8 an iteration, 3 iterations (2.0 epochs)" in done.stdout
+    assert log(tmp_path / "out")[-1]["iter"] == 3
+    assert checkpoint(tmp_path / "out")["flow"]["prediction"] == "x"
+
+
+def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
+    last = log(trained)[-1]
+    done = run(
+        "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={trained}", "--init_from=resume", "--eval_only=True"
+    )
+    assert (
+        f"val_loss {last['val_loss']:.4f}" in done.stdout
+        and f"val_token_cosine {last['val_token_cosine']:.4f}" in done.stdout
+    )
+    assert log(trained)[-1] == last  # nothing was written
+    assert (
+        "peak memory" in train(dataset, tmp_path / "dry", "--dry_run=True").stdout and not (tmp_path / "dry").exists()
+    )
+    train(dataset, tmp_path / "debug", "--debug=True", "--max_iters=1000", "--wandb_log=True")
+    assert log(tmp_path / "debug")[-1]["iter"] == 10
+
+
+def test_compile(dataset, tmp_path, trained):
+    done = train(dataset, tmp_path / "out", "--compile=True", "--max_iters=2", threads=2)
+    assert log(tmp_path / "out")[1]["loss"] == pytest.approx(log(trained)[1]["loss"], rel=1e-3), done.stdout
+    assert checkpoint(tmp_path / "out")["model"].keys() == checkpoint(trained)["model"].keys()
+
+
+def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
+    out = tmp_path / "out"
+    train(dataset, out, "--max_iters=3")
+    before = (out / "ckpt_last.pt").read_bytes()
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    done = run("-c", limit, "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume")
+    assert "ckpt_last.pt was not written" in done.stdout and "done: 6 iterations" in done.stdout
+    assert (out / "ckpt_last.pt").read_bytes() == before and not list(out.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--data_dir=nowhere"], "dataset 'nowhere' does not exist; make it with: python prepare.py"),
+        (["--bacth_size=3"], "did you mean 'batch_size'"),
+        (["--max_iters=many"], "max_iters takes int"),
+        (["--init_from=resume"], "there is no"),
+        (["--init_from=gpt2"], "init_from='gpt2' is unknown"),
+        (["--path=cubic"], "path='cubic'"),
+        (["--normalize=batch"], "normalize='batch'"),
+        (["--dim=30"], "dim=30"),
+        (["--subset_size=0"], "subset_size=0"),
+        (["--batch_size=0"], "batch_size=0"),
+        (["--dtype=int8"], "dtype='int8'"),
+    ],
+)
+def test_bad_input(dataset, tmp_path, args, words):
+    assert words in refused("train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_checkpoints_are_refused(dataset, tmp_path, trained):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ckpt_last.pt").write_bytes((trained / "ckpt_last.pt").read_bytes())
+    args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume"]
+    assert "of another shape: n_layer is 2, here 3" in refused(*args, "--n_layer=3")
+    (out / "ckpt_last.pt").write_bytes((trained / "ckpt_last.pt").read_bytes()[:5000])
+    assert "cannot be read as a checkpoint" in refused(*args)
+
+
+def test_processes_must_divide_the_accumulation(dataset, tmp_path):
+    assert "try 3" in refused(
+        "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path}", RANK="0", WORLD_SIZE="3"
+    )

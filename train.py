@@ -1,0 +1,457 @@
+"""
+Train a NextDiT with flow matching on a dataset that prepare.py made.
+
+    python train.py config/train_digits.py                                # one process
+    python train.py config/train_digits.py --batch_size=32 --compile=True
+    torchrun --standalone --nproc_per_node=8 train.py --data_dir=data/mine --out_dir=out-mine
+    python train.py --help
+"""
+
+import copy
+import datetime
+import functools
+import json
+import math
+import os
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import flow
+import score
+from configurator import configure
+from flow import FlowConfig, Normalizer
+from model import NextDiT, NextDiTConfig
+from prepare import DataError, open_dataset
+
+# The defaults are BLIP3-o's model; a config file or --key=value changes any of them.
+# ---- I/O
+out_dir = "out"
+init_from = "scratch"  # scratch | resume (from out_dir/ckpt_last.pt) | auto (resume if there is one, else scratch)
+eval_interval = 1000  # iterations between evaluations
+save_interval = 1000  # iterations between writes of ckpt_last.pt; ckpt_best.pt follows the evaluations
+log_interval = 10  # iterations between log lines; reading the loss is a GPU sync point
+eval_only = False  # evaluate init_from's checkpoint, print, exit
+dry_run = False  # set up, run one forward and backward pass, print the memory it took, exit
+debug = False  # 64 samples, 10 iterations, anomaly detection, no wandb
+wandb_log = False
+wandb_project = "embedding-flow"
+wandb_run_name: str | None = None  # None: wandb invents one
+# ---- data
+data_dir = "data/digits"
+normalize = "channel"  # channel (zero mean, unit variance) | l2 (unit tokens; norms are lost) | none
+subset_size: int | None = None  # train on the first so many samples only
+batch_size = 32  # samples in a micro-batch
+gradient_accumulation_steps = 8  # micro-batches in an iteration, over all processes: they divide it
+eval_batch_size = 64
+eval_size = 2048  # validation samples in an evaluation, the first ones
+eval_samples = 64  # of them, how many are also generated, to report their cosine
+eval_sample_steps = 10  # midpoint steps for these
+# ---- model
+dim = 1792
+n_layer = 24
+n_head = 28
+n_kv_head: int | None = None  # None: n_head; fewer: grouped-query attention
+multiple_of = 256  # the feed-forward's width, 8/3 dim, is rounded up to a multiple of this
+ffn_dim_multiplier: float | None = None  # scales that width
+norm_eps = 1e-5
+qk_norm = True
+gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more compute
+# ---- flow
+path = "linear"  # linear | cosine
+sigma_min = 0.0  # noise left at t = 1 (data)
+sigma_max = 1.0  # noise at t = 0
+prediction = "v"  # v (velocity) | epsilon (noise) | x (data)
+t_sampling = "uniform"  # uniform | logit_normal
+t_mean = 0.0  # of logit(t), for logit_normal
+t_std = 1.0
+t_shift = 1.0  # > 1 trains more near noise
+cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
+l2_weight = 0.0  # weight of mean(output^2) in the loss
+# ---- optimizer
+max_iters = 100_000
+num_epochs: float | None = None  # instead of max_iters
+learning_rate = 3e-4
+min_lr = 0.0  # where the cosine ends
+warmup_iters = 1000
+weight_decay = 0.05  # on matrices only: not on norms, biases and gates
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # 0: off
+ema_decay = 0.9999  # reached gradually: min(this, (1 + i) / (10 + i)); 0: the weights themselves
+# ---- system
+device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
+dtype = "auto"  # auto (bfloat16 or float16 on cuda, else float32) | float32 | bfloat16 | float16 (with a scaler)
+compile: bool | None = None  # torch.compile; None: on cuda only (on a CPU it takes minutes to pay)
+seed = 0
+# ----
+config = configure(globals())  # a snapshot: what follows may change these names
+
+# ---------------------------------------------------------------- system
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+master = rank == 0
+
+
+def fail(message):
+    sys.exit(f"error: {message}" if master else 1)
+
+
+if device == "auto":
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+if device.startswith("cuda") and not torch.cuda.is_available():
+    fail(f"device={device!r}: this machine has no CUDA GPU")
+if dtype == "auto":
+    dtype = "float32" if not device.startswith("cuda") else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+if dtype not in ("float32", "bfloat16", "float16"):
+    fail(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
+if gradient_accumulation_steps % world_size:
+    better = math.ceil(gradient_accumulation_steps / world_size) * world_size
+    fail(
+        f"gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided by {world_size} processes; try {better}"
+    )
+if debug:
+    subset_size, max_iters, num_epochs, eval_interval, log_interval, warmup_iters, wandb_log = (
+        64,
+        10,
+        None,
+        5,
+        1,
+        2,
+        False,
+    )
+    torch.autograd.set_detect_anomaly(True)
+for name in (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "eval_batch_size",
+    "eval_interval",
+    "save_interval",
+    "log_interval",
+):
+    if globals()[name] < 1:
+        fail(f"{name}={globals()[name]} must be at least 1")
+
+device_type = torch.device(device).type
+if world_size > 1:
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
+micro_steps = gradient_accumulation_steps // world_size  # of this process
+
+# ---------------------------------------------------------------- data
+try:
+    data = open_dataset(data_dir)
+    stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
+    to_cond, to_target = (
+        Normalizer(normalize, stats[f"{n}_mean"], stats[f"{n}_std"], device) for n in ("cond", "target")
+    )
+    flow_config = FlowConfig(**{f.name: config[f.name] for f in fields(FlowConfig)})
+    sizes = {f.name: config[f.name] for f in fields(NextDiTConfig) if f.name in config}
+    grid, target_dim, cond_dim = data["meta"]["grid"], data["train_target"].shape[2], data["train_cond"].shape[2]
+    model_config = NextDiTConfig(grid, target_dim, cond_dim, **sizes)
+except (DataError, ValueError) as e:
+    fail(e)
+n_train, n_val = len(data["train_cond"]), min(eval_size, len(data["val_cond"]))
+if subset_size is not None:
+    n_train = min(subset_size, n_train)
+if n_train < 1 or n_val < 1:
+    fail(
+        f"subset_size={subset_size} and eval_size={eval_size} leave {n_train} samples to train and {n_val} to evaluate"
+    )
+samples_per_iter = batch_size * gradient_accumulation_steps
+if num_epochs is not None:
+    max_iters = math.ceil(num_epochs * n_train / samples_per_iter)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n_train)
+
+
+def batch_rows(step, micro):
+    """Rows of micro-batch `micro` of iteration `step`: epochs without replacement, back to back."""
+    start = (step * gradient_accumulation_steps + micro) * batch_size
+    return np.array([epoch_order(i // n_train)[i % n_train] for i in range(start, start + batch_size)])
+
+
+def get_batch(split, rows):
+    """Normalized target (B, T, D) and condition (B, S, C) on the device; the copy is asynchronous on a GPU."""
+    batch = []
+    for name, normalizer in ((f"{split}_target", to_target), (f"{split}_cond", to_cond)):
+        x = torch.from_numpy(np.asarray(data[name][rows]))
+        x = x.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else x.to(device)
+        batch.append(normalizer.encode(x))
+    return batch
+
+
+# ---------------------------------------------------------------- model
+torch.manual_seed(seed)
+raw_model = NextDiT(model_config).to(device)
+ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval()
+step, best_val_loss, wandb_id, ckpt = 0, math.inf, None, None
+last = Path(out_dir) / "ckpt_last.pt"
+if init_from not in ("scratch", "resume", "auto"):
+    fail(f"init_from={init_from!r} is unknown; it is one of scratch, resume, auto")
+if init_from == "resume" or (init_from == "auto" and last.exists()):
+    try:
+        ckpt = torch.load(last, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"init_from={init_from!r}: there is no {last}")
+    except Exception as e:  # torch raises many kinds for a truncated or foreign file
+        fail(f"{last} cannot be read as a checkpoint: {str(e).splitlines()[0]}")
+    differ = {
+        k: (v, ckpt["model_args"].get(k)) for k, v in asdict(model_config).items() if ckpt["model_args"].get(k) != v
+    }
+    differ.pop("gradient_checkpointing", None)
+    if differ:
+        fail(
+            f"{last} is of another shape: " + ", ".join(f"{k} is {old}, here {new}" for k, (new, old) in differ.items())
+        )
+    changed = {
+        k: v for k, v in config.items() if ckpt["config"].get(k) != v and k not in ("init_from", "eval_only", "dry_run")
+    }
+    if master and changed:
+        print(
+            "changed since the checkpoint:",
+            ", ".join(f"{k} {ckpt['config'].get(k)} -> {v}" for k, v in changed.items()),
+        )
+    raw_model.load_state_dict(ckpt["model"])
+    ema_model.load_state_dict(ckpt["ema"])
+    step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
+
+# ---------------------------------------------------------------- optimizer
+params = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
+groups = [
+    {"params": [p for p in params.values() if p.dim() >= 2], "weight_decay": weight_decay},
+    {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
+]
+assert sum(len(g["params"]) for g in groups) == len(list(raw_model.parameters()))
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type in ("cuda", "cpu"))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+if ckpt is not None:
+    optimizer.load_state_dict(ckpt["optimizer"])
+    scaler.load_state_dict(ckpt["scaler"])
+    ckpt = None  # frees its memory
+
+use_compile = device_type == "cuda" if compile is None else compile
+model = torch.compile(raw_model) if use_compile else raw_model
+if world_size > 1:
+    model = DDP(model, gradient_as_bucket_view=True)
+
+
+def get_lr(step):
+    """Linear warmup, then a cosine from learning_rate to min_lr at max_iters."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / warmup_iters
+    progress = (step - warmup_iters) / max(1, max_iters - warmup_iters)
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+# ---------------------------------------------------------------- evaluation
+T_BINS = 4
+val_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
+standardize = score.standardizer(stats["target_mean"], stats["target_std"])
+
+
+@torch.no_grad()
+def evaluate(net, generate):
+    """Validation loss, over all t and in bins of t, and the token cosine of generated samples.
+
+    Noise and t are functions of a sample's row, so losses compare between iterations, runs,
+    batch sizes and process counts. Batches are dealt out to the processes.
+    """
+    net.eval()
+    sums = torch.zeros(2, T_BINS + 1)  # sum and count of the loss per bin, then of the cosine
+    for first in range(rank * eval_batch_size, n_val, world_size * eval_batch_size):
+        rows = np.arange(first, min(first + eval_batch_size, n_val))
+        x_1, cond = get_batch("val", rows)
+        t = torch.from_numpy(
+            (rows + 0.5) * 0.6180339887498949 % 1
+        ).float()  # golden ratio: every stretch of rows covers [0, 1]
+        with autocast:
+            x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0).to(device)
+            losses, _ = flow.loss(net, x_1, cond, val_flow, x_0=x_0, t=t.to(device))
+            sums[0].index_add_(0, (t * T_BINS).long(), losses.cpu())
+            sums[1].index_add_(0, (t * T_BINS).long(), torch.ones(len(t)))
+            if generate and (k := min(len(rows), eval_samples - first)) > 0:
+                noise = flow_config.sigma_max * flow.sample_noise(rows[:k], x_1.shape[1:], seed=0, draw=1).to(device)
+                x = flow.integrate(flow.guided_velocity(net, cond[:k], flow_config), noise, eval_sample_steps)
+                samples, truth = standardize(to_target.decode(x).cpu()), standardize(data["val_target"][rows[:k]])
+                sums[:, T_BINS] += torch.tensor([score.cosine(samples, truth).mean(1).sum(), k])
+    if world_size > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+        sums = sums.cpu()
+    net.train(net is raw_model)
+    means = (sums[0] / sums[1]).tolist()
+    result = {"val_loss": (sums[0, :T_BINS].sum() / n_val).item()}
+    result |= {f"val_loss_t{i}": mean for i, mean in enumerate(means[:T_BINS]) if sums[1, i]}
+    return result | ({"val_token_cosine": means[T_BINS]} if generate and sums[1, T_BINS] else {})
+
+
+def evaluate_both():
+    """The EMA weights, which is what gets sampled, and the loss of the raw ones."""
+    return evaluate(ema_model, generate=True) | {"val_loss_raw": evaluate(raw_model, generate=False)["val_loss"]}
+
+
+# ---------------------------------------------------------------- checkpoints and logs
+def save_checkpoint(name):
+    """Write out_dir/name whole or not at all: a temporary file, flushed, then renamed."""
+    target = Path(out_dir) / name
+    partial = target.with_suffix(".partial")
+    checkpoint = {
+        "model": raw_model.state_dict(), "ema": ema_model.state_dict(),
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        "iter": step, "best_val_loss": best_val_loss, "wandb_id": wandb_id, "config": config, "stats": stats,
+        "model_args": asdict(model_config), "flow": asdict(flow_config), "normalize": normalize,
+        "cond_tokens": data["train_cond"].shape[1],
+    }  # fmt: skip
+    try:
+        with open(partial, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, target)
+    except (OSError, RuntimeError) as e:  # a full disk, above all: training goes on
+        partial.unlink(missing_ok=True)
+        print(
+            f"WARNING: {target} was not written ({str(e).splitlines()[0]}); what was there before is untouched",
+            flush=True,
+        )
+
+
+def write_log(record):
+    with open(Path(out_dir) / "log.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+    if wandb_log:
+        wandb.log(record, step=record["iter"])
+
+
+if eval_only or dry_run:
+    if eval_only:
+        result = evaluate_both()
+        report = f"iter {step} | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items())
+    else:
+        x_1, cond = get_batch("train", batch_rows(0, 0))
+        with autocast:
+            losses, _ = flow.loss(model, x_1, cond, flow_config)
+        losses.mean().backward()
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if device_type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        report = f"dry run: loss {losses.mean().item():.4f}, peak memory {peak / 1e9:.2f} GB (weights, gradients, activations)"
+    if master:
+        print(report)
+    if world_size > 1:
+        dist.destroy_process_group()
+    sys.exit(0)
+
+if master:
+    os.makedirs(out_dir, exist_ok=True)
+    (Path(out_dir) / "config.json").write_text(json.dumps(config, indent=1))
+    log = Path(out_dir) / "log.jsonl"
+    kept = (
+        [line for line in log.read_text().splitlines() if json.loads(line)["iter"] < step]
+        if step and log.exists()
+        else []
+    )
+    log.write_text("".join(line + "\n" for line in kept))  # what a resumed run will repeat goes
+    print(" ".join(f"{k}={v}" for k, v in config.items()))
+    print(
+        f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}; {n_train} samples, "
+        f"{samples_per_iter} an iteration, {max_iters} iterations ({max_iters * samples_per_iter / n_train:.1f} epochs)"
+    )
+wandb_log = wandb_log and master
+if wandb_log:
+    import wandb
+
+    run = wandb.init(
+        project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, id=wandb_id, resume="allow"
+    )
+    wandb_id = run.id
+
+# ---------------------------------------------------------------- training loop
+generator = torch.Generator(device)
+seconds, clock, since = 0.0, time.perf_counter(), step  # of training alone: evaluations are not counted
+while True:
+    lr = get_lr(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    record, final = {"iter": step}, step >= max_iters
+
+    if step % eval_interval == 0 or final:
+        seconds += time.perf_counter() - clock
+        record |= evaluate_both()
+        if master:
+            print(f"iter {step}: " + " | ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "iter"), flush=True)
+            if record["val_loss"] < best_val_loss:
+                best_val_loss = record["val_loss"]
+                if step > 0:
+                    save_checkpoint("ckpt_best.pt")
+        clock = time.perf_counter()
+    if master and ((step % save_interval == 0 and step > 0) or final):
+        save_checkpoint("ckpt_last.pt")
+    if final:
+        if master:
+            write_log(record)
+        break
+
+    loss_sum = torch.zeros((), device=device)
+    for m in range(micro_steps):
+        micro = rank * micro_steps + m  # index in the global batch: noise and t do not depend on the process count
+        x_1, cond = get_batch("train", batch_rows(step, micro))
+        generator.manual_seed(flow.mix(seed, step, micro))
+        if world_size > 1:
+            model.require_backward_grad_sync = m == micro_steps - 1
+        with autocast:
+            losses, _ = flow.loss(model, x_1, cond, flow_config, generator=generator)
+        loss = losses.mean() / micro_steps
+        scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    decay = min(ema_decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema_model.parameters()), list(raw_model.parameters()), 1 - decay)
+
+    if step % log_interval == 0:
+        if world_size > 1:
+            dist.all_reduce(loss_sum)
+            loss_sum /= world_size
+        record |= {"loss": loss_sum.item(), "grad_norm": grad_norm.item(), "lr": lr}
+        if master:
+            pace = (seconds + time.perf_counter() - clock) / (
+                step + 1 - since
+            )  # seconds an iteration, mean of this run
+            record |= {"ms": 1000 * pace, "samples_per_s": samples_per_iter / pace}
+            left = datetime.timedelta(seconds=round(pace * (max_iters - step - 1)))
+            print(
+                f"iter {step} | loss {record['loss']:.4f} | grad norm {record['grad_norm']:.3f} | lr {lr:.2e} | "
+                f"{record['ms']:.0f} ms | {record['samples_per_s']:.1f} samples/s | {left} left",
+                flush=True,
+            )
+    if master and len(record) > 1:
+        write_log(record)
+    step += 1
+
+if master:
+    print(f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}")
+if wandb_log:
+    wandb.finish()
+if world_size > 1:
+    dist.destroy_process_group()
