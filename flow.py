@@ -80,7 +80,11 @@ def sample_t(n, cfg, generator=None, device=None):
 
 
 def loss(model, x_1, cond, cfg, cond_mask=None, generator=None, x_0=None, t=None):
-    """The training objective: mean squared error of the model's prediction, per sample.
+    """The training objective: the mean squared error of the velocity, per sample.
+
+    What the model predicts, and what it should have predicted, are both taken to the velocity,
+    so losses compare between prediction types, and the weight over t is that of v (as Li and He
+    2025, arXiv 2511.13720, do for x: without it the last, finest part of the path is not learned).
 
     x_1: (B, T, D) data; cond: (B, S, C); cond_mask: (B, S) or None
     generator: torch.Generator on x_1's device; x_0 (B, T, D), t (B,): fixed instead of drawn
@@ -97,7 +101,8 @@ def loss(model, x_1, cond, cfg, cond_mask=None, generator=None, x_0=None, t=None
     x_t = alpha * x_1 + sigma * x_0
     target = {"v": d_alpha * x_1 + d_sigma * x_0, "epsilon": x_0, "x": x_1}[cfg.prediction]
     out = model(x_t, t, cond, cond_mask, drop).float()
-    return ((out - target) ** 2).mean((1, 2)) + cfg.l2_weight * (out**2).mean((1, 2)), out
+    error = convert(out, x_t, t, cfg)[0] - convert(target, x_t, t, cfg)[0]
+    return (error**2).mean((1, 2)) + cfg.l2_weight * (out**2).mean((1, 2)), out
 
 
 def convert(out, x_t, t, cfg):

@@ -92,6 +92,13 @@ def timestep_embedding(t, dim=256, max_period=10000):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm with its weight in the input's dtype, which the fused kernel needs under autocast."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -100,9 +107,9 @@ class Block(nn.Module):
         kv_dim = self.n_kv_head * self.head_dim
         self.split = (dim, kv_dim, kv_dim, dim)
         self.ada = nn.Linear(min(dim, 1024), 4 * dim)
-        self.norm1, self.norm2 = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
-        self.ffn_norm1, self.ffn_norm2 = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
-        self.cond_norm = nn.RMSNorm(C, eps)
+        self.norm1, self.norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.cond_norm = RMSNorm(C, eps)
         # queries, keys and values of self-attention and the queries of cross-attention
         self.qkvq = nn.Linear(dim, sum(self.split), bias=False)
         self.cond_kv = nn.Linear(C, 2 * kv_dim, bias=False)
@@ -215,7 +222,7 @@ class NextDiT(nn.Module):
             context = (*self._condition(cond, cond_mask, drop), [None] * len(self.layers))
         cond, mask, pooled, contexts = context
 
-        x = self.x_embed(x_t)
+        x = self.x_embed(x_t).to(self.null_cond.dtype)  # under autocast the residual stream stays in float32
         emb = F.silu(self.t_embed(timestep_embedding(t).to(x.dtype)) + pooled)
         rope = self.rope_cos, self.rope_sin
         for block, block_context in zip(self.layers, contexts):

@@ -40,7 +40,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, data_dir, n=12, blocks
         import matplotlib.pyplot as plt
     except ImportError as e:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from e
-    n = min(n, len(cond))
+    n, cond, truth = min(n, len(cond)), np.asarray(cond), None if truth is None else np.asarray(truth)
     decoder = Path(data_dir) / "decoder.npz"
     if decoder.is_file():
         with np.load(decoder) as weights:

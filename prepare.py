@@ -69,7 +69,7 @@ ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch.storage", "_load_from_bytes"): _load_storage,
-    ("_codecs", "encode"): lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
+    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
     ("numpy", "dtype"): _dtype,
     ("numpy", "ndarray"): np.ndarray,  # only ever an argument of _reconstruct
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_array for core in ("core", "_core")},
@@ -378,9 +378,8 @@ def main():
     print(f"{args['out']}: grid {meta['grid'][0]}x{meta['grid'][1]}")
     for name, shape in meta["shapes"].items():
         size = (Path(args["out"]) / f"{name}.npy").stat().st_size
-        print(
-            f"  {name + '.npy':17} {str(tuple(shape)):18} {meta['layout'][name.split('_')[1]][2]:8} {size / 1e6:10.1f} MB"
-        )
+        dtype = meta["layout"][name.split("_")[1]][2]
+        print(f"  {name + '.npy':17} {str(tuple(shape)):18} {dtype:8} {size / 1e6:10.1f} MB")
 
 
 if __name__ == "__main__":

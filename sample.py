@@ -29,7 +29,7 @@ import score
 from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig
-from prepare import DataError, get_array, load_pickle, open_dataset
+from prepare import get_array, load_pickle, open_dataset
 
 # ---- I/O
 out_dir = "out"  # where train.py wrote
@@ -166,67 +166,65 @@ def main():
     print(" ".join(f"{k}={v}" for k, v in config.items()))
     try:
         run()
-    except (ValueError, DataError) as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 
 
 def run():
     loaded = load(Path(out_dir) / checkpoint, device, weights)
+    data, items, folder = None, [], data_dir or loaded.data_dir
     if cond:
-        conditions, truth, data = read_conditions(cond, cond_key), None, None
-    else:
-        if split not in ("val", "train"):
-            raise ValueError(f"split={split!r} is unknown; it is one of val, train")
-        data = open_dataset(data_dir or loaded.data_dir)
+        conditions, truth = read_conditions(cond, cond_key), None
+    elif split in ("val", "train"):
+        data = open_dataset(folder)
         conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
+        items = [json.loads(line) for line in (Path(folder) / f"{split}_items.jsonl").read_text().splitlines()]
+    else:
+        raise ValueError(f"split={split!r} is unknown; it is one of val, train")
     n = len(conditions) if subset_size is None else min(subset_size, len(conditions))
     if n < 1 or draws < 1 or batch_size < 1:
         raise ValueError(f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}")
+    conditions, truth, items = conditions[:n], None if truth is None else truth[:n], items[:n]
+
     n_draws = draws if truth is not None or save_draws or plot else 1
-    T, D = loaded.model.config.grid[0] * loaded.model.config.grid[1], loaded.model.config.target_dim
-    out = np.empty((n, n_draws, T, D), np.float32)
+    H, W = loaded.model.config.grid
+    samples = np.empty((n, n_draws, H * W, loaded.model.config.target_dim), np.float32)
     start = time.perf_counter()
     with tqdm(total=n * n_draws, unit="sample") as bar:
         for first in range(0, n, batch_size):
-            batch = torch.from_numpy(np.array(conditions[first : min(first + batch_size, n)]))
+            rows = slice(first, min(first + batch_size, n))
+            batch = np.array(conditions[rows])
             for draw in range(n_draws):
-                out[first : first + len(batch), draw] = generate(
-                    loaded, batch, steps, method, guidance, seed, shift, draw, first, dtype
-                )
+                samples[rows, draw] = generate(loaded, batch, steps, method, guidance, seed, shift, draw, first, dtype)
                 bar.update(len(batch))
+    seconds = time.perf_counter() - start
     evaluations = steps * len(flow.METHODS[method][2]) * (1 if guidance == 1 else 2)
-    print(
-        f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {time.perf_counter() - start:.1f} s"
-    )
+    print(f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {seconds:.1f} s")
 
-    target = Path(save) if save else Path(out_dir) / "generated.npy"
-    np.save(target, out[:, 0])
-    print(f"wrote {target} {out[:, 0].shape}")
+    target = Path(save or Path(out_dir) / "generated.npy")
+    np.save(target, samples[:, 0])
+    print(f"wrote {target} {samples[:, 0].shape}")
     if save_draws:
-        np.save(target.with_name(target.stem + "_draws.npy"), out)
-        print(f"wrote {target.with_name(target.stem + '_draws.npy')} {out.shape}")
-    result = evaluate(loaded, data, conditions[:n], truth[:n], out) if truth is not None else None
+        np.save(target.with_name(f"{target.stem}_draws.npy"), samples)
+        print(f"wrote {target.with_name(f'{target.stem}_draws.npy')} {samples.shape}")
+    metrics = None if truth is None else evaluate(loaded, data, conditions, truth, samples)
     if save_pickle:
-        items = read_items(data_dir or loaded.data_dir, split, n) if data else [{}] * n
         results = {
-            "eva_embeddings": np.asarray(conditions[:n]), "clip_targets": None if truth is None else np.asarray(truth[:n]),
-            "generated_clip": out[:, 0], "captions": [i.get("caption") for i in items], "keys": [i.get("key") for i in items],
-            "generation_metrics": result,
-        }  # fmt: skip
+            "eva_embeddings": np.asarray(conditions),
+            "clip_targets": None if truth is None else np.asarray(truth),
+            "generated_clip": samples[:, 0],
+            "captions": [item["caption"] for item in items],
+            "keys": [item["key"] for item in items],
+            "generation_metrics": metrics,
+        }
         Path(save_pickle).write_bytes(pickle.dumps(results, protocol=4))
         print(f"wrote {save_pickle}")
     if plot:
         from plot import draw_samples
 
         picture = Path(out_dir) / "samples.png"
-        draw_samples(picture, np.asarray(conditions[:n]), None if truth is None else np.asarray(truth[:n]), out, loaded.model.config.grid,
-                     loaded.stats, data_dir or loaded.data_dir)  # fmt: skip
+        draw_samples(picture, conditions, truth, samples, (H, W), loaded.stats, folder)
         print(f"wrote {picture}")
-
-
-def read_items(folder, split, n):
-    with open(Path(folder) / f"{split}_items.jsonl") as f:
-        return [json.loads(line) for line, _ in zip(f, range(n))]
 
 
 def evaluate(loaded, data, conditions, truth, out):

@@ -16,7 +16,6 @@ import os
 import resource
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ import score
 from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig
-from prepare import DataError, open_dataset
+from prepare import open_dataset
 
 # The defaults are BLIP3-o's model; a config file or --key=value changes any of them.
 # ---- I/O
@@ -106,69 +105,46 @@ def fail(message):
 
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-if device.startswith("cuda") and not torch.cuda.is_available():
-    fail(f"device={device!r}: this machine has no CUDA GPU")
+device_type = device.split(":")[0]
+if device_type not in ("cuda", "mps", "cpu") or (device_type == "cuda" and not torch.cuda.is_available()):
+    fail(f"device={device!r} is not on this machine")
 if dtype == "auto":
-    dtype = "float32" if not device.startswith("cuda") else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 if dtype not in ("float32", "bfloat16", "float16"):
     fail(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
-if gradient_accumulation_steps % world_size:
-    better = math.ceil(gradient_accumulation_steps / world_size) * world_size
-    fail(
-        f"gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided by {world_size} processes; try {better}"
-    )
 if debug:
-    subset_size, max_iters, num_epochs, eval_interval, log_interval, warmup_iters, wandb_log = (
-        64,
-        10,
-        None,
-        5,
-        1,
-        2,
-        False,
-    )
+    subset_size, max_iters, num_epochs, eval_interval, log_interval, wandb_log = 64, 10, None, 5, 1, False
     torch.autograd.set_detect_anomaly(True)
-for name in (
-    "batch_size",
-    "gradient_accumulation_steps",
-    "eval_batch_size",
-    "eval_interval",
-    "save_interval",
-    "log_interval",
-):
+for name in (name for name in config if name.endswith(("batch_size", "_interval", "_steps"))):
     if globals()[name] < 1:
         fail(f"{name}={globals()[name]} must be at least 1")
-
-device_type = torch.device(device).type
+if gradient_accumulation_steps % world_size:
+    multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
+    fail(f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can")
 if world_size > 1:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
 torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
-autocast = nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
-micro_steps = gradient_accumulation_steps // world_size  # of this process
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
 
 # ---------------------------------------------------------------- data
 try:
     data = open_dataset(data_dir)
     stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
-    to_cond, to_target = (
-        Normalizer(normalize, stats[f"{n}_mean"], stats[f"{n}_std"], device) for n in ("cond", "target")
-    )
+    to_target = Normalizer(normalize, stats["target_mean"], stats["target_std"], device)
+    to_cond = Normalizer(normalize, stats["cond_mean"], stats["cond_std"], device)
     flow_config = FlowConfig(**{f.name: config[f.name] for f in fields(FlowConfig)})
-    sizes = {f.name: config[f.name] for f in fields(NextDiTConfig) if f.name in config}
-    grid, target_dim, cond_dim = data["meta"]["grid"], data["train_target"].shape[2], data["train_cond"].shape[2]
-    model_config = NextDiTConfig(grid, target_dim, cond_dim, **sizes)
-except (DataError, ValueError) as e:
+    model_args = {f.name: config[f.name] for f in fields(NextDiTConfig) if f.name in config}
+    model_args |= dict(grid=tuple(data["meta"]["grid"]), target_dim=len(to_target.mean), cond_dim=len(to_cond.mean))
+    model_config = NextDiTConfig(**model_args)
+except ValueError as e:
     fail(e)
 n_train, n_val = len(data["train_cond"]), min(eval_size, len(data["val_cond"]))
-if subset_size is not None:
-    n_train = min(subset_size, n_train)
+n_train = n_train if subset_size is None else min(subset_size, n_train)
 if n_train < 1 or n_val < 1:
-    fail(
-        f"subset_size={subset_size} and eval_size={eval_size} leave {n_train} samples to train and {n_val} to evaluate"
-    )
+    fail(f"{subset_size=} and {eval_size=} leave {n_train} samples to train on and {n_val} to evaluate")
 samples_per_iter = batch_size * gradient_accumulation_steps
 if num_epochs is not None:
     max_iters = math.ceil(num_epochs * n_train / samples_per_iter)
@@ -188,61 +164,50 @@ def batch_rows(step, micro):
 def get_batch(split, rows):
     """Normalized target (B, T, D) and condition (B, S, C) on the device; the copy is asynchronous on a GPU."""
     batch = []
-    for name, normalizer in ((f"{split}_target", to_target), (f"{split}_cond", to_cond)):
-        x = torch.from_numpy(np.asarray(data[name][rows]))
+    for name, normalizer in (("target", to_target), ("cond", to_cond)):
+        x = torch.from_numpy(np.asarray(data[f"{split}_{name}"][rows]))
         x = x.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else x.to(device)
         batch.append(normalizer.encode(x))
     return batch
 
 
-# ---------------------------------------------------------------- model
+# ---------------------------------------------------------------- model and optimizer
 torch.manual_seed(seed)
 raw_model = NextDiT(model_config).to(device)
 ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval()
-step, best_val_loss, wandb_id, ckpt = 0, math.inf, None, None
+params = list(raw_model.parameters())
+matrices, others = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+assert len(matrices) + len(others) == len(params)
+groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+
+step, best_val_loss, wandb_id = 0, math.inf, None
 last = Path(out_dir) / "ckpt_last.pt"
 if init_from not in ("scratch", "resume", "auto"):
-    fail(f"init_from={init_from!r} is unknown; it is one of scratch, resume, auto")
+    fail(f"{init_from=} is unknown; it is one of scratch, resume, auto")
 if init_from == "resume" or (init_from == "auto" and last.exists()):
     try:
         ckpt = torch.load(last, map_location=device, weights_only=True)
     except FileNotFoundError:
-        fail(f"init_from={init_from!r}: there is no {last}")
+        fail(f"{init_from=}, but there is no {last}")
     except Exception as e:  # torch raises many kinds for a truncated or foreign file
         fail(f"{last} cannot be read as a checkpoint: {str(e).splitlines()[0]}")
-    differ = {
-        k: (v, ckpt["model_args"].get(k)) for k, v in asdict(model_config).items() if ckpt["model_args"].get(k) != v
-    }
-    differ.pop("gradient_checkpointing", None)
+    shape = {k: v for k, v in model_args.items() if k != "gradient_checkpointing"}
+    differ = [f"{k} is {ckpt['model_args'][k]}, here {v}" for k, v in shape.items() if ckpt["model_args"][k] != v]
     if differ:
-        fail(
-            f"{last} is of another shape: " + ", ".join(f"{k} is {old}, here {new}" for k, (new, old) in differ.items())
-        )
-    changed = {
-        k: v for k, v in config.items() if ckpt["config"].get(k) != v and k not in ("init_from", "eval_only", "dry_run")
-    }
+        fail(f"{last} is of another shape: {', '.join(differ)}")
+    changed = [
+        f"{k} {ckpt['config'].get(k)} -> {v}"
+        for k, v in config.items()
+        if ckpt["config"].get(k) != v and k != "init_from"
+    ]
     if master and changed:
-        print(
-            "changed since the checkpoint:",
-            ", ".join(f"{k} {ckpt['config'].get(k)} -> {v}" for k, v in changed.items()),
-        )
-    raw_model.load_state_dict(ckpt["model"])
-    ema_model.load_state_dict(ckpt["ema"])
+        print("changed since the checkpoint:", ", ".join(changed))
+    for name, part in (("model", raw_model), ("ema", ema_model), ("optimizer", optimizer), ("scaler", scaler)):
+        part.load_state_dict(ckpt[name])
     step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
-
-# ---------------------------------------------------------------- optimizer
-params = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
-groups = [
-    {"params": [p for p in params.values() if p.dim() >= 2], "weight_decay": weight_decay},
-    {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
-]
-assert sum(len(g["params"]) for g in groups) == len(list(raw_model.parameters()))
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type in ("cuda", "cpu"))
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-if ckpt is not None:
-    optimizer.load_state_dict(ckpt["optimizer"])
-    scaler.load_state_dict(ckpt["scaler"])
-    ckpt = None  # frees its memory
+    del ckpt
 
 use_compile = device_type == "cuda" if compile is None else compile
 model = torch.compile(raw_model) if use_compile else raw_model
@@ -271,37 +236,32 @@ def evaluate(net, generate):
     Noise and t are functions of a sample's row, so losses compare between iterations, runs,
     batch sizes and process counts. Batches are dealt out to the processes.
     """
-    net.eval()
-    sums = torch.zeros(2, T_BINS + 1)  # sum and count of the loss per bin, then of the cosine
+    sums = torch.zeros(2, T_BINS + 1)  # sum and count of the loss per bin, and of the cosine
     for first in range(rank * eval_batch_size, n_val, world_size * eval_batch_size):
         rows = np.arange(first, min(first + eval_batch_size, n_val))
         x_1, cond = get_batch("val", rows)
-        t = torch.from_numpy(
-            (rows + 0.5) * 0.6180339887498949 % 1
-        ).float()  # golden ratio: every stretch of rows covers [0, 1]
+        t = torch.from_numpy((rows + 0.5) * 0.6180339887498949 % 1).float()  # golden ratio: any rows cover [0, 1]
+        x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0).to(device)
         with autocast:
-            x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0).to(device)
             losses, _ = flow.loss(net, x_1, cond, val_flow, x_0=x_0, t=t.to(device))
-            sums[0].index_add_(0, (t * T_BINS).long(), losses.cpu())
-            sums[1].index_add_(0, (t * T_BINS).long(), torch.ones(len(t)))
-            if generate and (k := min(len(rows), eval_samples - first)) > 0:
-                noise = flow_config.sigma_max * flow.sample_noise(rows[:k], x_1.shape[1:], seed=0, draw=1).to(device)
-                x = flow.integrate(flow.guided_velocity(net, cond[:k], flow_config), noise, eval_sample_steps)
-                samples, truth = standardize(to_target.decode(x).cpu()), standardize(data["val_target"][rows[:k]])
-                sums[:, T_BINS] += torch.tensor([score.cosine(samples, truth).mean(1).sum(), k])
+        sums[:, :T_BINS].index_add_(1, (t * T_BINS).long(), torch.stack([losses.cpu(), torch.ones(len(t))]))
+        if generate and (k := min(len(rows), eval_samples - first)) > 0:
+            x = flow_config.sigma_max * flow.sample_noise(rows[:k], x_1.shape[1:], seed=0, draw=1).to(device)
+            with autocast:
+                x = flow.integrate(flow.guided_velocity(net, cond[:k], flow_config), x, eval_sample_steps)
+            samples, truth = standardize(to_target.decode(x).cpu()), standardize(data["val_target"][rows[:k]])
+            sums[:, T_BINS] += torch.tensor([score.cosine(samples, truth).mean(1).sum(), k])
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-        sums = sums.cpu()
-    net.train(net is raw_model)
     means = (sums[0] / sums[1]).tolist()
     result = {"val_loss": (sums[0, :T_BINS].sum() / n_val).item()}
-    result |= {f"val_loss_t{i}": mean for i, mean in enumerate(means[:T_BINS]) if sums[1, i]}
-    return result | ({"val_token_cosine": means[T_BINS]} if generate and sums[1, T_BINS] else {})
+    result |= {f"val_loss_t{i}": mean for i, mean in enumerate(means[:T_BINS]) if not math.isnan(mean)}
+    return result | ({"val_token_cosine": means[T_BINS]} if generate else {})
 
 
 def evaluate_both():
-    """The EMA weights, which is what gets sampled, and the loss of the raw ones."""
+    """The EMA weights, which are what gets sampled, and the loss of the raw ones."""
     return evaluate(ema_model, generate=True) | {"val_loss_raw": evaluate(raw_model, generate=False)["val_loss"]}
 
 
@@ -311,11 +271,10 @@ def save_checkpoint(name):
     target = Path(out_dir) / name
     partial = target.with_suffix(".partial")
     checkpoint = {
-        "model": raw_model.state_dict(), "ema": ema_model.state_dict(),
-        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-        "iter": step, "best_val_loss": best_val_loss, "wandb_id": wandb_id, "config": config, "stats": stats,
-        "model_args": asdict(model_config), "flow": asdict(flow_config), "normalize": normalize,
-        "cond_tokens": data["train_cond"].shape[1],
+        "model": raw_model.state_dict(), "ema": ema_model.state_dict(), "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(), "iter": step, "best_val_loss": best_val_loss, "wandb_id": wandb_id,
+        "config": config, "model_args": model_args, "flow": asdict(flow_config), "normalize": normalize,
+        "stats": stats, "cond_tokens": data["train_cond"].shape[1],
     }  # fmt: skip
     try:
         with open(partial, "wb") as f:
@@ -325,10 +284,7 @@ def save_checkpoint(name):
         os.replace(partial, target)
     except (OSError, RuntimeError) as e:  # a full disk, above all: training goes on
         partial.unlink(missing_ok=True)
-        print(
-            f"WARNING: {target} was not written ({str(e).splitlines()[0]}); what was there before is untouched",
-            flush=True,
-        )
+        print(f"WARNING: {target} not written ({str(e).splitlines()[0]}); the previous one is untouched", flush=True)
 
 
 def write_log(record):
@@ -338,54 +294,48 @@ def write_log(record):
         wandb.log(record, step=record["iter"])
 
 
+def show(record):
+    return " | ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "iter")
+
+
 if eval_only or dry_run:
     if eval_only:
-        result = evaluate_both()
-        report = f"iter {step} | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items())
+        report = f"iter {step}: {show(evaluate_both())}"
     else:
         x_1, cond = get_batch("train", batch_rows(0, 0))
         with autocast:
-            losses, _ = flow.loss(model, x_1, cond, flow_config)
-        losses.mean().backward()
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if device_type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        report = f"dry run: loss {losses.mean().item():.4f}, peak memory {peak / 1e9:.2f} GB (weights, gradients, activations)"
+            loss = flow.loss(model, x_1, cond, flow_config)[0].mean()
+        loss.backward()
+        on_gpu, rss = device_type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if on_gpu else rss
+        report = f"dry run: loss {loss.item():.4f}; peak memory {peak / 1e9:.2f} GB, without the optimizer's state"
     if master:
         print(report)
     if world_size > 1:
         dist.destroy_process_group()
-    sys.exit(0)
+    sys.exit()
 
 if master:
     os.makedirs(out_dir, exist_ok=True)
     (Path(out_dir) / "config.json").write_text(json.dumps(config, indent=1))
     log = Path(out_dir) / "log.jsonl"
-    kept = (
-        [line for line in log.read_text().splitlines() if json.loads(line)["iter"] < step]
-        if step and log.exists()
-        else []
-    )
-    log.write_text("".join(line + "\n" for line in kept))  # what a resumed run will repeat goes
+    kept = log.read_text().splitlines(keepends=True) if step and log.exists() else []
+    log.write_text("".join(entry for entry in kept if json.loads(entry)["iter"] < step))  # the rest is run again
     print(" ".join(f"{k}={v}" for k, v in config.items()))
-    print(
-        f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}; {n_train} samples, "
-        f"{samples_per_iter} an iteration, {max_iters} iterations ({max_iters * samples_per_iter / n_train:.1f} epochs)"
-    )
+    epochs = max_iters * samples_per_iter / n_train
+    print(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}")
+    print(f"{n_train} samples, {samples_per_iter} an iteration, {max_iters} iterations ({epochs:.1f} epochs)")
 wandb_log = wandb_log and master
 if wandb_log:
     import wandb
 
-    run = wandb.init(
-        project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, id=wandb_id, resume="allow"
-    )
-    wandb_id = run.id
+    wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, id=wandb_id, resume="allow")
+    wandb_id = wandb.run.id
 
 # ---------------------------------------------------------------- training loop
 generator = torch.Generator(device)
-seconds, clock, since = 0.0, time.perf_counter(), step  # of training alone: evaluations are not counted
+micro_steps = gradient_accumulation_steps // world_size  # of this process
+clock, first_step = time.perf_counter(), step
 while True:
     lr = get_lr(step)
     for group in optimizer.param_groups:
@@ -393,23 +343,22 @@ while True:
     record, final = {"iter": step}, step >= max_iters
 
     if step % eval_interval == 0 or final:
-        seconds += time.perf_counter() - clock
+        paused = time.perf_counter()
         record |= evaluate_both()
         if master:
-            print(f"iter {step}: " + " | ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "iter"), flush=True)
-            if record["val_loss"] < best_val_loss:
+            print(f"iter {step}: {show(record)}", flush=True)
+            if step > 0 and record["val_loss"] < best_val_loss:
                 best_val_loss = record["val_loss"]
-                if step > 0:
-                    save_checkpoint("ckpt_best.pt")
-        clock = time.perf_counter()
-    if master and ((step % save_interval == 0 and step > 0) or final):
+                save_checkpoint("ckpt_best.pt")
+        clock += time.perf_counter() - paused  # the pace is that of training alone
+    if master and step > 0 and (step % save_interval == 0 or final):
         save_checkpoint("ckpt_last.pt")
     if final:
         if master:
             write_log(record)
         break
 
-    loss_sum = torch.zeros((), device=device)
+    loss = torch.zeros((), device=device)  # of the global batch
     for m in range(micro_steps):
         micro = rank * micro_steps + m  # index in the global batch: noise and t do not depend on the process count
         x_1, cond = get_batch("train", batch_rows(step, micro))
@@ -418,31 +367,27 @@ while True:
             model.require_backward_grad_sync = m == micro_steps - 1
         with autocast:
             losses, _ = flow.loss(model, x_1, cond, flow_config, generator=generator)
-        loss = losses.mean() / micro_steps
-        scaler.scale(loss).backward()
-        loss_sum += loss.detach()
+        micro_loss = losses.mean() / micro_steps
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    decay = min(ema_decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema_model.parameters()), list(raw_model.parameters()), 1 - decay)
+    torch._foreach_lerp_(list(ema_model.parameters()), params, 1 - min(ema_decay, (1 + step) / (10 + step)))
 
     if step % log_interval == 0:
         if world_size > 1:
-            dist.all_reduce(loss_sum)
-            loss_sum /= world_size
-        record |= {"loss": loss_sum.item(), "grad_norm": grad_norm.item(), "lr": lr}
+            dist.all_reduce(loss)
+        record |= {"loss": loss.item() / world_size, "grad_norm": grad_norm.item(), "lr": lr}
+        pace = (time.perf_counter() - clock) / (step + 1 - first_step)  # seconds an iteration
+        record |= {"ms": 1000 * pace, "samples_per_s": samples_per_iter / pace}
         if master:
-            pace = (seconds + time.perf_counter() - clock) / (
-                step + 1 - since
-            )  # seconds an iteration, mean of this run
-            record |= {"ms": 1000 * pace, "samples_per_s": samples_per_iter / pace}
             left = datetime.timedelta(seconds=round(pace * (max_iters - step - 1)))
             print(
-                f"iter {step} | loss {record['loss']:.4f} | grad norm {record['grad_norm']:.3f} | lr {lr:.2e} | "
-                f"{record['ms']:.0f} ms | {record['samples_per_s']:.1f} samples/s | {left} left",
+                f"iter {step} | loss {record['loss']:.4f} | grad norm {grad_norm:.3f} | lr {lr:.2e} | "
+                f"{1000 * pace:.0f} ms | {samples_per_iter / pace:.1f} samples/s | {left} left",
                 flush=True,
             )
     if master and len(record) > 1:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-TINY = ["--dim=32", "--n_layer=2", "--n_head=2", "--multiple_of=16", "--batch_size=4", "--gradient_accumulation_steps=2",
-        "--max_iters=6", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=3", "--save_interval=3", "--log_interval=1",
-        "--ema_decay=0.5", "--eval_batch_size=4", "--eval_samples=4", "--eval_sample_steps=2"]  # fmt: skip
+TINY = "--dim=32 --n_layer=2 --n_head=2 --multiple_of=16 --batch_size=4 --gradient_accumulation_steps=2 --max_iters=6"
+TINY += " --warmup_iters=2 --learning_rate=1e-2 --eval_interval=3 --save_interval=3 --log_interval=1 --ema_decay=0.5"
+TINY = (TINY + " --eval_batch_size=4 --eval_samples=4 --eval_sample_steps=2").split()
 
 
 def run(*args, cwd=ROOT, check=True, threads=1, **env):
@@ -51,6 +51,14 @@ def make_pickle(path, n=40, seed=0, grid=(2, 2), C=6, D=5, **changes):
     } | changes
     path.write_bytes(pickle.dumps({k: v for k, v in content.items() if v is not None}))
     return content
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that a second thread only costs."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

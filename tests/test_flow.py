@@ -64,22 +64,24 @@ def test_training_times():
 @pytest.mark.parametrize("method, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 def test_solvers_have_their_order_on_an_exact_flow(method, order, shift):
-    """Gaussian data N(m, s^2) under the linear path: the exact velocity is known, and carries
-    x_0 to m + s * x_0."""
-    m, s = 1.5, 0.3
+    """Gaussian data N(m, s^2): the exact velocity is known, and so is where it carries x_0.
+
+    On the cosine path: on the linear one, midpoint happens to be of order 3 for Gaussians.
+    """
+    cfg, m, s = FlowConfig(path="cosine", sigma_min=0.2, sigma_max=1.5), 1.5, 2.0
 
     def velocity(x, t):
-        t = t.view(-1, 1, 1)
-        variance = (t * s) ** 2 + (1 - t) ** 2
-        x_1 = m + t * s**2 / variance * (x - t * m)
-        x_0 = (1 - t) / variance * (x - t * m)
-        return x_1 - x_0
+        alpha, sigma, d_alpha, d_sigma = flow.coefficients(t, cfg)
+        variance, half_slope = (alpha * s) ** 2 + sigma**2, alpha * d_alpha * s**2 + sigma * d_sigma
+        return d_alpha * m + half_slope / variance * (x - alpha * m)
 
     x_0 = torch.randn(64, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    errors = [(flow.integrate(velocity, x_0, n, method, shift) - (m + s * x_0)).abs().max().item() for n in (32, 64)]
-    measured = math.log2(errors[0] / errors[1])
-    assert abs(measured - order) < 0.35, (measured, errors)
-    assert errors[1] < {1: 0.05, 2: 2e-3, 4: 1e-5}[order]
+    target = m + math.sqrt(s**2 + cfg.sigma_min**2) * x_0
+    errors = [
+        (flow.integrate(velocity, cfg.sigma_max * x_0, n, method, shift) - target).abs().max().item() for n in (64, 128)
+    ]
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1, errors
+    assert errors[1] < {1: 0.03, 2: 2e-4, 4: 1e-9}[order]
 
 
 def test_integrate_counts_evaluations_and_keeps_the_trajectory():
@@ -178,47 +180,47 @@ def test_bad_settings_are_named(setting):
         FlowConfig(**setting)
 
 
-def train_tiny(prediction, shuffle, steps=700):
-    """Two tokens of one channel; given cond c in {-1, +1} at a token, the target is a mixture:
-    c + 1 or c - 1 with equal probability (both tokens alike), each with standard deviation 0.1."""
+def train_tiny(prediction, shuffle, steps=500):
+    """Two tokens of one channel; given cond c in {-1, +1} at both, the target is a mixture with two
+    equal modes, c - 1 and c + 1, each of standard deviation 0.1. Returns samples for c = -1 and c = +1."""
     torch.manual_seed(0)
     cfg = FlowConfig(prediction=prediction, cond_dropout=0.0)
-    model = NextDiT(NextDiTConfig((1, 2), 1, 1, dim=48, n_layer=2, n_head=2, multiple_of=16))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    model = NextDiT(NextDiTConfig((1, 2), 1, 1, dim=32, n_layer=2, n_head=2, multiple_of=16))
+    optimizer = torch.optim.AdamW(model.parameters())
     g = torch.Generator().manual_seed(1)
     for step in range(steps):
-        c = torch.randint(0, 2, (128, 1, 1), generator=g).float() * 2 - 1
-        mode = torch.randint(0, 2, (128, 1, 1), generator=g).float() * 2 - 1
-        x_1 = (c + mode + 0.1 * torch.randn(128, 2, 1, generator=g)).expand(-1, 2, -1)
+        c, mode = torch.randint(0, 2, (2, 128, 1, 1), generator=g).float() * 2 - 1
+        x_1 = c + mode + 0.1 * torch.randn(128, 2, 1, generator=g)
         cond = (c[torch.randperm(128, generator=g)] if shuffle else c).expand(-1, 2, -1)
         losses, _ = flow.loss(model, x_1, cond, cfg, generator=g)
         losses.mean().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
     cond = torch.tensor([-1.0, 1.0]).repeat(400)[:, None, None].expand(-1, 2, -1)
     x = flow.integrate(flow.guided_velocity(model, cond, cfg), flow.sample_noise(range(800), (2, 1), 0), 20)
-    return x[::2].flatten(), x[1::2].flatten()  # samples of c = -1, of c = +1
+    return x[::2].flatten(), x[1::2].flatten()
 
 
-def fits_posterior(samples, c):
-    """Both modes of the posterior, with their weights, places and widths, and nothing between."""
+def posterior_error(samples, c, width):
+    """None, or what is not as in the posterior: the modes' weights, places and widths, mean and variance."""
     low, high = samples[samples < c], samples[samples >= c]
-    return (
-        abs(len(high) / len(samples) - 0.5) < 0.1
-        and all(abs(part.mean() - (c + sign)) < 0.1 and part.std() < 0.25 for part, sign in ((low, -1), (high, 1)))
-        and abs(samples.mean() - c) < 0.15
-        and abs(samples.var() - 1.01) < 0.15
-    )  # fmt: skip
+    checks = {
+        "weight": abs(len(high) / len(samples) - 0.5) < 0.1,
+        "places": abs(low.mean() - (c - 1)) < 0.1 and abs(high.mean() - (c + 1)) < 0.1,
+        "widths": max(low.std(), high.std()) < width,
+        "mean": abs(samples.mean() - c) < 0.15,
+        "variance": abs(samples.var() - 1.01) < 0.2,
+    }
+    return [name for name, fits in checks.items() if not fits] or None
 
 
-@pytest.mark.parametrize("prediction", ["v", "epsilon", "x"])
-def test_samples_match_a_known_two_mode_posterior(prediction):
-    minus, plus = train_tiny(prediction, shuffle=False)
-    assert fits_posterior(minus, -1) and fits_posterior(plus, 1), (minus.mean(), minus.std(), plus.mean(), plus.std())
+@pytest.mark.parametrize("prediction, width", [("v", 0.25), ("x", 0.25), ("epsilon", 0.5)])
+def test_samples_match_a_known_two_mode_posterior(prediction, width, one_thread):
+    for samples, c in zip(train_tiny(prediction, shuffle=False), (-1, 1)):
+        assert posterior_error(samples, c, width) is None, (samples.mean(), samples.std())
 
 
-def test_shuffled_conditions_fail_that_test():
-    minus, plus = train_tiny("v", shuffle=True)
-    assert not fits_posterior(minus, -1) and not fits_posterior(plus, 1)
+def test_shuffled_conditions_fail_that_test(one_thread):
+    for samples, c in zip(train_tiny("v", shuffle=True), (-1, 1)):
+        assert {"places", "mean"} <= set(posterior_error(samples, c, 0.25))

@@ -33,17 +33,27 @@ def test_equals_the_reference_block_for_block():
         multiple_of=8, learn_sigma=False, qk_norm=True, cross_attention_dim=7,
     )  # fmt: skip
     theirs, state = reference.state_dict(), ours.state_dict()
+    time_cond = "time_caption_embed"
     plain = {
-        "x_embed": "patch_embedder.proj", "t_embed.0": "time_caption_embed.timestep_embedder.linear_1",
-        "t_embed.2": "time_caption_embed.timestep_embedder.linear_2", "cond_embed.0": "time_caption_embed.caption_embedder.0",
-        "cond_embed.1": "time_caption_embed.caption_embedder.1", "final_ada": "norm_out.linear_1", "final": "norm_out.linear_2",
-    } | {f"layers.{i}.{a}": f"layers.{i}.{b}" for i in range(2) for a, b in {
-        "gate": "gate", "ada": "norm1.linear", "norm1": "norm1.norm", "norm2": "norm2", "ffn_norm1": "ffn_norm1", "ffn_norm2": "ffn_norm2",
-        "cond_norm": "norm1_context", "out": "attn2.to_out.0", "q_norm": "attn1.norm_q", "k_norm": "attn1.norm_k",
-        "cond_q_norm": "attn2.norm_q", "cond_k_norm": "attn2.norm_k", "w2": "feed_forward.linear_2"}.items()}  # fmt: skip
-    fused = {f"layers.{i}.{a}.weight": [f"layers.{i}.{b}.weight" for b in bs] for i in range(2) for a, bs in {
-        "qkvq": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q"], "cond_kv": ["attn2.to_k", "attn2.to_v"],
-        "w13": ["feed_forward.linear_1", "feed_forward.linear_3"]}.items()}  # fmt: skip
+        "x_embed": "patch_embedder.proj",
+        "t_embed.0": f"{time_cond}.timestep_embedder.linear_1",
+        "t_embed.2": f"{time_cond}.timestep_embedder.linear_2",
+        "cond_embed.0": f"{time_cond}.caption_embedder.0",
+        "cond_embed.1": f"{time_cond}.caption_embedder.1",
+        "final_ada": "norm_out.linear_1",
+        "final": "norm_out.linear_2",
+    }
+    renamed = "gate gate ada norm1.linear norm1 norm1.norm norm2 norm2 ffn_norm1 ffn_norm1 ffn_norm2 ffn_norm2"
+    renamed += " cond_norm norm1_context out attn2.to_out.0 q_norm attn1.norm_q k_norm attn1.norm_k"
+    renamed = (renamed + " cond_q_norm attn2.norm_q cond_k_norm attn2.norm_k w2 feed_forward.linear_2").split()
+    fused = {}
+    for layer in ("layers.0.", "layers.1."):
+        plain |= {layer + a: layer + b for a, b in zip(renamed[::2], renamed[1::2])}
+        fused[f"{layer}qkvq.weight"] = [
+            f"{layer}{p}.weight" for p in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q")
+        ]
+        fused[f"{layer}cond_kv.weight"] = [f"{layer}attn2.to_{x}.weight" for x in "kv"]
+        fused[f"{layer}w13.weight"] = [f"{layer}feed_forward.linear_{n}.weight" for n in (1, 3)]
     copied = {"pad_token"}  # which the reference never uses
     for name, value in state.items():
         if name in fused:

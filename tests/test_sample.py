@@ -56,8 +56,8 @@ def test_guidance_trajectory_and_interpolation(loaded, dataset):
 
 
 def test_command_line_scores_and_saves_a_split(run_dir, dataset):
-    done = run("sample.py", f"--out_dir={run_dir}", "--steps=4", "--draws=3", "--batch_size=3", "--plot=True", "--save_draws=True",
-               f"--save_pickle={run_dir / 'results.pkl'}")  # fmt: skip
+    args = ["--steps=4", "--draws=3", "--batch_size=3", "--plot=True", "--save_draws=True"]
+    done = run("sample.py", f"--out_dir={run_dir}", *args, f"--save_pickle={run_dir / 'results.pkl'}")
     assert "10 conditions, 3 draws, 8 model evaluations a sample" in done.stdout
     generated, draws = np.load(run_dir / "generated.npy"), np.load(run_dir / "generated_draws.npy")
     assert generated.shape == (10, 4, 5) and draws.shape == (10, 3, 4, 5) and np.array_equal(draws[:, 0], generated)

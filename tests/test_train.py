@@ -55,10 +55,7 @@ def test_a_run_learns_logs_and_saves(trained, dataset):
     ckpt = checkpoint(trained)
     assert ckpt["iter"] == 6 and ckpt["model_args"]["dim"] == 32 and ckpt["config"]["learning_rate"] == 1e-2
     assert not any(key.startswith(("module.", "_orig_mod.")) for key in [*ckpt["model"], *ckpt["ema"]])
-    assert (
-        ckpt["best_val_loss"] == min(line["val_loss"] for line in lines[1:] if "val_loss" in line)
-        or ckpt["best_val_loss"] == lines[0]["val_loss"]
-    )
+    assert ckpt["best_val_loss"] == min(entry["val_loss"] for entry in lines[1:] if "val_loss" in entry)
     assert json.loads((trained / "config.json").read_text()) == ckpt["config"]
     decayed = sum(len(g["params"]) for g in ckpt["optimizer"]["param_groups"] if g["weight_decay"])
     assert decayed == sum(p.dim() >= 2 for p in ckpt["model"].values())
@@ -69,7 +66,8 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(dataset, tmp_path, dtype
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(dataset, whole, f"--dtype={dtype}", "--save_interval=4")
     # killed in iteration 5: the checkpoint is of iteration 4, the log has run ahead
-    kill = "import json, os, runpy, sys; d = json.dumps; json.dumps = lambda r, **k: os._exit(9) if r.get('iter') == 5 else d(r, **k)"
+    kill = "import json, os, runpy, sys; dumps = json.dumps"
+    kill += "; json.dumps = lambda r, **k: os._exit(9) if r.get('iter') == 5 else dumps(r, **k)"
     kill += "; sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
     args = [*TINY, f"--data_dir={dataset}", f"--out_dir={parts}", f"--dtype={dtype}", "--save_interval=4"]
     assert run("-c", kill, "train.py", *args, check=False).returncode == 9
@@ -103,8 +101,9 @@ def test_wandb_offline(dataset, tmp_path):
 
 
 def test_epochs_subset_and_settings_of_the_flow(dataset, tmp_path):
-    done = train(dataset, tmp_path / "out", "--num_epochs=2", "--subset_size=12", "--path=cosine", "--prediction=x", "--normalize=l2",
-                 "--t_sampling=logit_normal", "--sigma_min=0.01", "--l2_weight=0.1", "--gradient_checkpointing=True", "--dtype=bfloat16")  # fmt: skip
+    settings = ["--num_epochs=2", "--subset_size=12", "--path=cosine", "--prediction=x", "--normalize=l2"]
+    settings += ["--t_sampling=logit_normal", "--sigma_min=0.01", "--l2_weight=0.1", "--gradient_checkpointing=True"]
+    done = train(dataset, tmp_path / "out", *settings, "--dtype=bfloat16")
     assert "12 samples, 8 an iteration, 3 iterations (2.0 epochs)" in done.stdout
     assert log(tmp_path / "out")[-1]["iter"] == 3
     assert checkpoint(tmp_path / "out")["flow"]["prediction"] == "x"
@@ -137,9 +136,10 @@ def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
     out = tmp_path / "out"
     train(dataset, out, "--max_iters=3")
     before = (out / "ckpt_last.pt").read_bytes()
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    limit += "; sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
     done = run("-c", limit, "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume")
-    assert "ckpt_last.pt was not written" in done.stdout and "done: 6 iterations" in done.stdout
+    assert "ckpt_last.pt not written" in done.stdout and "done: 6 iterations" in done.stdout
     assert (out / "ckpt_last.pt").read_bytes() == before and not list(out.glob("*.partial"))
 
 
@@ -175,6 +175,6 @@ def test_bad_checkpoints_are_refused(dataset, tmp_path, trained):
 
 
 def test_processes_must_divide_the_accumulation(dataset, tmp_path):
-    assert "try 3" in refused(
+    assert "3 can" in refused(
         "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path}", RANK="0", WORLD_SIZE="3"
     )
