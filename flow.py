@@ -26,6 +26,7 @@ class FlowConfig:
     sigma_min: float = 0.0  # noise left at t = 1
     sigma_max: float = 1.0  # noise at t = 0
     prediction: str = "v"  # what the model outputs: v | epsilon (x_0) | x (x_1)
+    loss_space: str = "native"  # where the error is measured: native (of the prediction) | v (of the velocity)
     t_sampling: str = "uniform"  # uniform | logit_normal (Esser et al. 2024, arXiv 2403.03206, section 3.1)
     t_mean: float = 0.0  # of logit(t), for logit_normal
     t_std: float = 1.0
@@ -34,9 +35,8 @@ class FlowConfig:
     l2_weight: float = 0.0  # weight of mean(output^2) in the loss
 
     def __post_init__(self):
-        for name, known in dict(
-            path=PATHS, prediction=("v", "epsilon", "x"), t_sampling=("uniform", "logit_normal")
-        ).items():
+        choices = {"path": PATHS, "prediction": ("v", "epsilon", "x"), "loss_space": ("native", "v")}
+        for name, known in (choices | {"t_sampling": ("uniform", "logit_normal")}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it is one of {', '.join(known)}")
         if not 0 <= self.sigma_min < self.sigma_max:
@@ -80,11 +80,10 @@ def sample_t(n, cfg, generator=None, device=None):
 
 
 def loss(model, x_1, cond, cfg, cond_mask=None, generator=None, x_0=None, t=None):
-    """The training objective: the mean squared error of the velocity, per sample.
+    """The training objective: the mean squared error of the model's prediction, per sample.
 
-    What the model predicts, and what it should have predicted, are both taken to the velocity,
-    so losses compare between prediction types, and the weight over t is that of v (as Li and He
-    2025, arXiv 2511.13720, do for x: without it the last, finest part of the path is not learned).
+    With loss_space "v" prediction and truth are first taken to the velocity, which weights x by
+    1 / (1 - t)^2 (Li and He 2025, arXiv 2511.13720) and epsilon by 1 / t^2 on the linear path.
 
     x_1: (B, T, D) data; cond: (B, S, C); cond_mask: (B, S) or None
     generator: torch.Generator on x_1's device; x_0 (B, T, D), t (B,): fixed instead of drawn
@@ -101,7 +100,9 @@ def loss(model, x_1, cond, cfg, cond_mask=None, generator=None, x_0=None, t=None
     x_t = alpha * x_1 + sigma * x_0
     target = {"v": d_alpha * x_1 + d_sigma * x_0, "epsilon": x_0, "x": x_1}[cfg.prediction]
     out = model(x_t, t, cond, cond_mask, drop).float()
-    error = convert(out, x_t, t, cfg)[0] - convert(target, x_t, t, cfg)[0]
+    error = out - target
+    if cfg.loss_space == "v":
+        error = convert(out, x_t, t, cfg)[0] - convert(target, x_t, t, cfg)[0]
     return (error**2).mean((1, 2)) + cfg.l2_weight * (out**2).mean((1, 2)), out
 
 

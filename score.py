@@ -148,8 +148,9 @@ def report(generated, target, ridge=None):
 
 def table(rows):
     """Lines of text: a row of metrics for each {name: metrics}."""
-    lines = [" " * 16 + "".join(f"{name:>14}" for name in METRICS)]
-    lines += [f"{name:<16}" + "".join(f"{row[m]:14.4f}" for m in METRICS) for name, row in rows.items()]
+    width = {m: max(len(m), 8) + 2 for m in METRICS}
+    lines = [" " * 10 + "".join(m.rjust(width[m]) for m in METRICS)]
+    lines += [f"{name:<10}" + "".join(f"{row[m]:{width[m]}.4f}" for m in METRICS) for name, row in rows.items()]
     return "\n".join(lines)
 
 

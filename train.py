@@ -69,6 +69,7 @@ path = "linear"  # linear | cosine
 sigma_min = 0.0  # noise left at t = 1 (data)
 sigma_max = 1.0  # noise at t = 0
 prediction = "v"  # v (velocity) | epsilon (noise) | x (data)
+loss_space = "native"  # of the error: native (the prediction's own) | v (taken to the velocity)
 t_sampling = "uniform"  # uniform | logit_normal
 t_mean = 0.0  # of logit(t), for logit_normal
 t_std = 1.0
@@ -176,9 +177,8 @@ torch.manual_seed(seed)
 raw_model = NextDiT(model_config).to(device)
 ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval()
 params = list(raw_model.parameters())
-matrices, others = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
-assert len(matrices) + len(others) == len(params)
-groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+decay, no_decay = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]  # norms, biases, gates
+groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
@@ -197,11 +197,8 @@ if init_from == "resume" or (init_from == "auto" and last.exists()):
     differ = [f"{k} is {ckpt['model_args'][k]}, here {v}" for k, v in shape.items() if ckpt["model_args"][k] != v]
     if differ:
         fail(f"{last} is of another shape: {', '.join(differ)}")
-    changed = [
-        f"{k} {ckpt['config'].get(k)} -> {v}"
-        for k, v in config.items()
-        if ckpt["config"].get(k) != v and k != "init_from"
-    ]
+    old = ckpt["config"] | {"init_from": init_from}
+    changed = [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]
     if master and changed:
         print("changed since the checkpoint:", ", ".join(changed))
     for name, part in (("model", raw_model), ("ema", ema_model), ("optimizer", optimizer), ("scaler", scaler)):

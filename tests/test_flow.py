@@ -10,10 +10,11 @@ from model import NextDiT, NextDiTConfig
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("loss_space", ["native", "v"])
 @pytest.mark.parametrize("prediction", ["v", "epsilon", "x"])
-def test_loss_trains_on_the_noise_it_shows(path, prediction):
+def test_loss_trains_on_the_noise_it_shows(path, prediction, loss_space):
     """A model that knows x_0 and x_1 reaches zero loss: input and target come from one draw."""
-    cfg = FlowConfig(path=path, prediction=prediction, sigma_min=0.1, sigma_max=2.0, cond_dropout=0.0)
+    cfg = FlowConfig(path, 0.1, 2.0, prediction, loss_space, cond_dropout=0.0)
     x_1, cond = torch.randn(8, 4, 3).double(), torch.randn(8, 4, 2)
     seen = {}
 
@@ -30,6 +31,16 @@ def test_loss_trains_on_the_noise_it_shows(path, prediction):
         oracle, x_1, cond, replace(cfg, l2_weight=0.5), generator=torch.Generator().manual_seed(1)
     )
     assert torch.allclose(regularized.float(), 0.5 * (out**2).mean((1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x"])
+def test_loss_space_v_is_the_velocity_error(prediction):
+    cfg, g = FlowConfig(prediction=prediction, loss_space="v", cond_dropout=0.0), torch.Generator().manual_seed(0)
+    x_0, x_1, wrong = torch.randn(3, 6, 4, 3, generator=g)
+    t = torch.linspace(0.2, 0.8, 6)
+    losses, _ = flow.loss(lambda *args: wrong, x_1, None, cfg, x_0=x_0, t=t)
+    native, _ = flow.loss(lambda *args: wrong, x_1, None, replace(cfg, loss_space="native"), x_0=x_0, t=t)
+    assert torch.allclose(losses, native / {"x": (1 - t) ** 2, "epsilon": t**2}[prediction], rtol=1e-4)
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -184,7 +195,7 @@ def train_tiny(prediction, shuffle, steps=500):
     """Two tokens of one channel; given cond c in {-1, +1} at both, the target is a mixture with two
     equal modes, c - 1 and c + 1, each of standard deviation 0.1. Returns samples for c = -1 and c = +1."""
     torch.manual_seed(0)
-    cfg = FlowConfig(prediction=prediction, cond_dropout=0.0)
+    cfg = FlowConfig(prediction=prediction, loss_space="v", cond_dropout=0.0)
     model = NextDiT(NextDiTConfig((1, 2), 1, 1, dim=32, n_layer=2, n_head=2, multiple_of=16))
     optimizer = torch.optim.AdamW(model.parameters())
     g = torch.Generator().manual_seed(1)
