@@ -21,6 +21,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+def pick_device(name):
+    """'auto' as cuda, else mps, else cpu; any other name if this machine has it, else ValueError."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(kind for kind, there in has.items() if there)
+    if not has.get(name.split(":")[0]):
+        raise ValueError(f"device={name!r}: this machine has {', '.join(kind for kind, there in has.items() if there)}")
+    return name
+
+
 @dataclass
 class NextDiTConfig:
     grid: tuple[int, int]  # (H, W) of the target tokens, T = H * W

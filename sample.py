@@ -28,7 +28,7 @@ import flow
 import score
 from configurator import configure
 from flow import FlowConfig, Normalizer
-from model import NextDiT, NextDiTConfig
+from model import NextDiT, NextDiTConfig, pick_device
 from prepare import get_array, load_pickle, open_dataset
 
 # ---- I/O
@@ -56,12 +56,6 @@ seed = 0
 device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
 dtype = "auto"  # auto (bfloat16 on cuda, else float32) | float32 | bfloat16 | float16
 # ----
-
-
-def pick_device(device):
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return device
 
 
 def load(path, device="auto", weights="ema"):
@@ -122,13 +116,16 @@ def generate(
     dtype: of the model's arithmetic; the state is float32
     trajectory: return the states at every step, noise first, instead of the last alone
     Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
-    Raises ValueError where cond's width differs from the model's or a setting is unknown.
+    Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
     """
     model, T = loaded.model, loaded.model.config.grid[0] * loaded.model.config.grid[1]
     cond = torch.as_tensor(cond)
     if cond.dim() != 3 or cond.shape[2] != model.config.cond_dim or cond.shape[1] != loaded.cond_tokens:
         expected = f"(B, {loaded.cond_tokens}, {model.config.cond_dim})"
         raise ValueError(f"conditions have shape {tuple(cond.shape)}; this model was trained on {expected}")
+    if not cond.isfinite().all():
+        bad = (~cond.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        raise ValueError(f"NaN or Inf in {len(bad)} of {len(cond)} conditions, the first is number {first + bad[0]}")
     if dtype == "auto":
         dtype = "bfloat16" if loaded.device.startswith("cuda") else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -151,14 +148,17 @@ def interpolate(loaded, cond_a, cond_b, n=8, **settings):
 
 def read_conditions(path, key):
     """(B, S, C) array from a .npy or, through prepare.py's safe reader, a .pkl."""
+    if str(path).endswith((".pkl", ".pickle")):
+        return get_array(load_pickle(path), key, path)[0]
+    if not str(path).endswith(".npy"):
+        raise ValueError(f"{path}: conditions are read from .npy or .pkl files")
     try:
-        if str(path).endswith(".npy"):
-            return np.load(path, mmap_mode="r")
-        if str(path).endswith((".pkl", ".pickle")):
-            return get_array(load_pickle(path), key, path)[0]
+        array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: {e}") from e
-    raise ValueError(f"{path}: conditions are read from .npy or .pkl files")
+    if array.ndim != 3 or array.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: holds {array.dtype} of shape {array.shape}, not numbers of shape (B, S, C)")
+    return array
 
 
 def main():

@@ -94,13 +94,13 @@ class Ridge:
 
     cond (N, S, C), target (N, T, D): arrays, memory-mapped or not, read in chunks
     encode_cond, encode_target: functions on float tensors that standardize them
-    max_samples: fit on that many samples at the most, evenly spaced
+    max_tokens: fit on so many target tokens at the most, of samples evenly spaced
     """
 
-    def __init__(self, cond, target, encode_cond, encode_target, max_samples=4096):
+    def __init__(self, cond, target, encode_cond, encode_target, max_tokens=262144):
         self.encode_cond, self.aligned = encode_cond, cond.shape[1] == target.shape[1]
         self.tokens = target.shape[1]
-        rows = np.unique(np.linspace(0, len(cond) - 1, min(len(cond), max_samples)).astype(int))
+        rows = np.unique(np.linspace(0, len(cond) - 1, min(len(cond), -(-max_tokens // target.shape[1]))).astype(int))
         held_out = rows[::10] if len(rows) >= 20 else rows
         fit = np.setdiff1d(rows, held_out) if len(rows) >= 20 else rows
         xx, xy = 0, 0

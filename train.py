@@ -28,7 +28,7 @@ import flow
 import score
 from configurator import configure
 from flow import FlowConfig, Normalizer
-from model import NextDiT, NextDiTConfig
+from model import NextDiT, NextDiTConfig, pick_device
 from prepare import open_dataset
 
 # The defaults are BLIP3-o's model; a config file or --key=value changes any of them.
@@ -104,11 +104,11 @@ def fail(message):
     sys.exit(f"error: {message}" if master else 1)
 
 
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+try:
+    device = pick_device(device)
+except ValueError as e:
+    fail(e)
 device_type = device.split(":")[0]
-if device_type not in ("cuda", "mps", "cpu") or (device_type == "cuda" and not torch.cuda.is_available()):
-    fail(f"device={device!r} is not on this machine")
 if dtype == "auto":
     dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 if dtype not in ("float32", "bfloat16", "float16"):

@@ -157,6 +157,7 @@ def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
         (["--subset_size=0"], "subset_size=0"),
         (["--batch_size=0"], "batch_size=0"),
         (["--dtype=int8"], "dtype='int8'"),
+        (["--device=tpu"], "device='tpu'"),
     ],
 )
 def test_bad_input(dataset, tmp_path, args, words):
