@@ -175,6 +175,7 @@ def get_batch(split, rows):
 # ---------------------------------------------------------------- model and optimizer
 torch.manual_seed(seed)
 raw_model = NextDiT(model_config).to(device)
+raw_model.null_cond.requires_grad_(cond_dropout > 0)  # else nothing trains it, and DDP would wait for its gradient
 ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval()
 params = list(raw_model.parameters())
 decay, no_decay = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]  # norms, biases, gates

@@ -12,6 +12,7 @@ gradient_accumulation_steps = 2
 dim = 256
 n_layer = 4
 n_head = 4
+t_shift = 3.0  # with so many channels little noise hides little: about sqrt(64 * 768 / 4096), Esser et al. 2024
 max_iters = 400
 learning_rate = 2e-3
 warmup_iters = 50

@@ -81,8 +81,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(dataset, tmp_path, dtype
         assert checkpoint(whole)["scaler"]["scale"] > 1
 
 
-def test_ddp_equals_one_process(dataset, tmp_path, trained):
-    torchrun(2, dataset, tmp_path / "two")
+@pytest.mark.parametrize("cond_dropout", [0.1, 0.0])
+def test_ddp_equals_one_process(dataset, tmp_path, trained, cond_dropout):
+    if cond_dropout == 0:
+        train(dataset, trained := tmp_path / "one", "--cond_dropout=0")
+    torchrun(2, dataset, tmp_path / "two", f"--cond_dropout={cond_dropout}")
     one, two = measured(trained), measured(tmp_path / "two")
     assert [line.keys() for line in one] == [line.keys() for line in two]
     for a, b in zip(one, two):
