@@ -13,6 +13,7 @@ value of another type, ends the run with one line that names it.
 import ast
 import difflib
 import io
+import math
 import re
 import sys
 import tokenize
@@ -114,7 +115,17 @@ def convert(key, value, defaults, origin, from_text=False):
             return value
         if kind == "float" and type(value) is int:
             return float(value)
-    sys.exit(f"error: {key} takes {' or '.join(kinds)}, not {value!r} (in {origin!r})")
+    wanted = " or ".join({"bool": "True or False"}.get(kind, kind) for kind in kinds)
+    sys.exit(f"error: {key} takes {wanted}, not {value!r} (in {origin!r})")
+
+
+def check_range(config, names, low, high=math.inf, above=False):
+    """Exit with one line where a setting is not in low..high, or is `low` itself if it must be above; None passes."""
+    for name in names.split():
+        value = config[name]
+        if value is not None and not (low <= value <= high and not (above and value == low)):
+            limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            sys.exit(f"error: {name}={value} must be {limits}")
 
 
 def help_text(doc, defaults):

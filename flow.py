@@ -45,8 +45,10 @@ class FlowConfig:
             )
         if not 0 <= self.cond_dropout < 1:
             raise ValueError(f"cond_dropout={self.cond_dropout} must be in [0, 1)")
-        if self.t_shift <= 0 or self.t_std <= 0:
-            raise ValueError(f"t_shift={self.t_shift} and t_std={self.t_std} must be positive")
+        if not (0 < self.t_shift < math.inf and 0 < self.t_std < math.inf and math.isfinite(self.t_mean)):
+            raise ValueError(
+                f"t_shift={self.t_shift} and t_std={self.t_std} must be positive, t_mean={self.t_mean} finite"
+            )
 
 
 PATHS = {  # name: alpha, its derivative, the fall of the noise from 1 to 0, its derivative
@@ -131,6 +133,8 @@ def guided_velocity(model, cond, cfg, guidance=1.0, cond_mask=None):
     What depends on the condition alone is computed here, once for the trajectory.
     Raises ValueError if guidance is asked of a model trained without condition dropout.
     """
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance={guidance} must be finite")
     if guidance != 1 and not cfg.cond_dropout:
         raise ValueError(
             f"guidance={guidance} needs a model trained with cond_dropout > 0; this one has no null condition"
@@ -168,6 +172,8 @@ def integrate(velocity, x, steps, method="midpoint", shift=1.0, trajectory=False
         raise ValueError(f"method={method!r} is unknown; it is one of {', '.join(METHODS)}")
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift={shift} must be positive")
     nodes, matrix, weights = METHODS[method]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     times, states = [shift_time(i / steps, shift) for i in range(steps + 1)], [x]
@@ -182,16 +188,20 @@ def integrate(velocity, x, steps, method="midpoint", shift=1.0, trajectory=False
     return torch.stack(states) if trajectory else x
 
 
-def mix(*numbers):
-    """One seed out of several non-negative integers, such as (seed, step, micro-batch)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+TRAINING, SAMPLING = 0, 1  # streams of noise that never meet, whatever the seeds
+
+
+def mix(stream, *numbers):
+    """One seed out of a stream and several non-negative integers, such as (seed, step, micro-batch)."""
+    return int(np.random.SeedSequence([stream, *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def sample_noise(indices, shape, seed, draw=0):
     """(B, *shape) standard normal noise; row i is a function of (seed, indices[i], draw) alone."""
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(mix(seed, int(i), draw))) for i in indices]
-    )
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative")
+    seeds = [mix(SAMPLING, seed, int(i), draw) for i in indices]
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 class Normalizer:

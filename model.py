@@ -13,6 +13,7 @@ same input are fused into one matrix. Shapes: B batch, T target tokens, S condit
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ def pick_device(name):
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(kind for kind, there in has.items() if there)
-    if not has.get(name.split(":")[0]):
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name) or not has[name.split(":")[0]]:
         raise ValueError(f"device={name!r}: this machine has {', '.join(kind for kind, there in has.items() if there)}")
     return name
 
@@ -48,7 +49,7 @@ class NextDiTConfig:
 
     def __post_init__(self):
         self.grid = tuple(self.grid)
-        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         sizes = {
             k: getattr(self, k)
             for k in ("target_dim", "cond_dim", "dim", "n_layer", "n_head", "n_kv_head", "multiple_of")
@@ -56,6 +57,8 @@ class NextDiTConfig:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
+        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < math.inf:
+            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} must be positive")
         if self.dim % self.n_head or (self.dim // self.n_head) % 4:
             raise ValueError(
                 f"dim={self.dim} / n_head={self.n_head} must be a multiple of 4: 2D RoPE rotates pairs per axis"
@@ -66,7 +69,7 @@ class NextDiTConfig:
     @property
     def ffn_dim(self):
         hidden = int(8 * self.dim / 3)  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
-        hidden = int((self.ffn_dim_multiplier or 1) * hidden)
+        hidden = int((1 if self.ffn_dim_multiplier is None else self.ffn_dim_multiplier) * hidden)
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 

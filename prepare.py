@@ -26,6 +26,7 @@ import pickle
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ class DataError(ValueError):
 
 
 def _load_storage(data):
-    return torch.load(io.BytesIO(data), weights_only=True)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _empty_array(cls, shape, typecode):
@@ -135,6 +136,11 @@ def load_shard(path, cond_key, target_key):
     shard = dict(cond=cond, target=target, grid=grid, config=content.get("config"))
     for name in ("keys", "captions"):
         values = content.get(name)
+        values = values.tolist() if isinstance(values, np.ndarray) else values
+        if not isinstance(values, (list, tuple, type(None))) or any(
+            not isinstance(v, (str, int)) for v in values or []
+        ):
+            raise DataError(f"{path}: {name} is not a list of strings or integers")
         shard[name] = [None] * len(cond) if values is None else list(values)
         if len(shard[name]) != len(cond):
             raise DataError(f"{path}: {len(shard[name])} {name} for {len(cond)} samples")
@@ -146,6 +152,8 @@ def load_shard(path, cond_key, target_key):
 
 def split(n, val_fraction, seed):
     """Sorted indices (train, val) of n samples, by a permutation from the seed."""
+    if seed < 0 or not 0 < val_fraction < 1:
+        raise DataError(f"seed={seed} must not be negative and val_fraction={val_fraction} must be between 0 and 1")
     order, n_val = np.random.default_rng(seed).permutation(n), round(n * val_fraction)
     if not 0 < n_val < n:
         raise DataError(
@@ -175,7 +183,10 @@ def open_dataset(data_dir):
         for name in ARRAYS:
             if list(data[name].shape) != meta["shapes"][name]:
                 raise ValueError(f"{name}.npy has shape {data[name].shape}, meta.json says {meta['shapes'][name]}")
-    except (OSError, ValueError, KeyError) as e:
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
         raise DataError(f"the dataset {str(data_dir)!r} is damaged: {e}; {make} --overwrite=True") from e
     return data
 
@@ -330,8 +341,8 @@ def prepare(sources, out, cond_key, target_key, val_fraction, seed, grid=None, o
         for which, indices in (("train", train), ("val", val)):
             with open(partial / f"{which}_items.jsonl", "w") as f:
                 f.writelines(json.dumps(items[i], default=str) + "\n" for i in indices)
-        meta["config"] = first["config"]
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+        meta["config"] = json.loads(json.dumps(first["config"], default=str, skipkeys=True))
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         (out / "meta.json").unlink(missing_ok=True)  # from here on there is no complete dataset
         for name in (*FILES, "meta.json"):
             with open(partial / name, "rb") as f:

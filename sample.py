@@ -147,18 +147,21 @@ def interpolate(loaded, cond_a, cond_b, n=8, **settings):
 
 
 def read_conditions(path, key):
-    """(B, S, C) array from a .npy or, through prepare.py's safe reader, a .pkl."""
+    """Array (B, S, C) and items [{key, caption}] of a .npy or, through prepare.py's safe reader, a .pkl."""
     if str(path).endswith((".pkl", ".pickle")):
-        return get_array(load_pickle(path), key, path)[0]
+        content = load_pickle(path)
+        array, _ = get_array(content, key, path)
+        keys, captions = (content.get(name) or [None] * len(array) for name in ("keys", "captions"))
+        return array, [{"key": k, "caption": c} for k, c in zip(keys, captions)]
     if not str(path).endswith(".npy"):
         raise ValueError(f"{path}: conditions are read from .npy or .pkl files")
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError) as e:
         raise ValueError(f"{path}: {e}") from e
     if array.ndim != 3 or array.dtype.kind not in "fiu":
         raise ValueError(f"{path}: holds {array.dtype} of shape {array.shape}, not numbers of shape (B, S, C)")
-    return array
+    return array, [{"key": None, "caption": None}] * len(array)
 
 
 def main():
@@ -172,9 +175,15 @@ def main():
 
 def run():
     loaded = load(Path(out_dir) / checkpoint, device, weights)
-    data, items, folder = None, [], data_dir or loaded.data_dir
+    data, folder = None, data_dir or loaded.data_dir
+    target = Path(save or Path(out_dir) / "generated.npy")
+    if target.suffix != ".npy":
+        raise ValueError(f"save={save!r} must end in .npy")
+    for path in (target, Path(save_pickle)):
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
     if cond:
-        conditions, truth = read_conditions(cond, cond_key), None
+        (conditions, items), truth = read_conditions(cond, cond_key), None
     elif split in ("val", "train"):
         data = open_dataset(folder)
         conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
@@ -201,12 +210,12 @@ def run():
     evaluations = steps * len(flow.METHODS[method][2]) * (1 if guidance == 1 else 2)
     print(f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {seconds:.1f} s")
 
-    target = Path(save or Path(out_dir) / "generated.npy")
     np.save(target, samples[:, 0])
     print(f"wrote {target} {samples[:, 0].shape}")
     if save_draws:
         np.save(target.with_name(f"{target.stem}_draws.npy"), samples)
         print(f"wrote {target.with_name(f'{target.stem}_draws.npy')} {samples.shape}")
+    (Path(out_dir) / "metrics.json").unlink(missing_ok=True)  # of an earlier run's samples
     metrics = None if truth is None else evaluate(loaded, data, conditions, truth, samples)
     if save_pickle:
         results = {

@@ -90,7 +90,8 @@ def metrics(generated, target):
 
 
 class Ridge:
-    """Linear regression of target tokens from the condition, with a penalty chosen on held-out samples.
+    """Linear regression of each target token from the condition's token at its place (or, if the token
+    counts differ, from the pooled condition), with a penalty chosen on held-out training samples.
 
     cond (N, S, C), target (N, T, D): arrays, memory-mapped or not, read in chunks
     encode_cond, encode_target: functions on float tensors that standardize them
@@ -98,25 +99,35 @@ class Ridge:
     """
 
     def __init__(self, cond, target, encode_cond, encode_target, max_tokens=262144):
-        self.encode_cond, self.aligned = encode_cond, cond.shape[1] == target.shape[1]
+        self.encode_cond, self.encode_target = encode_cond, encode_target
+        self.aligned = cond.shape[1] == target.shape[1]
         self.tokens = target.shape[1]
         rows = np.unique(np.linspace(0, len(cond) - 1, min(len(cond), -(-max_tokens // target.shape[1]))).astype(int))
         held_out = rows[::10] if len(rows) >= 20 else rows
         fit = np.setdiff1d(rows, held_out) if len(rows) >= 20 else rows
-        xx, xy = 0, 0
-        for part in np.array_split(fit, -(-len(fit) // 64)):
-            x = self._features(torch.from_numpy(np.asarray(cond[part]))).flatten(0, 1).double()
-            y = encode_target(torch.from_numpy(np.asarray(target[part]))).flatten(0, 1).double()
-            xx, xy = xx + x.T @ x, xy + x.T @ y
+        xx, xy = self._products(cond, target, fit)
         values, vectors = torch.linalg.eigh(xx)
-        rotated, best = vectors.T @ xy, np.inf
-        truth = encode_target(torch.from_numpy(np.asarray(target[held_out])))
-        features = self._features(torch.from_numpy(np.asarray(cond[held_out])))
+        rotated, errors = vectors.T @ xy, {}
+        truth, features = self._load(target, held_out, encode_target), self._features(self._load(cond, held_out))
         for penalty in np.logspace(-6, 1, 15) * values[-1].item():
-            weight = (vectors @ (rotated / (values.clamp(min=0) + penalty)[:, None])).float()
-            error = (features @ weight - truth).square().mean().item()
-            if error < best:
-                best, self.weight = error, weight
+            weight = vectors @ (rotated / (values.clamp(min=0) + penalty)[:, None])
+            errors[penalty] = (features @ weight.float() - truth).square().mean().item()
+        if len(fit) < len(rows):  # with the penalty chosen, every sample counts
+            more_xx, more_xy = self._products(cond, target, held_out)
+            xx, xy = xx + more_xx, xy + more_xy
+        penalty = min(errors, key=errors.get)
+        self.weight = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=xx.dtype), xy).float()
+
+    def _load(self, array, rows, encode=torch.as_tensor):
+        return encode(torch.from_numpy(np.array(array[rows])))
+
+    def _products(self, cond, target, rows):
+        xx, xy = 0, 0
+        for part in np.array_split(rows, -(-len(rows) // 64)):
+            x = self._features(self._load(cond, part)).flatten(0, 1).double()
+            y = self._load(target, part, self.encode_target).flatten(0, 1).double()
+            xx, xy = xx + x.T @ x, xy + x.T @ y
+        return xx, xy
 
     def _features(self, cond):
         x = self.encode_cond(cond)
@@ -166,15 +177,18 @@ def main():
     try:
         arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("train_cond", "train_target")}
         cond, target = (np.load(folder / f"{args.split}_{n}.npy", mmap_mode="r") for n in ("cond", "target"))
-        generated = np.load(args.generated, mmap_mode="r")
         with np.load(folder / "stats.npz") as stats:
             to_cond, to_target = (standardizer(stats[f"{n}_mean"], stats[f"{n}_std"]) for n in ("cond", "target"))
-    except (OSError, ValueError) as e:
-        sys.exit(f"error: {e}")
-    if generated.shape != target.shape:
-        sys.exit(f"error: {args.generated} has shape {generated.shape}; the {args.split} targets have {target.shape}")
+        generated = np.load(args.generated)
+    except (OSError, ValueError, EOFError) as e:
+        sys.exit(f"error: {e} (--data_dir is a folder that prepare.py wrote)")
+    if not isinstance(generated, np.ndarray) or generated.dtype.kind != "f" or generated.shape != target.shape:
+        held = getattr(generated, "shape", type(generated).__name__), getattr(generated, "dtype", "")
+        sys.exit(f"error: {args.generated} holds {held}; the {args.split} targets are floats of {target.shape}")
+    if not np.isfinite(generated).all():
+        sys.exit(f"error: {args.generated} holds NaN or Inf")
     ridge = Ridge(arrays["train_cond"], arrays["train_target"], to_cond, to_target)
-    result = report(to_target(generated), to_target(target), ridge(torch.from_numpy(np.asarray(cond))))
+    result = report(to_target(generated), to_target(target), ridge(cond))
     print(table({"generated": result, **result["baselines"]}))
 
 

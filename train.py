@@ -2,7 +2,6 @@
 Train a NextDiT with flow matching on a dataset that prepare.py made.
 
     python train.py config/train_digits.py                                # one process
-    python train.py config/train_digits.py --batch_size=32 --compile=True
     torchrun --standalone --nproc_per_node=8 train.py --data_dir=data/mine --out_dir=out-mine
     python train.py --help
 """
@@ -26,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import flow
 import score
-from configurator import configure
+from configurator import check_range, configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
 from prepare import open_dataset
@@ -38,7 +37,7 @@ init_from = "scratch"  # scratch | resume (from out_dir/ckpt_last.pt) | auto (re
 eval_interval = 1000  # iterations between evaluations
 save_interval = 1000  # iterations between writes of ckpt_last.pt; ckpt_best.pt follows the evaluations
 log_interval = 10  # iterations between log lines; reading the loss is a GPU sync point
-eval_only = False  # evaluate init_from's checkpoint, print, exit
+eval_only = False  # with init_from=resume: evaluate ckpt_last.pt, print, exit
 dry_run = False  # set up, run one forward and backward pass, print the memory it took, exit
 debug = False  # 64 samples, 10 iterations, anomaly detection, no wandb
 wandb_log = False
@@ -46,7 +45,7 @@ wandb_project = "embedding-flow"
 wandb_run_name: str | None = None  # None: wandb invents one
 # ---- data
 data_dir = "data/digits"
-normalize = "channel"  # channel (zero mean, unit variance) | l2 (unit tokens; norms are lost) | none
+normalize = "channel"  # channel (zero mean, unit variance) | l2 (tokens of norm sqrt(channels); norms are lost) | none
 subset_size: int | None = None  # train on the first so many samples only
 batch_size = 32  # samples in a micro-batch
 gradient_accumulation_steps = 8  # micro-batches in an iteration, over all processes: they divide it
@@ -92,8 +91,11 @@ device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
 dtype = "auto"  # auto (bfloat16 or float16 on cuda, else float32) | float32 | bfloat16 | float16 (with a scaler)
 compile: bool | None = None  # torch.compile; None: on cuda only (on a CPU it takes minutes to pay)
 seed = 0
-# ----
-config = configure(globals())  # a snapshot: what follows may change these names
+
+config = configure(globals())
+if debug:
+    config |= dict(subset_size=64, max_iters=10, num_epochs=None, eval_interval=5, log_interval=1, wandb_log=False)
+    globals().update(config)  # from here on config is a snapshot: what follows may change these names
 
 # ---------------------------------------------------------------- system
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -113,12 +115,14 @@ if dtype == "auto":
     dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 if dtype not in ("float32", "bfloat16", "float16"):
     fail(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
-if debug:
-    subset_size, max_iters, num_epochs, eval_interval, log_interval, wandb_log = 64, 10, None, 5, 1, False
-    torch.autograd.set_detect_anomaly(True)
-for name in (name for name in config if name.endswith(("batch_size", "_interval", "_steps"))):
-    if globals()[name] < 1:
-        fail(f"{name}={globals()[name]} must be at least 1")
+torch.autograd.set_detect_anomaly(debug)
+check_range(config, "batch_size gradient_accumulation_steps eval_batch_size eval_interval save_interval", 1)
+check_range(config, "log_interval eval_size eval_sample_steps max_iters subset_size", 1)
+check_range(config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip l2_weight", 0)
+check_range(config, "num_epochs norm_eps", 0, above=True)
+check_range(config, "beta1 beta2 ema_decay", 0, 1)
+if eval_only and init_from == "scratch":
+    fail("eval_only=True needs a checkpoint: add --init_from=resume")
 if gradient_accumulation_steps % world_size:
     multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
     fail(f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can")
@@ -143,9 +147,7 @@ try:
 except ValueError as e:
     fail(e)
 n_train, n_val = len(data["train_cond"]), min(eval_size, len(data["val_cond"]))
-n_train = n_train if subset_size is None else min(subset_size, n_train)
-if n_train < 1 or n_val < 1:
-    fail(f"{subset_size=} and {eval_size=} leave {n_train} samples to train on and {n_val} to evaluate")
+n_train = min(subset_size or n_train, n_train)
 samples_per_iter = batch_size * gradient_accumulation_steps
 if num_epochs is not None:
     max_iters = math.ceil(num_epochs * n_train / samples_per_iter)
@@ -190,25 +192,30 @@ if init_from not in ("scratch", "resume", "auto"):
 if init_from == "resume" or (init_from == "auto" and last.exists()):
     try:
         ckpt = torch.load(last, map_location=device, weights_only=True)
+        now = model_args | {k: config[k] for k in ("normalize", "path", "prediction", "sigma_min", "sigma_max")}
+        then = ckpt["model_args"] | ckpt["config"] | {"gradient_checkpointing": gradient_checkpointing}
+        if differ := [f"{k} is {then[k]}, here {v}" for k, v in now.items() if then[k] != v]:
+            fail(f"{last} is of another shape: {', '.join(differ)}")
+        if not all(torch.equal(value, ckpt["stats"][name].cpu()) for name, value in stats.items()):
+            fail(f"{last} was trained on other data than {data_dir}: their statistics differ")
+        for name, part in (("model", raw_model), ("ema", ema_model), ("optimizer", optimizer)):
+            part.load_state_dict(ckpt[name])
+        if ckpt["scaler"]:  # empty unless it was float16
+            scaler.load_state_dict(ckpt["scaler"])
     except FileNotFoundError:
         fail(f"{init_from=}, but there is no {last}")
-    except Exception as e:  # torch raises many kinds for a truncated or foreign file
-        fail(f"{last} cannot be read as a checkpoint: {str(e).splitlines()[0]}")
-    shape = {k: v for k, v in model_args.items() if k != "gradient_checkpointing"}
-    differ = [f"{k} is {ckpt['model_args'][k]}, here {v}" for k, v in shape.items() if ckpt["model_args"][k] != v]
-    if differ:
-        fail(f"{last} is of another shape: {', '.join(differ)}")
+    except Exception as e:  # a truncated or foreign file can raise anything
+        fail(f"{last} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}")
+    for group, value in zip(optimizer.param_groups, (weight_decay, 0.0)):
+        group |= dict(weight_decay=value, betas=(beta1, beta2))  # as asked now, not as saved
+    step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
     old = ckpt["config"] | {"init_from": init_from}
     changed = [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]
     if master and changed:
         print("changed since the checkpoint:", ", ".join(changed))
-    for name, part in (("model", raw_model), ("ema", ema_model), ("optimizer", optimizer), ("scaler", scaler)):
-        part.load_state_dict(ckpt[name])
-    step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
     del ckpt
 
-use_compile = device_type == "cuda" if compile is None else compile
-model = torch.compile(raw_model) if use_compile else raw_model
+model = torch.compile(raw_model) if (device_type == "cuda" if compile is None else compile) else raw_model
 if world_size > 1:
     model = DDP(model, gradient_as_bucket_view=True)
 
@@ -255,17 +262,12 @@ def evaluate(net, generate):
     means = (sums[0] / sums[1]).tolist()
     result = {"val_loss": (sums[0, :T_BINS].sum() / n_val).item()}
     result |= {f"val_loss_t{i}": mean for i, mean in enumerate(means[:T_BINS]) if not math.isnan(mean)}
-    return result | ({"val_token_cosine": means[T_BINS]} if generate else {})
-
-
-def evaluate_both():
-    """The EMA weights, which are what gets sampled, and the loss of the raw ones."""
-    return evaluate(ema_model, generate=True) | {"val_loss_raw": evaluate(raw_model, generate=False)["val_loss"]}
+    return result | ({"val_token_cosine": means[T_BINS]} if generate and eval_samples else {})
 
 
 # ---------------------------------------------------------------- checkpoints and logs
 def save_checkpoint(name):
-    """Write out_dir/name whole or not at all: a temporary file, flushed, then renamed."""
+    """Write out_dir/name whole or not at all: a temporary file, flushed, then renamed. Returns whether it was."""
     target = Path(out_dir) / name
     partial = target.with_suffix(".partial")
     checkpoint = {
@@ -280,9 +282,11 @@ def save_checkpoint(name):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, target)
+        return True
     except (OSError, RuntimeError) as e:  # a full disk, above all: training goes on
         partial.unlink(missing_ok=True)
         print(f"WARNING: {target} not written ({str(e).splitlines()[0]}); the previous one is untouched", flush=True)
+        return False
 
 
 def write_log(record):
@@ -292,45 +296,31 @@ def write_log(record):
         wandb.log(record, step=record["iter"])
 
 
-def show(record):
-    return " | ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "iter")
-
-
-if eval_only or dry_run:
-    if eval_only:
-        report = f"iter {step}: {show(evaluate_both())}"
-    else:
-        x_1, cond = get_batch("train", batch_rows(0, 0))
-        with autocast:
-            loss = flow.loss(model, x_1, cond, flow_config)[0].mean()
-        loss.backward()
-        on_gpu, rss = device_type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = torch.cuda.max_memory_allocated() if on_gpu else rss
-        report = f"dry run: loss {loss.item():.4f}; peak memory {peak / 1e9:.2f} GB, without the optimizer's state"
-    if master:
-        print(report)
-    if world_size > 1:
-        dist.destroy_process_group()
-    sys.exit()
-
-if master:
+wandb_log = wandb_log and master and not (eval_only or dry_run)
+if master and not (eval_only or dry_run):
+    if Path(out_dir).is_file():
+        fail(f"out_dir={out_dir!r} is a file")
     os.makedirs(out_dir, exist_ok=True)
     (Path(out_dir) / "config.json").write_text(json.dumps(config, indent=1))
     log = Path(out_dir) / "log.jsonl"
     kept = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-    log.write_text("".join(entry for entry in kept if json.loads(entry)["iter"] < step))  # the rest is run again
-    print(" ".join(f"{k}={v}" for k, v in config.items()))
-    epochs = max_iters * samples_per_iter / n_train
-    print(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}")
-    print(f"{n_train} samples, {samples_per_iter} an iteration, {max_iters} iterations ({epochs:.1f} epochs)")
-wandb_log = wandb_log and master
+    kept = [entry for entry in kept if entry.endswith("}\n") and json.loads(entry)["iter"] < step]
+    log.write_text("".join(kept))  # without what is run again, and without a line that a kill cut short
 if wandb_log:
     import wandb
 
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, id=wandb_id, resume="allow")
+    try:
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, id=wandb_id, resume="allow")
+    except wandb.errors.Error as e:
+        fail(f"wandb: {e} (run `wandb login`, or set WANDB_MODE=offline)")
     wandb_id = wandb.run.id
 
 # ---------------------------------------------------------------- training loop
+if master:
+    print(" ".join(f"{k}={v}" for k, v in config.items()))
+    print(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}")
+    epochs = max_iters * samples_per_iter / n_train
+    print(f"{n_train} samples, {samples_per_iter} an iteration, {max_iters} iterations ({epochs:.1f} epochs)")
 generator = torch.Generator(device)
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 clock, first_step = time.perf_counter(), step
@@ -340,27 +330,31 @@ while True:
         group["lr"] = lr
     record, final = {"iter": step}, step >= max_iters
 
-    if step % eval_interval == 0 or final:
+    if (step % eval_interval == 0 or final or eval_only) and not dry_run:
         paused = time.perf_counter()
-        record |= evaluate_both()
+        record |= evaluate(ema_model, generate=True)  # the EMA weights are what gets sampled
+        record["val_loss_raw"] = evaluate(raw_model, generate=False)["val_loss"]
         if master:
-            print(f"iter {step}: {show(record)}", flush=True)
-            if step > 0 and record["val_loss"] < best_val_loss:
-                best_val_loss = record["val_loss"]
-                save_checkpoint("ckpt_best.pt")
+            print(f"iter {step}: " + " | ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "iter"), flush=True)
+            if step > 0 and record["val_loss"] < best_val_loss and not eval_only:
+                previous, best_val_loss = best_val_loss, record["val_loss"]
+                best_val_loss = best_val_loss if save_checkpoint("ckpt_best.pt") else previous
         clock += time.perf_counter() - paused  # the pace is that of training alone
-    if master and step > 0 and (step % save_interval == 0 or final):
+    if eval_only:
+        break
+    if master and step > 0 and (step % save_interval == 0 or final) and not dry_run:
         save_checkpoint("ckpt_last.pt")
     if final:
         if master:
             write_log(record)
+            print(f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}")
         break
 
     loss = torch.zeros((), device=device)  # of the global batch
     for m in range(micro_steps):
         micro = rank * micro_steps + m  # index in the global batch: noise and t do not depend on the process count
         x_1, cond = get_batch("train", batch_rows(step, micro))
-        generator.manual_seed(flow.mix(seed, step, micro))
+        generator.manual_seed(flow.mix(flow.TRAINING, seed, step, micro))
         if world_size > 1:
             model.require_backward_grad_sync = m == micro_steps - 1
         with autocast:
@@ -368,6 +362,12 @@ while True:
         micro_loss = losses.mean() / micro_steps
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
+    if dry_run:
+        rss = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else rss
+        if master:
+            print(f"dry run: loss {loss.item():.4f}; peak memory {peak / 1e9:.2f} GB, without the optimizer's state")
+        break
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     scaler.step(optimizer)
@@ -379,6 +379,8 @@ while True:
         if world_size > 1:
             dist.all_reduce(loss)
         record |= {"loss": loss.item() / world_size, "grad_norm": grad_norm.item(), "lr": lr}
+        if not math.isfinite(record["loss"]):
+            fail(f"the loss is {record['loss']} at iteration {step}; lower learning_rate ({learning_rate})")
         pace = (time.perf_counter() - clock) / (step + 1 - first_step)  # seconds an iteration
         record |= {"ms": 1000 * pace, "samples_per_s": samples_per_iter / pace}
         if master:
@@ -392,8 +394,6 @@ while True:
         write_log(record)
     step += 1
 
-if master:
-    print(f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}")
 if wandb_log:
     wandb.finish()
 if world_size > 1:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-TINY = "--dim=32 --n_layer=2 --n_head=2 --multiple_of=16 --batch_size=4 --gradient_accumulation_steps=2 --max_iters=6"
+TINY = "--dim=32 --n_layer=2 --n_head=2 --multiple_of=16 --batch_size=2 --gradient_accumulation_steps=4 --max_iters=6"
 TINY += " --warmup_iters=2 --learning_rate=1e-2 --eval_interval=3 --save_interval=3 --log_interval=1 --ema_decay=0.5"
 TINY = (TINY + " --eval_batch_size=4 --eval_samples=4 --eval_sample_steps=2").split()
 

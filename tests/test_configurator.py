@@ -56,8 +56,8 @@ def test_files_and_flags_apply_in_order(script, tmp_path, monkeypatch):
     [
         (["--rte=1"], ["'rte'", "did you mean 'rate'"]),
         (["--count=1.5"], ["count takes int", "'1.5'"]),
-        (["--flag=yes"], ["flag takes bool"]),
-        (["--flag=1"], ["flag takes bool"]),
+        (["--flag=yes"], ["flag takes True or False"]),
+        (["--flag=1"], ["flag takes True or False"]),
         (["--count=None"], ["count takes int"]),
         (["--hidden=1"], ["unknown setting"]),
         (["--count", "3"], ["--key=value"]),

@@ -128,6 +128,13 @@ def test_noise_is_a_function_of_seed_sample_and_draw():
     )
 
 
+def test_training_never_sees_the_noise_of_sampling():
+    assert (
+        len({flow.mix(stream, *rest) for stream in (flow.TRAINING, flow.SAMPLING) for rest in ((0, 5, 1), (5, 0, 1))})
+        == 4
+    )
+
+
 def test_guidance():
     model = NextDiT(NextDiTConfig((2, 2), 3, 4, dim=16, n_layer=1, n_head=2, multiple_of=8))
     for p in model.parameters():

@@ -165,6 +165,7 @@ def test_bad_input(tmp_path):
     assert "int64" in bad(tmp_path, **{COND: torch.ones(40, 4, 5, dtype=torch.int64)})
     assert "(40, 0, 5)" in bad(tmp_path, **{COND: torch.ones(40, 0, 5)})
     assert "2 keys for 40 samples" in bad(tmp_path, keys=["a", "b"])
+    assert "keys is not a list of strings" in bad(tmp_path, keys=[[1]] * 40)
     assert "'same' is there twice" in bad(tmp_path, keys=["same"] * 40)
     line = bad(tmp_path, **{COND: None})
     assert f"no key '{COND}'" in line and f"{TARGET} (40, 4, 5)" in line
@@ -198,6 +199,10 @@ def test_incomplete_and_damaged_datasets_are_refused(dataset, tmp_path):
     copy.mkdir()
     for path in dataset.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "stats.npz").write_bytes(b"PK")
+    with pytest.raises(prepare.DataError, match="damaged"):
+        prepare.open_dataset(copy)
+    (copy / "stats.npz").write_bytes((dataset / "stats.npz").read_bytes())
     np.save(copy / "val_cond.npy", np.zeros((3, 4, 6), np.float32))
     with pytest.raises(prepare.DataError, match="damaged: val_cond.npy has shape"):
         prepare.open_dataset(copy)

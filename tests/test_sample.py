@@ -99,8 +99,14 @@ def test_conditions_from_files(run_dir, dataset, tmp_path):
     np.save(tmp_path / "new.npy", content["eva_blip3o_embeddings"].numpy())
     args = ["sample.py", f"--out_dir={run_dir}", "--steps=2", "--method=euler", "--subset_size=4"]
     for kind in ("npy", "pkl"):
-        done = run(*args, f"--cond={tmp_path}/new.{kind}", f"--save={tmp_path}/{kind}.npy")
+        done = run(
+            *args,
+            f"--cond={tmp_path}/new.{kind}",
+            f"--save={tmp_path}/{kind}.npy",
+            f"--save_pickle={tmp_path}/{kind}.out",
+        )
         assert "4 conditions, 1 draws, 2 model evaluations" in done.stdout and "ridge" not in done.stdout
+    assert pickle.loads((tmp_path / "pkl.out").read_bytes())["keys"] == content["keys"][:4]
     a, b = np.load(tmp_path / "npy.npy"), np.load(tmp_path / "pkl.npy")
     assert a.shape == (4, 4, 5) and np.array_equal(a, b) and not (run_dir / "metrics.json").exists()
 
@@ -129,6 +135,9 @@ def test_bad_input(run_dir, dataset, tmp_path):
     assert "No such file" in refused(*args, f"--cond={tmp_path}/nowhere.npy")
     assert "method='rk5'" in refused(*args, "--method=rk5")
     assert "steps=0" in refused(*args, "--steps=0")
+    assert "shift=0" in refused(*args, "--shift=0")
+    assert "must end in .npy" in refused(*args, "--save=foo")
+    assert "no folder 'no'" in refused(*args, "--save=no/x.npy")
     assert "did you mean 'steps'" in refused(*args, "--step=3")
     assert "train one with" in refused("sample.py", f"--out_dir={tmp_path}/nowhere")
     assert "dataset 'nowhere' does not exist" in refused(*args, "--data_dir=nowhere")

@@ -65,12 +65,14 @@ def test_ridge_equals_scikit_learns(tokens):
     fit = np.setdiff1d(np.arange(60), held_out)
     x = np.concatenate([features, np.ones((60, 4, 1), np.float32)], -1)
     top = np.linalg.eigvalsh(x[fit].reshape(-1, 9).T.astype(float) @ x[fit].reshape(-1, 9))[-1]
-    errors, predictions = [], []
-    for penalty in np.logspace(-6, 1, 15) * top:
+    errors, penalties = [], np.logspace(-6, 1, 15) * top
+    for penalty in penalties:
         model = Ridge(alpha=penalty, fit_intercept=False).fit(x[fit].reshape(-1, 9), target[fit].reshape(-1, 5))
-        predictions.append(model.predict(x.reshape(-1, 9)).reshape(60, 4, 5))
-        errors.append(((predictions[-1] - target)[held_out] ** 2).mean())
-    assert np.allclose(ours(torch.from_numpy(cond)).numpy(), predictions[np.argmin(errors)], atol=1e-3)
+        errors.append(((model.predict(x.reshape(-1, 9)).reshape(60, 4, 5) - target)[held_out] ** 2).mean())
+    best = Ridge(alpha=penalties[np.argmin(errors)], fit_intercept=False).fit(x.reshape(-1, 9), target.reshape(-1, 5))
+    assert np.allclose(
+        ours(torch.from_numpy(cond)).numpy(), best.predict(x.reshape(-1, 9)).reshape(60, 4, 5), atol=1e-3
+    )
 
 
 def test_command_line_scores_a_file(dataset, tmp_path):
@@ -83,4 +85,6 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     assert rows["ridge"]["token_cosine"] > 0.8 > 0.3 > rows["shuffled"]["token_cosine"]
     np.save(tmp_path / "short.npy", np.load(dataset / "val_target.npy")[:3])
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}")
+    np.save(tmp_path / "nan.npy", np.full((10, 4, 5), np.nan, np.float32))
+    assert "holds NaN" in refused("score.py", tmp_path / "nan.npy", f"--data_dir={dataset}")
     assert "nowhere" in refused("score.py", tmp_path / "nowhere.npy", f"--data_dir={dataset}")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -159,6 +160,11 @@ def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
         (["--dim=30"], "dim=30"),
         (["--subset_size=0"], "subset_size=0"),
         (["--batch_size=0"], "batch_size=0"),
+        (["--beta1=1.5"], "beta1=1.5"),
+        (["--learning_rate=nan"], "learning_rate=nan"),
+        (["--num_epochs=-1"], "num_epochs=-1"),
+        (["--n_kv_head=0"], "n_kv_head=0"),
+        (["--eval_only=True"], "--init_from=resume"),
         (["--dtype=int8"], "dtype='int8'"),
         (["--device=tpu"], "device='tpu'"),
     ],
@@ -168,17 +174,36 @@ def test_bad_input(dataset, tmp_path, args, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_resume_takes_the_settings_asked_for(dataset, tmp_path, trained):
+    """Optimizer settings change with the flags, another dtype is no obstacle, a torn log line is dropped."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"iter": 5, "lo')
+    train(dataset, out, "--init_from=auto", "--max_iters=8", "--weight_decay=0.5", "--beta1=0.5", "--dtype=float16")
+    groups = checkpoint(out)["optimizer"]["param_groups"]
+    assert [(g["weight_decay"], tuple(g["betas"])) for g in groups] == [(0.5, (0.5, 0.95)), (0.0, (0.5, 0.95))]
+    assert [line["iter"] for line in log(out)] == list(range(9))
+
+
+def test_a_run_that_diverges_says_so(dataset, tmp_path):
+    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", "--learning_rate=1e30", "--max_iters=50"]
+    assert "the loss is" in refused("train.py", *args)
+
+
 def test_bad_checkpoints_are_refused(dataset, tmp_path, trained):
     out = tmp_path / "out"
     out.mkdir()
     (out / "ckpt_last.pt").write_bytes((trained / "ckpt_last.pt").read_bytes())
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume"]
     assert "of another shape: n_layer is 2, here 3" in refused(*args, "--n_layer=3")
+    assert "prediction is v, here x" in refused(*args, "--prediction=x")
+    torch.save({"a": 1}, out / "ckpt_last.pt")
+    assert "cannot be read as a checkpoint: KeyError" in refused(*args)
     (out / "ckpt_last.pt").write_bytes((trained / "ckpt_last.pt").read_bytes()[:5000])
     assert "cannot be read as a checkpoint" in refused(*args)
 
 
 def test_processes_must_divide_the_accumulation(dataset, tmp_path):
-    assert "3 can" in refused(
+    assert "6 can" in refused(
         "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path}", RANK="0", WORLD_SIZE="3"
     )
