@@ -67,7 +67,7 @@ gradient_checkpointing = False  # recompute blocks in the backward pass: less me
 path = "linear"  # linear | cosine
 sigma_min = 0.0  # noise left at t = 1 (data)
 sigma_max = 1.0  # noise at t = 0
-prediction = "v"  # v (velocity) | epsilon (noise) | x (data)
+prediction = "v"  # v (velocity) | epsilon (noise; fragile at t = 0) | x (data)
 loss_space = "native"  # of the error: native (the prediction's own) | v (taken to the velocity)
 t_sampling = "uniform"  # uniform | logit_normal
 t_mean = 0.0  # of logit(t), for logit_normal
