@@ -1,28 +1,31 @@
 """
-Turn pickles of paired embeddings into memory-mapped arrays, without trusting the pickles.
+Turn pickles of paired embeddings into memory-mapped arrays, without trusting or loading the pickles.
 
     python prepare.py embeddings.pkl --out=data/mine
-    python prepare.py shards/ more.pkl --out=data/mine --val_fraction=0.05
+    python prepare.py shards/ more.pt --out=data/mine --val_fraction=0.05 --dtype=float16
+    python prepare.py cond.npy target.npy --out=data/mine
+    python prepare.py embeddings.pkl --inspect=True          # what is in it? converts nothing
+    python prepare.py --out=data/mine --verify=True          # is this dataset whole?
     python prepare.py --help
 
-A source is a pickle or a folder of pickles (read in natural order, checked against
-embeddings_manifest.json if there is one). A pickle holds a dict with two arrays or tensors
-of N samples, (N, tokens, channels) or (N, rows, columns, channels), and, if you like, lists
-`captions` and `keys` and a dict `config`. One shard at a time is held in memory.
+A source is a pickle or torch.save file, or a folder of them (read in natural order, checked against
+embeddings_manifest.json if there is one), or .npy files, the conditions first, then as many targets.
+A pickle holds a dict with two entries of N samples, each an array or tensor (N, tokens, channels) or
+(N, rows, columns, channels), or a list of (tokens, channels) samples or (n, tokens, channels) batches;
+and, if you like, lists `captions` and `keys` and a dict `config`.
 
 OUT then holds train_*.npy and val_*.npy, *_items.jsonl, stats.npz, and meta.json, which is
 written last: where it is, the dataset is complete.
 """
 
 import argparse
-import collections
+import concurrent.futures
+import contextlib
+import fcntl
 import functools
-import hashlib
-import io
+import itertools
 import json
-import math
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -30,121 +33,17 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
+
+from sources import DataError, digest, find_files, inspect, items, load_shard, plain
+from unpickle import drop_pages
 
 ARRAYS = ("train_cond", "train_target", "val_cond", "val_target")
 FILES = (*(f"{name}.npy" for name in ARRAYS), "train_items.jsonl", "val_items.jsonl", "stats.npz")
-CHUNK = 128  # samples converted at a time: bounds the float64 copy that the statistics need
-
-
-class DataError(ValueError):
-    """What is wrong with the user's data, in one line."""
-
-
-# ---------------------------------------------------------------- reading pickles
-
-
-def _load_storage(data):
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _empty_array(cls, shape, typecode):
-    if cls is not np.ndarray:
-        raise pickle.UnpicklingError(f"an array of class {cls!r}")
-    return np.ndarray(shape, np.dtype(typecode))
-
-
-def _dtype(spec, *flags):
-    if np.dtype(spec).kind not in "biufcSU":
-        raise pickle.UnpicklingError(f"an array of dtype {spec!r}")
-    return np.dtype(spec, *flags)
-
-
-def _from_buffer(buffer, dtype, shape, order):
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
-
-
-# every name that a pickle may call, and what is called in its place
-ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch.storage", "_load_from_bytes"): _load_storage,
-    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
-    ("numpy", "dtype"): _dtype,
-    ("numpy", "ndarray"): np.ndarray,  # only ever an argument of _reconstruct
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_array for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): np._core.multiarray.scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
-}
-
-
-class Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, which is not on the list of what embeddings need"
-            )
-        return ALLOWED[module, name]
-
-
-def load_pickle(path):
-    """The dict in a pickle of plain values, numpy arrays and torch tensors.
-
-    Nothing but the functions in ALLOWED can be called by the file. Raises DataError.
-    """
-    try:
-        with open(path, "rb") as f:
-            content = Unpickler(f).load()
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from e
-    except Exception as e:  # a hostile or broken file can raise anything: all of it means the same
-        raise DataError(
-            f"{path}: not a readable pickle of embeddings: {' '.join(str(e).split()) or type(e).__name__}"
-        ) from e
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, not a dict of embeddings")
-    return content
-
-
-def get_array(content, key, path):
-    """(array (N, T, channels), grid or None) from a pickle's entry, bfloat16 widened to float32."""
-    if key not in content:
-        held = ", ".join(f"{k} {tuple(v.shape)}" if hasattr(v, "shape") else str(k) for k, v in content.items())
-        raise DataError(f"{path}: no key {key!r}; it holds: {held or 'nothing'} (choose with --cond_key, --target_key)")
-    value = content[key]
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        raise DataError(f"{path}: {key} is {getattr(value, 'dtype', type(value).__name__)}, not an array of floats")
-    grid = value.shape[1:3] if value.ndim == 4 else None
-    if grid:
-        value = value.reshape(len(value), -1, value.shape[-1])
-    if value.ndim != 3 or 0 in value.shape:
-        raise DataError(f"{path}: {key} has shape {value.shape}; expected (samples, tokens, channels), none of them 0")
-    return value.astype(value.dtype.newbyteorder("="), copy=False), grid
-
-
-def load_shard(path, cond_key, target_key):
-    """dict(cond, target, grid, keys, captions, config) of one pickle, checked."""
-    content = load_pickle(path)
-    cond, _ = get_array(content, cond_key, path)
-    target, grid = get_array(content, target_key, path)
-    if len(cond) != len(target):
-        raise DataError(f"{path}: {len(cond)} conditions but {len(target)} targets")
-    shard = dict(cond=cond, target=target, grid=grid, config=content.get("config"))
-    for name in ("keys", "captions"):
-        values = content.get(name)
-        values = values.tolist() if isinstance(values, np.ndarray) else values
-        if not isinstance(values, (list, tuple, type(None))) or any(
-            not isinstance(v, (str, int)) for v in values or []
-        ):
-            raise DataError(f"{path}: {name} is not a list of strings or integers")
-        shard[name] = [None] * len(cond) if values is None else list(values)
-        if len(shard[name]) != len(cond):
-            raise DataError(f"{path}: {len(shard[name])} {name} for {len(cond)} samples")
-    return shard
+CHUNK = 1 << 24  # bytes of the source that one task converts
+BLOCK = 1 << 19  # float64 values summed at a time, which should fit a core's cache
+DROP = 1 << 28  # bytes after which pages of the source are given back
+WORKERS = min(8, os.cpu_count() or 1)
 
 
 # ---------------------------------------------------------------- the dataset on disk
@@ -194,122 +93,157 @@ def open_dataset(data_dir):
 # ---------------------------------------------------------------- converting
 
 
-def find_files(sources):
-    """The pickles that the sources name, and {folder: samples its manifest promises}."""
-    files, promised = [], {}
-    for source in map(Path, sources):
-        if source.is_file():
-            files.append(source)
-        elif source.is_dir():
-            natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)]  # noqa: E731
-            files += (found := sorted(source.glob("*.pkl"), key=natural))
-            if not found:
-                raise DataError(f"{source}: a folder without .pkl files")
-            manifest = source / "embeddings_manifest.json"
-            if manifest.is_file():
-                try:
-                    promised[source] = int(json.loads(manifest.read_text())["total_samples"])
-                except (ValueError, KeyError, TypeError) as e:
-                    raise DataError(f"{manifest}: no readable total_samples in it") from e
-        else:
-            raise DataError(f"{source}: no such file or folder")
-    return files, promised
-
-
-def digest(path, part=1 << 24):
-    """Name, size and sha256 of a file: of the whole, or of its size and three parts if it is large."""
-    size, h = path.stat().st_size, hashlib.sha256()
-    with open(path, "rb") as f:
-        if size <= 4 * part:
-            h.update(f.read())
-        else:
-            h.update(str(size).encode())
-            for start in (0, size // 2, size - part):
-                f.seek(start)
-                h.update(f.read(part))
-    kind = "whole file" if size <= 4 * part else f"size, then {part} bytes at 0, size // 2 and size - {part}"
-    return {"file": path.name, "bytes": size, "sha256": h.hexdigest(), "sha256_of": kind}
-
-
-def survey(files, promised, load):
-    """First pass: layout, counts and items of all shards, checked against each other."""
-    first, counts, items, seen = None, [], [], set()
-    for path in files:
-        shard = load(path)
-        layout = {name: [*shard[name].shape[1:], str(shard[name].dtype)] for name in ("cond", "target")}
-        first = first or dict(layout=layout, grid=shard["grid"], config=shard["config"])
+def survey(shards, promised, load):
+    """First pass, which reads no embeddings: layout, counts and bytes of all shards, checked against each other."""
+    first, counts, nbytes, seen = None, [], 0, set()
+    for paths in shards:
+        shard = load(*paths)
+        layout = {name: shard[name].layout for name in ("cond", "target")}
+        first = first or dict(layout=layout, grid=shard["target"].grid, config=plain(shard["config"]))
         if layout != first["layout"]:
-            raise DataError(f"{path}: [tokens, channels, dtype] is {layout}; in {files[0]} it is {first['layout']}")
+            raise DataError(f"{paths[0]}: [tokens, channels, dtype] is {layout}; in {shards[0][0]} {first['layout']}")
         counts.append(len(shard["cond"]))
-        for key, caption in zip(shard["keys"], shard["captions"]):
-            if key is not None and key in seen:
-                raise DataError(f"{path}: the key {key!r} is there twice")
-            seen.add(key)
-            items.append({"key": key, "caption": caption})
-        del shard  # before the next one is loaded
-    for folder, total in promised.items():
-        found = sum(n for path, n in zip(files, counts) if path.parent == folder)
-        if found != total:
-            raise DataError(f"{folder}: its manifest promises {total} samples, its pickles hold {found}")
-    return first, counts, items
+        nbytes += shard["cond"].nbytes + shard["target"].nbytes
+        for item in items(shard, paths[0]):
+            if item["key"] in seen:
+                raise DataError(f"{paths[0]}: the key {item['key']!r} is there twice")
+            seen |= {item["key"]} - {None}
+    for folder, manifest in promised.items():
+        found = [n for paths, n in zip(shards, counts) if paths[0].parent == folder]
+        asked = manifest["total_samples"], manifest.get("total_shards", len(found))
+        if asked != (sum(found), len(found)):
+            raise DataError(
+                f"{folder}: its manifest promises {asked[0]} samples in {asked[1]} shards, "
+                f"its pickles hold {sum(found)} in {len(found)}"
+            )
+    return first, counts, nbytes
 
 
-def choose_grid(tokens, given, asked):
-    """[H, W] of the target tokens: as asked, as the array's shape says, or square."""
-    side = math.isqrt(tokens)
-    if asked:
-        if not re.fullmatch(r"\d+x\d+", asked) or math.prod(map(int, asked.split("x"))) != tokens:
-            raise DataError(f"--grid={asked} is not ROWSxCOLUMNS of {tokens} tokens")
-        return [int(n) for n in asked.split("x")]
-    if not given and side * side != tokens:
-        raise DataError(f"{tokens} target tokens are not a square; say --grid=ROWSxCOLUMNS")
-    return list(given or (side, side))
+def moments(x, skip=None):
+    """Sums over all but the last axis of x (n, T, C) and of its squares, in float64: (2, C).
+
+    The samples of the mask `skip` (n,) count as zeros. A value that is not finite, theirs included, makes sums
+    that are not.
+    """
+    skip = np.zeros(len(x), bool) if skip is None else skip
+    skip, x = np.repeat(skip, x.shape[1]), x.reshape(-1, x.shape[2])
+    step = max(1, BLOCK // x.shape[1])
+    wide, total = np.empty((min(step, len(x)), x.shape[1])), np.zeros((2, x.shape[1]))
+    half, bits = x.dtype == np.float16, np.empty(wide.shape, np.int32)
+    for i in range(0, len(x), step):
+        part, block, narrow = x[i : i + step], wide[: len(x) - i], bits[: len(x) - i]
+        if half:
+            # numpy widens float16 one by one. Twice as fast: the bits of 2^-112 x in float32, where only the
+            # exponent's bias differs. An exponent of 31, Inf or NaN, has to be looked for.
+            np.copyto(narrow, part.view(np.int16))
+            np.left_shift(narrow, 13, out=narrow)
+            part = np.bitwise_and(narrow, ~0x70000000, out=narrow).view(np.float32)
+            if max(part.max(), -part.min()) >= 2.0**-96:
+                return np.full_like(total, np.nan)
+        np.copyto(block, part)
+        with np.errstate(invalid="ignore"):
+            block[skip[i : i + step]] *= 0
+            total += block.sum(0), np.einsum("nc,nc->c", block, block)
+    return total * [[2.0**112], [2.0**224]] if half else total
 
 
-def write_arrays(files, counts, layout, is_val, folder, load):
+def copy(rows, piece, start, stop, first, is_val, n_val, files):
+    """Convert piece[start:stop], the samples from number `first` on, and write each to its split's file.
+
+    n_val[i] validation samples come before sample i; files are (descriptor, position) of training's and
+    validation's first. Returns the sums (2, C) of the training samples, and which samples are not finite.
+    """
+    x, mask = piece[start:stop], is_val[first : first + stop - start]
+    try:
+        x = rows.convert(x)
+    except FloatingPointError as e:
+        worst = np.abs(x, where=np.isfinite(x), out=np.zeros_like(x)).max()
+        raise DataError(f"{worst:g} among samples {first} to {first + len(x) - 1} is too large for {rows.dtype}") from e
+    total = moments(x, mask)
+    bad = [] if np.isfinite(total).all() else (first + np.flatnonzero(~np.isfinite(x).all((1, 2)))).tolist()
+    for a, b in itertools.pairwise([0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(x)]):  # runs of one split
+        before = int(n_val[first + a])
+        fd, origin = files[int(mask[a])]
+        data, at = memoryview(x[a:b]).cast("B"), origin + x[0].nbytes * (before if mask[a] else first + a - before)
+        while data:
+            n = os.pwrite(fd, data, at)
+            data, at = data[n:], at + n
+    return total, bad
+
+
+def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
     """Second pass: copy every sample into its split, accumulating the training statistics.
 
-    Returns the arrays' shapes, the statistics, and [(index, array)] of samples that are not finite.
+    Writes the arrays and the items; returns the arrays' shapes and the statistics. Raises DataError.
     """
-    arrays, next_row, bad = {}, collections.Counter(), []
-    for which, n in (("train", int((~is_val).sum())), ("val", int(is_val.sum()))):
-        for name, (tokens, channels, dtype) in layout.items():
-            path = folder / f"{which}_{name}.npy"
-            arrays[f"{which}_{name}"] = np.lib.format.open_memmap(path, "w+", dtype, (n, tokens, channels))
-    sums = {name: np.zeros((2, channels)) for name, (_, channels, _) in layout.items()}  # of x and x^2, float64
-    start = 0
-    with tqdm(total=sum(a.nbytes for a in arrays.values()), unit="B", unit_scale=True, desc="writing") as bar:
-        for path, n in zip(files, counts):
-            shard = load(path)
-            for i in range(0, n, CHUNK):
-                val = is_val[start + i : start + min(i + CHUNK, n)]
-                for name in layout:
-                    chunk = shard[name][i : i + CHUNK]
-                    bad += [(start + i + int(row), name) for row in np.flatnonzero(~np.isfinite(chunk).all((1, 2)))]
-                    for which, mask in (("train", ~val), ("val", val)):
-                        key, part = f"{which}_{name}", chunk[mask]
-                        arrays[key][next_row[key] : next_row[key] + len(part)] = part
-                        next_row[key] += len(part)
-                    wide = chunk[~val].astype(np.float64)
-                    sums[name] += wide.sum((0, 1)), (wide**2).sum((0, 1))
-                    bar.update(chunk.nbytes)
-            start += n
-            del shard
-    for array in arrays.values():
-        array.flush()
+    n_val, shapes, files = np.cumsum([0, *is_val]), {}, {name: [] for name in layout}
+    total, first, n_bad, dropped, where = {name: np.zeros((2, c)) for name, (_, c, _) in layout.items()}, 0, 0, 0, None
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(open(folder / f"{which}_items.jsonl", "w")) for which in ("train", "val")]
+        for which, name in itertools.product(("train", "val"), layout):
+            *shape, dtype = layout[name]
+            shape = int(n_val[-1] if which == "val" else len(is_val) - n_val[-1]), *shape
+            f = stack.enter_context(open(folder / f"{which}_{name}.npy", "wb"))
+            header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(f, header)
+            f.flush()
+            files[name].append((f.fileno(), f.tell()))
+            shapes[f"{which}_{name}"] = list(shape)
+        bar = stack.enter_context(tqdm(total=nbytes, unit="B", unit_scale=True, desc="converting"))
+        pool = concurrent.futures.ThreadPoolExecutor(WORKERS)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for paths, n in zip(shards, counts):
+            shard, bad = load(*paths), {}
+            tasks = []
+            for name, rows in (("cond", shard["cond"]), ("target", shard["target"])):
+                at = first
+                for piece in rows.pieces:
+                    step = max(1, CHUNK // piece[0].nbytes)
+                    tasks += [(name, piece, i, min(i + step, len(piece)), at + i) for i in range(0, len(piece), step)]
+                    at += len(piece)
+            results = pool.map(lambda task: copy(shard[task[0]], *task[1:], is_val, n_val, files[task[0]]), tasks)
+            for i, item in enumerate(items(shard, paths[0]), first):  # while the pool works
+                lines[int(is_val[i])].write(json.dumps(item) + "\n")
+            for (name, piece, start, stop, _), (sums, samples) in zip(tasks, results):
+                total[name] += sums
+                bad |= {i: name for i in samples if i not in bad}
+                bar.update((stop - start) * piece[0].nbytes)
+                if bar.n // DROP > dropped:
+                    dropped = bar.n // DROP
+                    drop_pages(piece)
+            if bad and where is None:
+                item = next(itertools.islice(items(shard, paths[0]), min(bad) - first, None))
+                where = f"the {bad[min(bad)]} of sample {min(bad)} (key {item['key']!r})"
+            first, n_bad = first + n, n_bad + len(bad)
+    if n_bad:
+        raise DataError(f"NaN or Inf in {n_bad} of {len(is_val)} samples, the first in {where}")
     stats = {}
     for name, (tokens, _, _) in layout.items():
-        mean, square = sums[name] / ((~is_val).sum() * tokens)
+        mean, square = total[name] / ((~is_val).sum() * tokens)
+        if not np.isfinite(square).all():
+            raise DataError(f"the squares of the {name} are too large for float64")
         stats |= {f"{name}_mean": mean, f"{name}_std": np.sqrt(np.maximum(square - mean**2, 0))}
-    return {key: list(array.shape) for key, array in arrays.items()}, stats, bad
+    return shapes, stats
 
 
-def prepare(sources, out, cond_key, target_key, val_fraction, seed, grid=None, overwrite=False):
-    """Convert the sources into the dataset folder `out`; returns its meta.json. Raises DataError."""
+def prepare(
+    sources, out, cond_key, target_key, val_fraction, seed, grid=None, overwrite=False, dtype="source", drop_cls=False,
+    pool=1,
+):  # fmt: skip
+    """Convert the sources into the dataset folder `out`; returns its meta.json. Raises DataError.
+
+    The flags of the command line say what the arguments are.
+    """
     out, partial = Path(out), Path(out) / ".partial"
-    files, promised = find_files(sources)
+    if grid and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
+        raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
+    if pool < 1:
+        raise DataError(f"--pool={pool} must be 1 or more")
+    shards, promised = find_files(sources)
     request = dict(cond_key=cond_key, target_key=target_key, val_fraction=val_fraction, seed=seed, grid_asked=grid)
-    request |= dict(sources=[digest(path) for path in files])
+    request |= dict(
+        dtype=dtype, drop_cls=drop_cls, pool=pool, sources=[digest(path) for path in itertools.chain(*shards)]
+    )
     if (out / "meta.json").is_file() and not overwrite:
         meta = open_dataset(out)["meta"]
         if {key: meta.get(key) for key in request} == request:
@@ -317,40 +251,85 @@ def prepare(sources, out, cond_key, target_key, val_fraction, seed, grid=None, o
             return meta
         raise DataError(f"{out} holds another dataset; choose another --out or pass --overwrite=True")
 
-    def load(path):
-        return load_shard(path, cond_key, target_key)
-
-    load = functools.lru_cache(1)(load) if len(files) == 1 else load  # of several, one at a time is all that fits
-    first, counts, items = survey(files, promised, load)
-    layout, n = first["layout"], sum(counts)
-    train, val = split(n, val_fraction, seed)
-    is_val = np.zeros(n, bool)
-    is_val[val] = True
-    meta = dict(format_version=1, grid=choose_grid(layout["target"][0], first["grid"], grid), layout=layout, **request)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)  # released when this process ends, however it does
     try:
-        meta["shapes"], stats, bad = write_arrays(files, counts, layout, is_val, partial, load)
-        if bad:
-            where, name = bad[0]
-            raise DataError(
-                f"NaN or Inf in {len({i for i, _ in bad})} of {n} samples, the first in the {name} "
-                f"of sample {where} (key {items[where]['key']!r})"
-            )
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(lock)
+        raise DataError(f"another prepare.py is writing to {out}") from e
+    try:
+        for left_over in partial.iterdir():
+            left_over.unlink()
+        asked = tuple(map(int, grid.split("x"))) if grid else None
+        options = dict(scratch=partial, dtype=dtype, grid=asked, drop_cls=drop_cls, pool=pool)
+        load = functools.lru_cache(8)(lambda *paths: load_shard(paths, cond_key, target_key, **options))
+        first, counts, nbytes = survey(shards, promised, load)
+        layout, tokens = first["layout"], first["layout"]["target"][0]
+        if asked and first["grid"] != tuple(n // pool for n in asked):
+            raise DataError(f"--grid={grid} is not ROWSxCOLUMNS of {tokens * pool**2} tokens")
+        if not first["grid"]:
+            raise DataError(f"{tokens} target tokens are not a square; say --grid=ROWSxCOLUMNS or --drop_cls=True")
+        is_val = np.zeros(sum(counts), bool)
+        is_val[split(len(is_val), val_fraction, seed)[1]] = True
+        need = sum(len(is_val) * np.dtype(dtype).itemsize * t * c for t, c, dtype in layout.values())
+        if need > (free := shutil.disk_usage(partial).free):
+            raise DataError(f"{out} needs {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+        meta = dict(format_version=1, grid=list(first["grid"]), layout=layout, **request)
+        meta["shapes"], stats = write_arrays(shards, counts, nbytes, layout, is_val, partial, load)
         np.savez(partial / "stats.npz", **stats)
-        for which, indices in (("train", train), ("val", val)):
-            with open(partial / f"{which}_items.jsonl", "w") as f:
-                f.writelines(json.dumps(items[i], default=str) + "\n" for i in indices)
-        meta["config"] = json.loads(json.dumps(first["config"], default=str, skipkeys=True))
+        meta["config"] = first["config"]
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        if (out / "meta.json").is_file():  # what is safe on the disk is replaced by nothing less; else the kernel may
+            for name in (*FILES, "meta.json"):  # write in its own time, as it does for cp
+                with open(partial / name, "rb") as f:
+                    os.fsync(f.fileno())
         (out / "meta.json").unlink(missing_ok=True)  # from here on there is no complete dataset
         for name in (*FILES, "meta.json"):
-            with open(partial / name, "rb") as f:
-                os.fsync(f.fileno())
             os.replace(partial / name, out / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
     return meta
+
+
+def verify(out):
+    """Read a dataset again and compare it with its meta.json and stats.npz. Raises DataError where they differ."""
+    data = open_dataset(out)
+    meta, stats = data["meta"], data["stats"]
+    for name in ARRAYS:
+        array, total = data[name], np.zeros((2, data[name].shape[-1]))
+        size, due = (Path(out) / f"{name}.npy").stat().st_size, array.offset + array.nbytes
+        if size != due:
+            raise DataError(f"{name}.npy has {size} bytes instead of {due}")
+        step = max(1, CHUNK // array[0].nbytes)
+        for i in tqdm(range(0, len(array), step), desc=name, leave=False):
+            total += (sums := moments(array[i : i + step]))
+            if not np.isfinite(sums).all():
+                raise DataError(f"{name}.npy holds NaN or Inf among samples {i} to {min(i + step, len(array)) - 1}")
+            drop_pages(array)
+        which, key = name.split("_")
+        mean, square = total / (array.size // array.shape[-1])
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        if which == "train" and not (
+            np.allclose(mean, stats[f"{key}_mean"], 1e-6, 1e-6 * std.max())
+            and np.allclose(std, stats[f"{key}_std"], 1e-6, 1e-6 * std.max())
+        ):
+            raise DataError(f"{name}.npy has other statistics than stats.npz says")
+        print(f"{name}.npy: {tuple(array.shape)} {array.dtype}, finite" + ", as stats.npz says" * (which == "train"))
+    for which in ("train", "val"):
+        with open(Path(out) / f"{which}_items.jsonl") as f:
+            n = sum(1 for _ in map(json.loads, f))
+        if n != len(data[f"{which}_cond"]):
+            raise DataError(f"{which}_items.jsonl has {n} lines for {len(data[f'{which}_cond'])} samples")
+    for source in meta["sources"]:
+        path = Path(source["path"])
+        if path.is_file() and digest(path) != source:
+            raise DataError(f"the source {path} is not what it was: its size or sha256 differs")
+        print(
+            f"{path}: "
+            + (f"sha256 as recorded ({source['sha256_of']})" if path.is_file() else "not here, not compared")
+        )
 
 
 def yes_or_no(text):
@@ -363,29 +342,43 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("sources", nargs="+", metavar="SRC", help="a pickle, or a folder of pickles")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the dataset's folder")
-    parser.add_argument(
-        "--cond_key", default="eva_blip3o_embeddings", help="key of the conditions (default: %(default)s)"
+    add, flag = parser.add_argument, dict(type=yes_or_no, default=False, metavar="True|False")
+    add("sources", nargs="*", metavar="SRC", help="a pickle or .pt file, a folder of them, or .npy files")
+    add("--out", metavar="DIR", help="the dataset's folder")
+    add("--cond_key", default="eva_blip3o_embeddings", help="key of the conditions (default: %(default)s)")
+    add("--target_key", default="clip_blip3o_embeddings", help="key of the targets (default: %(default)s)")
+    add("--val_fraction", type=float, default=0.1, help="share of samples held out (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=("source", "float16", "float32"),
+        default="source",
+        help="of the arrays (default: the source's)",
     )
-    parser.add_argument(
-        "--target_key", default="clip_blip3o_embeddings", help="key of the targets (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--val_fraction", type=float, default=0.1, help="share of samples held out (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    parser.add_argument("--grid", metavar="HxW", help="rows x columns of the target tokens, if they are not a square")
-    parser.add_argument(
-        "--overwrite", type=yes_or_no, default=False, metavar="True|False", help="replace another dataset in DIR"
-    )
+    add("--grid", metavar="HxW", help="rows x columns of the source's tokens, if they are not a square")
+    add("--drop_cls", **flag, help="drop the first token where there is one more than a grid has")
+    add("--pool", type=int, default=1, help="average squares of so many by so many tokens (default: %(default)s)")
+    add("--overwrite", **flag, help="replace another dataset in DIR, once the new one is whole")
+    add("--inspect", **flag, help="print what the sources hold and convert nothing")
+    add("--verify", **flag, help="read the dataset in DIR again and compare it with its meta.json")
     args = vars(parser.parse_args())
+    only_inspect, only_verify = args.pop("inspect"), args.pop("verify")
+    if not args["out"] and not only_inspect:
+        parser.error("--out=DIR is required")
+    if not args["sources"] and not only_verify:
+        parser.error("name a source: a pickle, a folder of pickles, or .npy files")
     try:
+        if only_inspect:
+            return inspect(find_files(args["sources"])[0])
+        if only_verify:
+            return verify(args["out"])
         meta = prepare(**args)
     except DataError as e:
         sys.exit(f"error: {e}")
     except OSError as e:
-        sys.exit(f"error: writing {args['out']} failed: {e}; no dataset was left there")
+        sys.exit(f"error: writing {args['out']} failed: {e}; no new dataset was left there")
+    except KeyboardInterrupt:
+        sys.exit(f"error: interrupted; no new dataset was left in {args['out']}")
     print(f"{args['out']}: grid {meta['grid'][0]}x{meta['grid'][1]}")
     for name, shape in meta["shapes"].items():
         size = (Path(args["out"]) / f"{name}.npy").stat().st_size

@@ -29,7 +29,8 @@ import score
 from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
-from prepare import get_array, load_pickle, open_dataset
+from prepare import open_dataset
+from sources import get_rows, items, load_pickle
 
 # ---- I/O
 out_dir = "out"  # where train.py wrote
@@ -147,12 +148,12 @@ def interpolate(loaded, cond_a, cond_b, n=8, **settings):
 
 
 def read_conditions(path, key):
-    """Array (B, S, C) and items [{key, caption}] of a .npy or, through prepare.py's safe reader, a .pkl."""
+    """Array (B, S, C) and items [{key, caption}] of a .npy or, through the safe reader, a .pkl."""
     if str(path).endswith((".pkl", ".pickle")):
         content = load_pickle(path)
-        array, _ = get_array(content, key, path)
-        keys, captions = (content.get(name) or [None] * len(array) for name in ("keys", "captions"))
-        return array, [{"key": k, "caption": c} for k, c in zip(keys, captions)]
+        array = np.asarray(get_rows(content, key, path))
+        named = {name: content.get(name) or [None] * len(array) for name in ("keys", "captions")}
+        return array, list(items(named, path))
     if not str(path).endswith(".npy"):
         raise ValueError(f"{path}: conditions are read from .npy or .pkl files")
     try:

@@ -1,15 +1,16 @@
-import builtins
 import json
-import os
 import pickle
+import signal
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 import prepare
-from conftest import make_pickle, refused, run
+from conftest import ROOT, make_pickle, refused, run
 
 COND, TARGET = "eva_blip3o_embeddings", "clip_blip3o_embeddings"
 
@@ -100,8 +101,12 @@ def test_folder_of_shards_in_natural_order(tmp_path):
     assert [i["key"] for i in items["val"]] == [(contents[0]["keys"] + contents[1]["keys"])[i] for i in val]
     convert([shards / "embeddings_shard_2.pkl", shards / "embeddings_shard_10.pkl"], tmp_path / "again")
     assert np.array_equal(load(tmp_path / "again")[0]["train_cond"], data["train_cond"])
+    (shards / "embeddings_manifest.json").write_text('{"total_samples": 23, "total_shards": 3}')
+    assert "23 samples in 3 shards" in refused("prepare.py", shards, f"--out={tmp_path / 'bad'}")
     (shards / "embeddings_manifest.json").write_text('{"total_samples": 24}')
-    assert "promises 24 samples, its pickles hold 23" in refused("prepare.py", shards, f"--out={tmp_path / 'bad'}")
+    assert "promises 24 samples in 2 shards, its pickles hold 23 in 2" in refused(
+        "prepare.py", shards, f"--out={tmp_path / 'bad'}"
+    )
 
 
 def test_a_dataset_is_not_overwritten_by_another(tmp_path):
@@ -116,36 +121,6 @@ def test_a_dataset_is_not_overwritten_by_another(tmp_path):
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
     convert(tmp_path / "b.pkl", out, "--overwrite=True")
     assert load(out)[1]["val"][0]["key"].startswith("key 2.")
-
-
-class Call:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize(
-    "attack, name",
-    [
-        (Call(os.system, "touch owned"), "posix.system"),
-        (Call(builtins.eval, "open('owned', 'w')"), "builtins.eval"),
-        (Call(subprocess.Popen, ["touch", "owned"]), "subprocess.Popen"),
-        (Call(torch.load, "owned"), "torch.serialization.load"),
-        (Call(np.load, "owned", None, True), "numpy.load"),
-        (Call(torch.storage._load_from_bytes, pickle.dumps(Call(os.system, "touch owned"))), None),
-        (Call(np._core.multiarray._reconstruct, subprocess.Popen, (0,), b"b"), "subprocess.Popen"),
-        (np.array([Call(os.system, "touch owned")]), None),
-    ],
-)
-def test_pickles_cannot_run_code(tmp_path, monkeypatch, attack, name):
-    monkeypatch.chdir(tmp_path)
-    make_pickle(tmp_path / "e.pkl", extra=attack)
-    with pytest.raises(prepare.DataError) as e:
-        prepare.load_pickle(tmp_path / "e.pkl")
-    assert not (tmp_path / "owned").exists() and "\n" not in str(e.value)
-    assert name is None or name in str(e.value)
 
 
 def bad(tmp_path, **changes):
@@ -168,7 +143,7 @@ def test_bad_input(tmp_path):
     assert "keys is not a list of strings" in bad(tmp_path, keys=[[1]] * 40)
     assert "'same' is there twice" in bad(tmp_path, keys=["same"] * 40)
     line = bad(tmp_path, **{COND: None})
-    assert f"no key '{COND}'" in line and f"{TARGET} (40, 4, 5)" in line
+    assert f"no key '{COND}'" in line and f"'{TARGET}': tensor (40, 4, 5) float32" in line
     make_pickle(tmp_path / "three.pkl", n=3)
     assert "3 samples with val_fraction=0.1" in refused(
         "prepare.py", tmp_path / "three.pkl", f"--out={tmp_path / 'out'}"
@@ -176,7 +151,7 @@ def test_bad_input(tmp_path):
     (tmp_path / "e.pkl").write_bytes((tmp_path / "three.pkl").read_bytes()[:-200])
     assert "not a readable pickle" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
     (tmp_path / "e.pkl").write_bytes(pickle.dumps([1, 2]))
-    assert "holds a list" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
+    assert "holds a list, not a dict" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
     assert "no such file" in refused("prepare.py", tmp_path / "nowhere.pkl", f"--out={tmp_path / 'out'}")
     (tmp_path / "empty").mkdir()
     assert "without .pkl" in refused("prepare.py", tmp_path / "empty", f"--out={tmp_path / 'out'}")
@@ -209,3 +184,265 @@ def test_incomplete_and_damaged_datasets_are_refused(dataset, tmp_path):
     (copy / "meta.json").unlink()
     with pytest.raises(prepare.DataError, match="incomplete"):
         prepare.open_dataset(copy)
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def arrays(source, out, **options):
+    """The prepared arrays of each split, and the grid; source may be a dict to pickle."""
+    if isinstance(source, dict):
+        out.mkdir()
+        (out / "e.pkl").write_bytes(pickle.dumps(source))
+        source = [out / "e.pkl"]
+    meta = prepare.prepare(source, out / "data", COND, TARGET, 0.25, 0, **options)
+    return prepare.open_dataset(out / "data"), meta["grid"]
+
+
+def same(data, cond, target):
+    for which, rows in zip(("train", "val"), prepare.split(len(cond), 0.25, 0)):
+        assert np.array_equal(data[f"{which}_cond"], cond[rows])
+        assert np.array_equal(data[f"{which}_target"], target[rows])
+
+
+def test_lists_of_samples_and_of_batches(tmp_path):
+    cond, target = np.random.default_rng(0).standard_normal((2, 12, 4, 90), np.float32)
+    same(arrays({COND: list(cond), TARGET: [*map(torch.tensor, target)]}, tmp_path / "a")[0], cond, target)
+    same(arrays({COND: [cond[:5], cond[5:]], TARGET: np.split(target, 4)}, tmp_path / "b")[0], cond, target)
+    objects = np.empty(12, object)
+    objects[:] = list(cond)
+    same(arrays({COND: objects, TARGET: tuple(target)}, tmp_path / "c")[0], cond, target)
+    with pytest.raises(prepare.DataError, match=r"mixes array \(1, 4, 90\) float32 and array \(1, 3, 90\) float32"):
+        arrays({COND: [cond[0], cond[0, :3]], TARGET: target[:2]}, tmp_path / "d")
+    with pytest.raises(prepare.DataError, match="repeats the same arrays"):
+        arrays({COND: [cond] * 1000, TARGET: [target] * 1000}, tmp_path / "e")
+
+
+def test_cls_tokens_are_dropped_and_grids_pooled(tmp_path):
+    x = np.random.default_rng(0).standard_normal((8, 17, 6), np.float32)
+    content = {COND: x[:, 1:], TARGET: torch.tensor(x)}
+    data, grid = arrays(content, tmp_path / "a", drop_cls=True)
+    assert grid == [4, 4]
+    same(data, x[:, 1:], x[:, 1:])
+    pooled = torch.nn.functional.avg_pool2d(torch.tensor(x[:, 1:]).mT.reshape(8, 6, 4, 4), 2).flatten(2).mT.numpy()
+    data, grid = arrays(content, tmp_path / "b", drop_cls=True, pool=2)
+    assert grid == [2, 2]
+    assert all(
+        np.allclose(data["val_" + name], pooled[prepare.split(8, 0.25, 0)[1]], atol=1e-6) for name in ("cond", "target")
+    )
+    data, grid = arrays({COND: x[:, :12], TARGET: x[:, :12].reshape(8, 2, 6, 6)}, tmp_path / "c", pool=2, grid="2x6")
+    assert grid == [1, 3] and np.allclose(data["val_cond"], data["val_target"], atol=1e-6)
+    assert np.allclose(data["train_cond"][0, 0], x[prepare.split(8, 0.25, 0)[0][0], [0, 1, 6, 7]].mean(0), atol=1e-6)
+    for options, message in (
+        (dict(), "17 target tokens are not a square; say --grid=ROWSxCOLUMNS or --drop_cls=True"),
+        (dict(drop_cls=True, pool=3), r"--pool=3 does not divide its grid, \(4, 4\)"),
+        (dict(drop_cls=True, pool=0), "--pool=0"),
+        (dict(drop_cls=True, grid="2x9"), "--grid=2x9 is not ROWSxCOLUMNS of 16 tokens"),
+    ):
+        with pytest.raises(prepare.DataError, match=message):
+            arrays([tmp_path / "a" / "e.pkl"], tmp_path / "d", **options)
+    with pytest.raises(prepare.DataError, match="16 and 16 tokens are no grid and one more"):
+        arrays({COND: x[:, 1:], TARGET: x[:, 1:]}, tmp_path / "e", drop_cls=True)
+
+
+def test_npy_pairs(tmp_path):
+    cond, target = np.random.default_rng(0).standard_normal((2, 12, 4, 9), np.float32)
+    for i in (0, 1):
+        np.save(tmp_path / f"cond_{i}.npy", cond[6 * i : 6 * i + 6])
+        np.save(tmp_path / f"target_{i}.npy", np.asfortranarray(target[6 * i : 6 * i + 6]))
+    paths = [tmp_path / f"{name}_{i}.npy" for name in ("cond", "target") for i in (0, 1)]
+    convert(paths, tmp_path / "out")
+    same(prepare.open_dataset(tmp_path / "out"), cond, target)
+    assert "3 .npy files: name all conditions first" in refused("prepare.py", *paths[:3], f"--out={tmp_path / 'o'}")
+
+
+def test_output_dtype(tmp_path):
+    x = np.random.default_rng(0).standard_normal((8, 4, 60), np.float32)
+    for source in (x, torch.tensor(x).bfloat16(), x.astype("f8"), x.astype("f2")):
+        for dtype in ("float16", "float32"):
+            data, _ = arrays({COND: source, TARGET: source}, tmp_path / f"{source.dtype}{dtype}", dtype=dtype)
+            want = source.float().numpy() if isinstance(source, torch.Tensor) else source
+            same(data, want.astype(dtype), want.astype(dtype))
+            wide = data["train_cond"].astype("f8").reshape(-1, 60)  # statistics are of what is stored
+            assert np.allclose(data["stats"]["cond_std"], wide.std(0), rtol=1e-12)
+    x[5, 3, 2] = -70000
+    with pytest.raises(prepare.DataError, match="70000 among samples 0 to 7 is too large for float16"):
+        arrays({COND: x, TARGET: x}, tmp_path / "over", dtype="float16")
+    x[5, 3, 2] = np.inf
+    with pytest.raises(
+        prepare.DataError, match=r"NaN or Inf in 1 of 8 samples, the first in the cond of sample 5 \(key None"
+    ):
+        arrays({COND: x, TARGET: x}, tmp_path / "inf", dtype="float16")
+    x[5, 3, 2] = 1
+    with pytest.raises(prepare.DataError, match="in .*e.pkl"):
+        arrays({COND: x, TARGET: x}, tmp_path / "one")
+        arrays({COND: x.astype("f2"), TARGET: x}, tmp_path / "two")
+        arrays([tmp_path / "one" / "e.pkl", tmp_path / "two" / "e.pkl"], tmp_path / "mixed")
+
+
+def test_sums_are_exact_for_every_float16():
+    finite = np.arange(65536, dtype=np.uint16).view(np.float16)
+    finite = finite[np.isfinite(finite)].reshape(-1, 1, 2)
+    for dtype in (np.float16, np.float32, np.float64):
+        x = finite.astype(dtype)
+        skip = np.arange(len(x)) % 3 == 0
+        wide = x[~skip, 0].astype(np.float64)
+        assert np.allclose(prepare.moments(x, skip), [wide.sum(0), (wide**2).sum(0)], rtol=1e-13, atol=0)
+        for value in (np.inf, -np.inf, np.nan):
+            for i in (0, 1):  # a sample that is skipped, and one that is not
+                bad = x.copy()
+                bad[i, 0, 1] = value
+                assert not np.isfinite(prepare.moments(bad, skip)).all()
+
+
+# ---------------------------------------------------------------- memory
+
+
+WATCH = """if True:
+    import sys, threading, time
+    sys.path.insert(0, sys.argv.pop(1))
+    import prepare, re
+    peak = 0
+    def watch():
+        global peak
+        while True:
+            peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
+            time.sleep(0.002)
+    threading.Thread(target=watch, daemon=True).start()
+    prepare.main()
+    print("peak", peak)
+"""
+
+
+@pytest.mark.parametrize("kind", ["numpy", "text", "fortran", "tensor", "zip", "list"])
+def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+    x = np.random.default_rng(0).integers(0, 0x3C00, (1200, 64, 2048), dtype=np.uint16).view(np.float16)  # 315 MB
+    x = {"fortran": np.asfortranarray, "tensor": torch.tensor, "zip": torch.tensor, "list": list}.get(kind, np.asarray)(
+        x
+    )
+    content = {COND: x, TARGET: np.zeros((1200, 4, 5), np.float32)}
+    with open(tmp_path / "e.pkl", "wb") as f:
+        torch.save(content, f) if kind == "zip" else pickle.dump(content, f, protocol=2 if kind == "text" else 4)
+    del x, content
+    out = run("-c", WATCH, ROOT, tmp_path / "e.pkl", f"--out={tmp_path / 'out'}").stdout
+    assert int(out.split("peak ")[1]) < 150, out  # MB, numpy and tqdm included
+    (tmp_path / "e.pkl").unlink()
+
+
+# ---------------------------------------------------------------- accidents
+
+
+KILL = """if True:
+    import sys, os, signal
+    sys.path.insert(0, sys.argv.pop(1))
+    name, calls = sys.argv.pop(1), int(sys.argv.pop(1))
+    import prepare
+    original = getattr(os, name)
+    def kill(*args):
+        global calls
+        calls -= 1
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+    setattr(os, name, kill)
+    prepare.main()
+"""
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("call", ["pwrite 1", "pwrite 9", "replace 1", "replace 4", "replace 8"])
+def test_killed_at_any_moment(tmp_path, call, old):
+    """What is left is no dataset, or the old one; the next run starts clean."""
+    make_pickle(tmp_path / "a.pkl", seed=1)
+    make_pickle(tmp_path / "b.pkl", seed=2)
+    out = tmp_path / "out"
+    if old:
+        convert(tmp_path / "a.pkl", out)
+    args = ROOT, *call.split(), tmp_path / "b.pkl", f"--out={out}", "--val_fraction=0.25", "--overwrite=True"
+    assert run("-c", KILL, *args, check=False).returncode == -signal.SIGKILL
+    if old and call.startswith("pwrite"):
+        assert load(out)[1]["val"][0]["key"].startswith("key 1.")
+    else:
+        with pytest.raises(prepare.DataError, match="incomplete|does not exist"):
+            prepare.open_dataset(out)
+    convert(tmp_path / "b.pkl", out, "--overwrite=True")
+    assert load(out)[1]["val"][0]["key"].startswith("key 2.")
+    assert sorted(p.name for p in out.iterdir()) == sorted([*prepare.FILES, "meta.json"])
+
+
+def test_interrupted_or_out_of_disk(tmp_path, monkeypatch):
+    make_pickle(tmp_path / "a.pkl", seed=1)
+    make_pickle(tmp_path / "b.pkl", seed=2)
+    out = tmp_path / "out"
+    convert(tmp_path / "a.pkl", out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    args = tmp_path / "b.pkl", f"--out={out}", "--overwrite=True"
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    assert "too large" in (
+        line := refused("-c", KILL.replace("import prepare", f"import prepare; {full}"), ROOT, "link", 1, *args)
+    )
+    assert "failed" in line and {p.name: p.read_bytes() for p in out.iterdir()} == before
+    pause = KILL.replace("import prepare", "import prepare, time; prepare.moments = lambda *args: time.sleep(5)")
+    process = subprocess.Popen(
+        [sys.executable, "-c", pause, ROOT, "link", "1", *args], stderr=subprocess.PIPE, text=True
+    )
+    while not (out / ".partial").is_dir():
+        time.sleep(0.01)
+    second = refused("prepare.py", *args)
+    assert "another prepare.py is writing to" in second
+    process.send_signal(signal.SIGINT)
+    last = process.communicate(timeout=120)[1].splitlines()[-1]
+    assert "error: interrupted" in last and process.returncode == 1
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    usage = prepare.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage._replace(free=2000))
+    with pytest.raises(prepare.DataError, match="needs 0.00 GB, and 0.00 GB are free"):
+        prepare.prepare([tmp_path / "b.pkl"], tmp_path / "new", COND, TARGET, 0.25, 0)
+    assert not (tmp_path / "new" / "meta.json").exists()
+
+
+# ---------------------------------------------------------------- looking
+
+
+def test_inspect_converts_nothing(tmp_path):
+    content = make_pickle(tmp_path / "e.pkl", note="hello", grid_embeddings=np.array([1j]))
+    content[TARGET][2, 1, 0] = float("nan")
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
+    before = sorted(tmp_path.iterdir())
+    out = run("prepare.py", tmp_path / "e.pkl", "--inspect=True").stdout
+    low, high = content[COND][:8].min(), content[COND][:8].max()
+    assert f"'{COND}': tensor (40, 4, 6) float32; 40 samples, the first 8: {low:.4g} to {high:.4g}, mean" in out
+    assert "1 not finite" in out and "'grid_embeddings': array (1,) complex128\n" in out
+    assert (
+        'list of 40, first "key 0.0"' in out and '{"eva_model": "test"}' in out and sorted(tmp_path.iterdir()) == before
+    )
+
+
+def test_verify_finds_what_is_wrong(tmp_path):
+    make_pickle(tmp_path / "e.pkl")
+    out = tmp_path / "out"
+    convert(tmp_path / "e.pkl", out)
+    verify = ["prepare.py", f"--out={out}", "--verify=True"]
+    assert "sha256 as recorded (whole file)" in run(*verify).stdout
+    whole = (out / "train_cond.npy").read_bytes()
+
+    def broken(name, data, message):
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(data)
+        assert message in refused(*verify)
+        (out / name).write_bytes(kept)
+
+    broken("train_cond.npy", whole + b"x", "bytes instead of")
+    broken("train_cond.npy", whole[:-4], "damaged")
+    broken("train_cond.npy", whole[:-4] + np.float32(50).tobytes(), "other statistics than stats.npz")
+    val = (out / "val_target.npy").read_bytes()
+    broken("val_target.npy", val[:-4] + np.float32(np.nan).tobytes(), "NaN or Inf among samples 0 to 9")
+    broken(
+        "val_items.jsonl",
+        (out / "val_items.jsonl").read_bytes()[:-1].rpartition(b"\n")[0] + b"\n",
+        "has 9 lines for 10",
+    )
+    make_pickle(tmp_path / "e.pkl", seed=3)
+    assert "is not what it was" in refused(*verify)
+    (tmp_path / "e.pkl").unlink()
+    assert "not here, not compared" in run(*verify).stdout

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from prepare import DataError, load_pickle, split  # noqa: E402
+from prepare import split  # noqa: E402
+from sources import DataError, load_pickle  # noqa: E402
 
 HERE = Path(__file__).parent
 SEED, VAL_FRACTION = 0, 0.1  # prepare.py's defaults: the decoder must not see validation images

@@ -1,0 +1,148 @@
+"""
+Mutate valid files at random and convert them: every case must end in a dataset or in our own error.
+
+    python bench/fuzz.py FOLDER --cases=20000 --seed=0
+
+FOLDER is for temporary files. A case is one of a dozen small valid files (pickles of protocols 2 to 5, torch.save
+files, .npy pairs) with a few mutations: bytes flipped, cut out, repeated or inserted, opcodes swapped, lengths
+replaced by extreme ones, the end cut off. It fails on any exception but DataError, if it takes longer than
+--seconds, or if the process's memory grows beyond --megabytes. Prints how the cases ended.
+"""
+
+import argparse
+import collections
+import os
+import pickle
+import random
+import resource
+import signal
+import struct
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["TQDM_DISABLE"] = "1"
+import prepare  # noqa: E402
+from sources import DataError  # noqa: E402
+
+COND, TARGET = "eva_blip3o_embeddings", "clip_blip3o_embeddings"
+OPCODES = bytes(op[0] for op in vars(pickle).values() if type(op) is bytes and len(op) == 1)
+EXTREMES = [0, 1, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+
+
+def seeds(folder):
+    """Valid files: [(suffix, bytes)]."""
+    x, y = np.random.default_rng(0).standard_normal((2, 8, 4, 20), np.float32)
+    tx, ty = torch.from_numpy(x), torch.from_numpy(y)
+    names = dict(keys=[f"key {i}" for i in range(8)], captions=["a caption"] * 8, config={"a": [1, {"b": 2.5}]})
+    found = [(".pkl", pickle.dumps({COND: x, TARGET: y, **names}, protocol)) for protocol in (2, 3, 4, 5)]
+    found += [
+        (".pkl", pickle.dumps({COND: tx.half(), TARGET: ty.bfloat16(), **names}, 4)),
+        (".pkl", pickle.dumps({COND: tx[::2], TARGET: ty[1::2].transpose(1, 2)}, 2)),
+        (".pkl", pickle.dumps({COND: list(x), TARGET: list(y.astype(">f8")), "keys": np.arange(8)})),
+        (".pkl", pickle.dumps({COND: np.asfortranarray(x), TARGET: y, "captions": np.array(["a", "b"] * 4, object)})),
+    ]
+    for zipped in (True, False):
+        torch.save(
+            {COND: tx, TARGET: ty[:, :, :10], **names}, folder / "seed.pt", _use_new_zipfile_serialization=zipped
+        )
+        found.append((".pt", (folder / "seed.pt").read_bytes()))
+    np.save(folder / "seed.npy", x)
+    return [*found, (".npy", (folder / "seed.npy").read_bytes())]
+
+
+def mutate(data, rng):
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
+        # two thirds hit the first 400 or the last 1000 bytes, where there are fewer values and more structure
+        at = rng.choice(
+            [
+                rng.randrange(len(data)),
+                min(rng.randrange(400), len(data) - 1),
+                max(0, len(data) - 1 - rng.randrange(1000)),
+            ]
+        )
+        kind = rng.randrange(8)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at] = rng.randrange(256)
+        elif kind == 2:
+            data[at] = rng.choice(OPCODES)
+        elif kind == 3:
+            data[at:at] = bytes([rng.choice(OPCODES)])
+        elif kind == 4:
+            layout = rng.choice(["<B", "<H", "<I", "<Q"])
+            packed = struct.pack(layout, rng.choice(EXTREMES) % 256 ** struct.calcsize(layout))
+            data[at : at + len(packed)] = packed
+        elif kind == 5:
+            del data[at : at + rng.choice([1, 2, 4, 100])]
+        elif kind == 6:
+            data[at:at] = data[at : at + rng.choice([1, 2, 8, 64])] * rng.choice([1, 2, 50])
+        else:
+            del data[at:]
+        data = data or bytearray(b"\0")
+    return bytes(data)
+
+
+class Late(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+def too_late(*_):
+    raise Late
+
+
+def fuzz(folder, cases, seed, seconds=5.0, megabytes=2000, report=None):
+    """Counter of how the cases ended: dataset, error. Raises at the first that ends otherwise, having kept its file."""
+    folder, valid, outcomes = Path(folder), seeds(Path(folder)), collections.Counter()
+    signal.signal(signal.SIGALRM, too_late)
+    warnings.simplefilter("ignore")
+    for case in range(cases):
+        rng = random.Random(f"{seed}.{case}")
+        suffix, data = valid[case % len(valid)]
+        path = folder / f"case{suffix}"
+        path.write_bytes(mutate(data, rng) if case >= len(valid) else data)
+        paths = [path] if suffix != ".npy" else [path, folder / "seed.npy"]
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            prepare.prepare(paths, folder / "out", COND, TARGET, 0.25, 0, overwrite=True)
+            prepare.open_dataset(folder / "out")
+            outcomes["dataset"] += 1
+        except DataError as e:
+            assert "\n" not in str(e) and len(str(e)) < 2000, str(e)
+            outcomes["error"] += 1
+            (report if report is not None else collections.Counter())[str(e)[:60].replace(str(folder), "")] += 1
+        except BaseException as e:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            kept = folder / f"failed{suffix}"
+            kept.write_bytes(path.read_bytes())
+            raise AssertionError(f"case {case} of seed {seed} ended in {e!r}; it is kept as {kept}") from e
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+        assert peak < megabytes, f"case {case} of seed {seed}: {peak} MB"
+    return outcomes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    args = parser.parse_args()
+    messages = collections.Counter()
+    outcomes = fuzz(args.folder, args.cases, args.seed, args.seconds, args.megabytes, messages)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+    print(f"{args.cases} cases: {outcomes['dataset']} datasets, {outcomes['error']} errors, at most {peak} MB")
+    for message, count in messages.most_common(25):
+        print(f"{count:7}  {message}")
+
+
+if __name__ == "__main__":
+    main()

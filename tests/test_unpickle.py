@@ -1,0 +1,281 @@
+"""Every layout is read as pickle and torch read it; nothing hostile runs, hangs or takes memory."""
+
+import builtins
+import collections
+import functools
+import io
+import operator
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import sources
+import unpickle
+from conftest import ROOT, run
+
+FLOATS = np.random.default_rng(0).standard_normal((6, 4, 50), np.float32)  # more than VIEW bytes
+
+
+def as_numpy(x):
+    if isinstance(x, torch.Tensor):
+        return x.detach().float().numpy() if x.dtype == torch.bfloat16 else x.detach().numpy()
+    return (x["bfloat16"].astype("u4") << 16).view("f4") if x.dtype == unpickle.BFLOAT16 else x
+
+
+def check(path, content):
+    """The file's content equals what was saved, and its arrays are views of a memory map."""
+    read = unpickle.load(path)
+    assert list(read) == list(content)
+    for key, value in content.items():
+        if isinstance(value, (np.ndarray, torch.Tensor)):
+            got = read[key]
+            assert got.shape == value.shape and np.array_equal(as_numpy(got), as_numpy(value))
+            assert not got.flags.writeable and not got.flags.owndata
+        else:
+            assert read[key] == value
+    return read
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_of_every_protocol(tmp_path, protocol):
+    base = torch.from_numpy(FLOATS).clone()
+    content = {
+        "c": FLOATS,
+        "fortran": np.asfortranarray(FLOATS),
+        "big endian": FLOATS.astype(">f4"),
+        "half": FLOATS.astype("f2"),
+        "strided": FLOATS[::2, 1:3],
+        "small": FLOATS[:1, :1, :3],
+        "tensor": base,
+        "half tensor": base.half(),
+        "bfloat16": base.bfloat16(),
+        "view": base[1::2, 1:, 3:7].transpose(1, 2),
+        "parameter": torch.nn.Parameter(base),
+        "numbers": [1, 2.5, True, None, "short", -(2**40)],
+        "scalar": np.float32(1.5),
+        "names": np.array(["ab", "c"]),
+        "config": {"a": {"b": [1, (2, 3)]}, "size": torch.Size([2, 3])},
+    }
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(content, protocol))
+    read = check(tmp_path / "e.pkl", content)
+    assert isinstance(read["tensor"], unpickle.Tensor) and not isinstance(read["c"], unpickle.Tensor)
+    lists = {"arrays": [FLOATS[0], FLOATS[1]], "objects": np.array(["a", None, "b"], object), "text": ["x" * 999]}
+    (tmp_path / "l.pkl").write_bytes(pickle.dumps(lists, protocol))
+    read = unpickle.load(tmp_path / "l.pkl")
+    assert all(np.array_equal(a, b) for a, b in zip(read["arrays"], lists["arrays"]))
+    assert read["objects"] == ["a", None, "b"] and str(read["text"][0]) == "x" * 999
+
+
+@pytest.mark.parametrize("protocol", [3, 5])
+def test_numpy_before_version_2(tmp_path, protocol):
+    data = pickle.dumps({"x": FLOATS}, protocol)
+    for module in (b"multiarray", b"numeric"):
+        old, new = b"numpy._core." + module, b"numpy.core." + module
+        data = data.replace(b"c" + old, b"c" + new).replace(bytes([len(old)]) + old, bytes([len(new)]) + new)
+    assert b"_core" not in data
+    (tmp_path / "e.pkl").write_bytes(data)
+    check(tmp_path / "e.pkl", {"x": FLOATS})
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files(tmp_path, zipped):
+    base = torch.randn(6, 4, 50)
+    content = {
+        "x": base,
+        "shared": base[2:, :, ::3],
+        "half": base.half(),
+        "b": base.bfloat16(),
+        "keys": ["a"],
+        "n": {"k": 1},
+    }
+    torch.save(content, tmp_path / "e.pt", _use_new_zipfile_serialization=zipped)
+    read = check(tmp_path / "e.pt", content)
+    span = [a.__array_interface__["data"][0] for a in (read["x"], read["shared"])]
+    assert span[1] - span[0] == 2 * 4 * 50 * 4  # one storage
+
+
+class Call:
+    """Pickles to a call of the function with these arguments."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_zip_file_nested_in_a_pickle(tmp_path):
+    x, file = torch.randn(6, 4, 50), io.BytesIO()
+    torch.save(x.untyped_storage(), file)
+    storage = Call(torch.storage._load_from_bytes, file.getvalue())
+    tensor = Call(
+        torch._utils._rebuild_tensor_v2, storage, 0, (6, 4, 200), (800, 200, 1), False, collections.OrderedDict()
+    )
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps({"x": tensor}))
+    assert np.array_equal(unpickle.load(tmp_path / "e.pkl")["x"].view("<f4"), x)
+
+
+def test_long_lists_are_read_in_order(tmp_path):
+    """More arrays than a file may have mappings, each of protocol 2's text."""
+    arrays = [np.full((2, 70), i, np.float32) for i in range(3000)]
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps({"x": arrays}, 2))
+    assert np.array_equal(unpickle.load(tmp_path / "e.pkl")["x"], arrays)
+
+
+# ---------------------------------------------------------------- attacks
+
+
+class State:
+    def __setstate__(self, state):
+        os.system("touch owned")
+
+
+class Nested:
+    def __init__(self, function, *args):
+        self.file = io.BytesIO()
+        torch.save(Call(function, *args), self.file, _use_new_zipfile_serialization=False)
+
+    def __reduce__(self):
+        return torch.storage._load_from_bytes, (self.file.getvalue(),)
+
+
+rebuild, reconstruct = torch._utils._rebuild_tensor_v2, np._core.multiarray._reconstruct
+load_bytes = torch.storage._load_from_bytes
+CALLS = {
+    "os.system": (Call(os.system, "touch owned"), "posix.system"),
+    "eval": (Call(builtins.eval, "open('owned', 'w')"), "eval"),
+    "getattr": (Call(builtins.getattr, "", "join"), "getattr"),
+    "attrgetter": (Call(operator.attrgetter("__class__.__base__")), "attrgetter"),
+    "partial": (functools.partial(os.system, "touch owned"), "partial"),
+    "Popen": (Call(subprocess.Popen, ["touch", "owned"]), "Popen"),
+    "torch.load": (Call(torch.load, "owned"), "torch.serialization.load"),
+    "numpy.load": (Call(np.load, "owned", None, True), "numpy.load"),
+    "nested pickle": (Call(load_bytes, pickle.dumps(Call(os.system, "touch owned"))), "posix.system"),
+    "nested torch": (Nested(os.system, "touch owned"), "posix.system"),
+    "foreign class": (Call(reconstruct, subprocess.Popen, (0,), b"b"), "Popen"),
+    "class of a name": (Call(reconstruct, torch.FloatStorage, (0,), b"b"), None),
+    "object array": (np.array([Call(os.system, "touch owned")]), "posix.system"),
+    "setstate": (State(), "State"),
+    "dtype of objects": (Call(np.dtype, [("a", object)]), None),
+    "storage call": (Call(torch.FloatStorage, 10**12), None),
+    "stride 0": (Call(rebuild, torch.zeros(4).storage(), 0, (10**6, 64, 768), (0, 0, 0), False, None), None),
+    "negative stride": (Call(rebuild, torch.zeros(400).storage(), 399, (4,), (-1,), False, None), None),
+    "offset": (Call(rebuild, torch.zeros(400).storage(), 399, (4,), (1,), False, None), None),
+    "a shape of tuples": (Call(rebuild, torch.zeros(400).storage(), 0, (10**9, (1,)), (1, 1), False, None), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", ["pickle", "torch"])
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_called(tmp_path, monkeypatch, name, wrap):
+    monkeypatch.chdir(tmp_path)
+    attack, named = CALLS[name]
+    content = {"x": FLOATS, "extra": attack}
+    torch.save(content, "e.pkl") if wrap == "torch" else (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(sources.DataError) as e:
+        sources.load_pickle("e.pkl")
+    assert not (tmp_path / "owned").exists() and "\n" not in str(e.value)
+    assert named is None or named in str(e.value)
+
+
+def text(s):
+    return b"\x8c" + bytes([len(s)]) + s.encode()
+
+
+def entry(value):
+    return b"\x80\x04}" + text("captions") + value + b"s."
+
+
+def zip_file(*entries):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, data in entries:
+            z.writestr(name, data)
+    return file.getvalue()
+
+
+laughs = b"]" + b"".join(b"\x94](" + b"h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(200))
+tuples = b")" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(200))
+BOMBS = {  # bytes of a file -> part of the error, or None where it may be read since the bomb does not go off
+    "deep lists": (entry(b"]" * 10**6 + b"a" * (10**6 - 1)), None),
+    "deep tuples": (entry(b")" + b"\x85" * 10**6), None),
+    "deep key": (b"\x80\x04}" + b")" + b"\x85" * 10**6 + b"Ns.", "not plain"),
+    "tuples of tuples as a key": (b"\x80\x04}" + tuples + b"Ns.", "not plain"),
+    "lists of lists": (entry(laughs), None),
+    "lists of lists in the config": (b"\x80\x04}" + text("config") + laughs + b"s.", None),
+    "memo far away": (entry(b"]r" + b"\xff" * 4), None),
+    "many objects": (b"\x80\x04(" + b"]" * (1 << 24) + b"l.", "small objects"),
+    "many memos": (b"\x80\x04]" + b"\x94" * (1 << 24) + b".", "small objects"),
+    "BINBYTES8": (entry(b"\x8e" + struct.pack("<Q", 1 << 60)), "cut short"),
+    "BYTEARRAY8": (entry(b"\x96" + struct.pack("<Q", 1 << 45)), "cut short"),
+    "BINUNICODE8": (entry(b"\x8d" + struct.pack("<Q", 1 << 63)), "cut short"),
+    "FRAME": (b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"}.", None),
+    "LONG4": (entry(b"\x8b" + struct.pack("<i", 1 << 20) + b"\x7f" * (1 << 20)), "opcode"),
+    "extension code": (entry(b"\x82\x01"), "opcode"),
+    "persistent id": (entry(b"K\x01Q"), "persistent id"),
+    "persistent text": (entry(b"Pos.system\n"), "opcode"),
+    "out-of-band buffer": (entry(b"\x97"), "opcode"),
+    "INST": (entry(b"(ios\nsystem\n"), "opcode"),
+    "frozenset": (entry(b"(\x91"), "opcode"),
+    "a global without end": (b"\x80\x02c" + b"a" * 10**6, None),
+    "not a pickle": (b"GIF89a" + bytes(1000), "opcode"),
+    "empty": (b"", "empty"),
+    "after the end": (pickle.dumps({}) + b"more", "4 bytes follow"),
+    "compressed": (zip_file(("a/data.pkl", b"x" * 300), ("a/data/0", bytes(10**8))), "compressed"),
+    "a zip of something": (zip_file(("readme", b"x" * 1000)), "not of torch.save"),
+    "a broken zip": (b"PK\x03\x04" + bytes(1000), None),
+    "repeated text": (b"\x80\x04c_codecs\nencode\n\x94X" + struct.pack("<I", 1 << 16) + b"a" * (1 << 16) + b"\x94"
+                      + text("latin1") + b"\x94" + b"h\x00h\x01h\x02\x86R" * 3000 + b".", "again and again"),
+    "npy beyond its end": (b"\x93NUMPY\x01\x00" + struct.pack("<H", 70)
+                           + b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999,)}\n".ljust(70), None),
+}  # fmt: skip
+
+
+def test_bombs_do_not_go_off(tmp_path):
+    """Each ends in our error or as plain values, and all of them in bounded time and memory."""
+    for i, (data, _) in enumerate(BOMBS.values()):
+        (tmp_path / f"{i}.pkl").write_bytes(data)
+    script = """if True:
+        import sys, time, resource, itertools; sys.path.insert(0, sys.argv[1]); import sources
+        for i in range(int(sys.argv[3])):
+            start = time.perf_counter()
+            try:
+                content = sources.load_pickle(f"{sys.argv[2]}/{i}.pkl")
+                sources.plain(content), [sources.describe(v) for v in content.values()]
+                line = "read"
+            except sources.DataError as e:
+                line = str(e)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+            print(f"{time.perf_counter() - start:.1f} {peak} {line}")
+    """
+    lines = run("-c", script, ROOT, tmp_path, len(BOMBS)).stdout.splitlines()
+    assert len(lines) == len(BOMBS)
+    for (name, (_, due)), line in zip(BOMBS.items(), lines):
+        seconds, megabytes, message = line.split(" ", 2)
+        assert float(seconds) < 20 and int(megabytes) < 800, (name, line)
+        assert "Error" not in message and (due is None or due in message), (name, line)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(sources.DataError, match="No such file"):
+        sources.load_pickle(tmp_path / "none.pkl")
+    with pytest.raises(sources.DataError, match="directory"):
+        sources.load_pickle(tmp_path)
+
+
+def test_fuzzed_files_end_in_arrays_or_our_error(tmp_path):
+    sys.path.insert(0, str(ROOT / "bench"))
+    import fuzz
+
+    start = time.perf_counter()
+    outcomes = fuzz.fuzz(tmp_path, cases=500, seed=0, seconds=5)
+    assert sum(outcomes.values()) == 500 and outcomes["dataset"] > 20 and outcomes["error"] > 100
+    assert time.perf_counter() - start < 120
