@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sources import DataError, digest, find_files, inspect, items, load_shard, plain
+from sources import DataError, digest, find_files, inspect, items, load_shard, pair_arrays, plain
 from unpickle import drop_pages
 
 ARRAYS = ("train_cond", "train_target", "val_cond", "val_target")
@@ -239,11 +239,10 @@ def prepare(
         raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     if pool < 1:
         raise DataError(f"--pool={pool} must be 1 or more")
-    shards, promised = find_files(sources)
+    files, promised = find_files(sources)
+    shards = pair_arrays(files)
     request = dict(cond_key=cond_key, target_key=target_key, val_fraction=val_fraction, seed=seed, grid_asked=grid)
-    request |= dict(
-        dtype=dtype, drop_cls=drop_cls, pool=pool, sources=[digest(path) for path in itertools.chain(*shards)]
-    )
+    request |= dict(dtype=dtype, drop_cls=drop_cls, pool=pool, sources=[digest(path) for path in files])
     if (out / "meta.json").is_file() and not overwrite:
         meta = open_dataset(out)["meta"]
         if {key: meta.get(key) for key in request} == request:
@@ -278,7 +277,7 @@ def prepare(
         meta = dict(format_version=1, grid=list(first["grid"]), layout=layout, **request)
         meta["shapes"], stats = write_arrays(shards, counts, nbytes, layout, is_val, partial, load)
         np.savez(partial / "stats.npz", **stats)
-        meta["config"] = first["config"]
+        meta |= dict(config=first["config"], paths=[str(path.resolve()) for path in files])
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         if (out / "meta.json").is_file():  # what is safe on the disk is replaced by nothing less; else the kernel may
             for name in (*FILES, "meta.json"):  # write in its own time, as it does for cp
@@ -290,6 +289,8 @@ def prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+        if not any(out.iterdir()):
+            out.rmdir()
     return meta
 
 
@@ -322,8 +323,7 @@ def verify(out):
             n = sum(1 for _ in map(json.loads, f))
         if n != len(data[f"{which}_cond"]):
             raise DataError(f"{which}_items.jsonl has {n} lines for {len(data[f'{which}_cond'])} samples")
-    for source in meta["sources"]:
-        path = Path(source["path"])
+    for path, source in zip(map(Path, meta["paths"]), meta["sources"]):
         if path.is_file() and digest(path) != source:
             raise DataError(f"the source {path} is not what it was: its size or sha256 differs")
         print(

@@ -180,17 +180,17 @@ def items(shard, path):
 
 
 def find_files(sources):
-    """The shards that the sources name, each [pickle] or [conditions.npy, targets.npy], and {folder: its manifest}."""
-    shards, arrays, promised = [], [], {}
+    """The files that the sources name, and {folder: its manifest}."""
+    files, promised = [], {}
     for source in map(Path, sources):
         if source.is_file():
-            arrays.append(source) if source.suffix == ".npy" else shards.append([source])
+            files.append(source)
         elif source.is_dir():
             natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)]  # noqa: E731
             found = sorted((p for p in source.iterdir() if p.suffix in (".pkl", ".pickle", ".pt", ".pth")), key=natural)
             if not found:
                 raise DataError(f"{source}: a folder without .pkl or .pt files")
-            shards += [[path] for path in found]
+            files += found
             manifest = source / "embeddings_manifest.json"
             if manifest.is_file():
                 try:
@@ -200,10 +200,16 @@ def find_files(sources):
                     raise DataError(f"{manifest}: no readable total_samples in it") from e
         else:
             raise DataError(f"{source}: no such file or folder")
-    half = len(arrays) // 2
+    return files, promised
+
+
+def pair_arrays(files):
+    """The files as shards: [pickle] or [conditions.npy, targets.npy]."""
+    arrays = [path for path in files if path.suffix == ".npy"]
     if len(arrays) % 2:
         raise DataError(f"{len(arrays)} .npy files: name all conditions first, then as many targets")
-    return shards + [list(pair) for pair in zip(arrays[:half], arrays[half:])], promised
+    half = len(arrays) // 2
+    return [[path] for path in files if path.suffix != ".npy"] + list(map(list, zip(arrays[:half], arrays[half:])))
 
 
 def digest(path, part=1 << 22):
@@ -218,12 +224,12 @@ def digest(path, part=1 << 22):
                 f.seek(start)
                 h.update(f.read(part))
     kind = "whole file" if size <= 4 * part else f"size, then {part} bytes at 0, size // 2 and size - {part}"
-    return {"file": path.name, "path": str(path.resolve()), "bytes": size, "sha256": h.hexdigest(), "sha256_of": kind}
+    return {"file": path.name, "bytes": size, "sha256": h.hexdigest(), "sha256_of": kind}
 
 
-def inspect(shards):
-    """Print what the files of the shards hold, with the value range of the first samples, and convert nothing."""
-    for path in itertools.chain(*shards):
+def inspect(files):
+    """Print what the files hold, with the value range of the first samples, and convert nothing."""
+    for path in files:
         content = load_pickle(path)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
         for key, value in content.items():

@@ -65,7 +65,7 @@ class Reader:
 
     def readline(self):
         line, newline, _ = self.data[self.position : self.position + VIEW].tobytes().partition(b"\n")
-        return self.read(len(line) + len(newline))
+        return bytes(self.read(len(line) + len(newline)))
 
 
 class ZipBytes(io.RawIOBase):
@@ -370,6 +370,8 @@ def load(path, scratch=None):
         return {key: settle(v) for key, v in value.items()} if isinstance(value, dict) else settle(value)
     except OSError:
         raise
+    except KeyError as e:
+        raise UnpicklingError(f"it refers to {e}, which it does not hold") from e
     except Exception as e:  # a hostile or broken file can raise anything: all of it means the same
         raise UnpicklingError(" ".join(str(e).split()) or type(e).__name__) from e
 

@@ -11,7 +11,7 @@ replaced by extreme ones, the end cut off. It fails on any exception but DataErr
 
 import argparse
 import collections
-import os
+import functools
 import pickle
 import random
 import resource
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["TQDM_DISABLE"] = "1"
 import prepare  # noqa: E402
 from sources import DataError  # noqa: E402
 
@@ -102,6 +102,7 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=2000, report=None):
     folder, valid, outcomes = Path(folder), seeds(Path(folder)), collections.Counter()
     signal.signal(signal.SIGALRM, too_late)
     warnings.simplefilter("ignore")
+    prepare.tqdm = functools.partial(tqdm, disable=True)
     for case in range(cases):
         rng = random.Random(f"{seed}.{case}")
         suffix, data = valid[case % len(valid)]
@@ -116,7 +117,7 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=2000, report=None):
         except DataError as e:
             assert "\n" not in str(e) and len(str(e)) < 2000, str(e)
             outcomes["error"] += 1
-            (report if report is not None else collections.Counter())[str(e)[:60].replace(str(folder), "")] += 1
+            (report if report is not None else collections.Counter())[str(e).rsplit(": ", 1)[-1][:60]] += 1
         except BaseException as e:
             signal.setitimer(signal.ITIMER_REAL, 0)
             kept = folder / f"failed{suffix}"

@@ -115,7 +115,10 @@ def test_a_dataset_is_not_overwritten_by_another(tmp_path):
     out = tmp_path / "out"
     convert(tmp_path / "a.pkl", out)
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    assert "already holds exactly this" in convert(tmp_path / "a.pkl", out).stdout
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.pkl").rename(tmp_path / "elsewhere" / "a.pkl")
+    assert "already holds exactly this" in convert(tmp_path / "elsewhere" / "a.pkl", out).stdout
+    (tmp_path / "elsewhere" / "a.pkl").rename(tmp_path / "a.pkl")
     assert "--overwrite=True" in refused("prepare.py", tmp_path / "b.pkl", f"--out={out}")
     assert "--overwrite=True" in refused("prepare.py", tmp_path / "a.pkl", f"--out={out}", "--seed=1")
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
@@ -127,7 +130,7 @@ def bad(tmp_path, **changes):
     make_pickle(tmp_path / "e.pkl", **changes)
     out = tmp_path / "out"
     line = refused("prepare.py", tmp_path / "e.pkl", f"--out={out}")
-    assert not (out / "meta.json").exists() and not (out.exists() and any(out.iterdir()))
+    assert not out.exists()
     return line
 
 
@@ -446,3 +449,8 @@ def test_verify_finds_what_is_wrong(tmp_path):
     assert "is not what it was" in refused(*verify)
     (tmp_path / "e.pkl").unlink()
     assert "not here, not compared" in run(*verify).stdout
+    np.save(tmp_path / "one.npy", np.ones((3, 4, 5), "f4"))
+    assert (
+        "'array': array (3, 4, 5) float32; 3 samples"
+        in run("prepare.py", tmp_path / "one.npy", "--inspect=True").stdout
+    )

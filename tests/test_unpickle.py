@@ -202,7 +202,7 @@ def zip_file(*entries):
     return file.getvalue()
 
 
-laughs = b"]" + b"".join(b"\x94](" + b"h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(200))
+laughs = b"]" + b"".join(b"\x940](" + 2 * bytes([ord("h"), i]) + b"e" for i in range(200))
 tuples = b")" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(200))
 BOMBS = {  # bytes of a file -> part of the error, or None where it may be read since the bomb does not go off
     "deep lists": (entry(b"]" * 10**6 + b"a" * (10**6 - 1)), None),
