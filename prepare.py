@@ -140,9 +140,11 @@ def moments(x, skip=None):
             part = np.bitwise_and(narrow, ~0x70000000, out=narrow).view(np.float32)
             if max(part.max(), -part.min()) >= 2.0**-96:
                 return np.full_like(total, np.nan)
+            part[skip[i : i + step]] = 0
         np.copyto(block, part)
         with np.errstate(invalid="ignore"):
-            block[skip[i : i + step]] *= 0
+            if not half:
+                block[skip[i : i + step]] *= 0
             total += block.sum(0), np.einsum("nc,nc->c", block, block)
     return total * [[2.0**112], [2.0**224]] if half else total
 
@@ -153,12 +155,11 @@ def copy(rows, piece, start, stop, first, is_val, n_val, files):
     n_val[i] validation samples come before sample i; files are (descriptor, position) of training's and
     validation's first. Returns the sums (2, C) of the training samples, and which samples are not finite.
     """
-    x, mask = piece[start:stop], is_val[first : first + stop - start]
+    mask = is_val[first : first + stop - start]
     try:
-        x = rows.convert(x)
-    except FloatingPointError as e:
-        worst = np.abs(x, where=np.isfinite(x), out=np.zeros_like(x)).max()
-        raise DataError(f"{worst:g} among samples {first} to {first + len(x) - 1} is too large for {rows.dtype}") from e
+        x = rows.convert(piece[start:stop])
+    except DataError as e:
+        raise DataError(f"among samples {first} to {first + stop - start - 1}: {e}") from e
     total = moments(x, mask)
     bad = [] if np.isfinite(total).all() else (first + np.flatnonzero(~np.isfinite(x).all((1, 2)))).tolist()
     for a, b in itertools.pairwise([0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(x)]):  # runs of one split
@@ -193,8 +194,9 @@ def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
         pool = concurrent.futures.ThreadPoolExecutor(WORKERS)
         stack.callback(pool.shutdown, cancel_futures=True)
         for paths, n in zip(shards, counts):
-            shard, bad = load(*paths), {}
-            tasks = []
+            shard, bad, tasks = load(*paths), {}, []
+            if len(shard["cond"]) != n:
+                raise DataError(f"{paths[0]}: changed while it was read")
             for name, rows in (("cond", shard["cond"]), ("target", shard["target"])):
                 at = first
                 for piece in rows.pieces:

@@ -114,7 +114,7 @@ class Rows:
     def convert(self, x):
         """A slice of a piece -> (n, tokens, channels) in C order, a view of the file where nothing changes.
 
-        Raises FloatingPointError where a finite value overflows.
+        Raises DataError where a finite value overflows.
         """
         n, p = len(x), self.pool
         if x.dtype == unpickle.BFLOAT16:
@@ -125,8 +125,12 @@ class Rows:
             x = x.reshape(n, self.grid[0], p, self.grid[1], p, self.channels)
             x = sum(x[:, :, i, :, j] for i in range(p) for j in range(p)) / p**2
             x = x.reshape(n, -1, self.channels)
-        with np.errstate(over="raise"):
-            return np.ascontiguousarray(x, self.dtype)
+        try:
+            with np.errstate(over="raise"):
+                return np.ascontiguousarray(x, self.dtype)
+        except FloatingPointError as e:
+            worst = np.abs(x, where=np.isfinite(x), out=np.zeros_like(x)).max()
+            raise DataError(f"{worst:g} is too large for {self.dtype}") from e
 
     def __array__(self, dtype=None, copy=None):
         return np.concatenate([self.convert(piece) for piece in self.pieces]).astype(dtype or self.dtype, copy=False)
@@ -152,6 +156,8 @@ def load_shard(paths, cond_key, target_key, scratch=None, **options):
     cond, target = (get_rows(content, k, p, **options) for k, p in zip((cond_key, target_key), (paths[0], paths[-1])))
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
+    if cond.tokens != target.tokens:
+        raise DataError(f"{paths[0]}: {cond.tokens} tokens in a condition but {target.tokens} in a target")
     if options.get("drop_cls") and not cond.cls and not target.cls:
         raise DataError(
             f"{paths[0]}: --drop_cls=True, but {cond.tokens} and {target.tokens} tokens are no grid and one more"
@@ -187,10 +193,11 @@ def find_files(sources):
             files.append(source)
         elif source.is_dir():
             natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)]  # noqa: E731
-            found = sorted((p for p in source.iterdir() if p.suffix in (".pkl", ".pickle", ".pt", ".pth")), key=natural)
+            kinds = (".pkl", ".pickle"), (".pt", ".pth")  # torch files beside pickles may be anything
+            found = next(filter(None, ([p for p in source.iterdir() if p.suffix in kind] for kind in kinds)), None)
             if not found:
                 raise DataError(f"{source}: a folder without .pkl or .pt files")
-            files += found
+            files += sorted(found, key=natural)
             manifest = source / "embeddings_manifest.json"
             if manifest.is_file():
                 try:

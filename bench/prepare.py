@@ -8,7 +8,8 @@ Writes a pickle of random embeddings (N, 64, 1280) and (N, 64, 768) into FOLDER 
 processes, one of each kind in a round, timed from start to end, imports included. Warm: the file is in the page
 cache. Cold: it has been dropped from it. Ratios are of cp's time of the same round to the process's, so that 1
 is as fast as cp; the table has their median. Memory is the peak of RssAnon, sampled every 5 ms, less that of an idle
-interpreter that has imported torch. Needs three times the pickle's size on the disk; leaves nothing there.
+interpreter that has imported torch. Needs three times the pickle's size on the disk, and as much free memory for
+the page cache; leaves nothing there. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -84,16 +85,18 @@ def measure(folder, gb, dtype, rounds):
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir()
                 os.sync()
-                drop_cache(source)
-                if state == "warm":
+                if state == "cold":
+                    drop_cache(source)
+                else:
                     subprocess.run(["cat", source], stdout=subprocess.DEVNULL, check=True)
                 results[name].append(run(command))
         for name, figures in results.items():
             seconds, peaks = zip(*figures)
-            ratio = statistics.median(a / b for (a, _), b in zip(results["cp"], seconds))
+            ratios = sorted(a / b for (a, _), b in zip(results["cp"], seconds))
             print(
                 f"{size:5.1f} GB {dtype} {state}  {name:28} {size / statistics.median(seconds):6.2f} GB/s"
-                f"  {ratio:5.2f} of cp  {max(peaks):8.0f} MB anonymous",
+                f"  {statistics.median(ratios):5.2f} of cp ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                f"  {max(peaks):6.0f} MB anonymous",
                 flush=True,
             )
     shutil.rmtree(out)

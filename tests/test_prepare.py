@@ -139,7 +139,8 @@ def test_bad_input(tmp_path):
     nan[3, 2, 1], nan[7, 0, 0] = float("nan"), float("inf")
     assert "2 of 40 samples" in (line := bad(tmp_path, **{TARGET: nan})) and "sample 3 (key 'key 0.3')" in line
     assert "40 conditions but 39 targets" in bad(tmp_path, **{TARGET: torch.randn(39, 4, 5)})
-    assert "5 target tokens are not a square" in bad(tmp_path, **{TARGET: torch.randn(40, 5, 5)})
+    assert "4 tokens in a condition but 9 in a target" in bad(tmp_path, **{TARGET: torch.randn(40, 9, 5)})
+    assert "5 target tokens are not a square" in bad(tmp_path, **{c: torch.randn(40, 5, 5) for c in (COND, TARGET)})
     assert "int64" in bad(tmp_path, **{COND: torch.ones(40, 4, 5, dtype=torch.int64)})
     assert "(40, 0, 5)" in bad(tmp_path, **{COND: torch.ones(40, 0, 5)})
     assert "2 keys for 40 samples" in bad(tmp_path, keys=["a", "b"])
@@ -269,8 +270,10 @@ def test_output_dtype(tmp_path):
             wide = data["train_cond"].astype("f8").reshape(-1, 60)  # statistics are of what is stored
             assert np.allclose(data["stats"]["cond_std"], wide.std(0), rtol=1e-12)
     x[5, 3, 2] = -70000
-    with pytest.raises(prepare.DataError, match="70000 among samples 0 to 7 is too large for float16"):
+    with pytest.raises(prepare.DataError, match="among samples 0 to 7: 70000 is too large for float16"):
         arrays({COND: x, TARGET: x}, tmp_path / "over", dtype="float16")
+    with pytest.raises(prepare.DataError, match="among samples 0 to 7: 70144 is too large for float16"):
+        arrays({COND: x, TARGET: torch.tensor(x).bfloat16()}, tmp_path / "over16", dtype="float16")
     x[5, 3, 2] = np.inf
     with pytest.raises(
         prepare.DataError, match=r"NaN or Inf in 1 of 8 samples, the first in the cond of sample 5 \(key None"
@@ -323,7 +326,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     x = {"fortran": np.asfortranarray, "tensor": torch.tensor, "zip": torch.tensor, "list": list}.get(kind, np.asarray)(
         x
     )
-    content = {COND: x, TARGET: np.zeros((1200, 4, 5), np.float32)}
+    content = {COND: x, TARGET: np.zeros((1200, 64, 5), np.float32)}
     with open(tmp_path / "e.pkl", "wb") as f:
         torch.save(content, f) if kind == "zip" else pickle.dump(content, f, protocol=2 if kind == "text" else 4)
     del x, content
