@@ -157,7 +157,8 @@ def load_shard(paths, cond_key, target_key, scratch=None, **options):
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
     if cond.tokens != target.tokens:
-        raise DataError(f"{paths[0]}: {cond.tokens} tokens in a condition but {target.tokens} in a target")
+        hint = "; --drop_cls=True drops a first token" if abs(cond.tokens - target.tokens) == 1 else ""
+        raise DataError(f"{paths[0]}: {cond.tokens} tokens in a condition but {target.tokens} in a target{hint}")
     if options.get("drop_cls") and not cond.cls and not target.cls:
         raise DataError(
             f"{paths[0]}: --drop_cls=True, but {cond.tokens} and {target.tokens} tokens are no grid and one more"

@@ -238,7 +238,7 @@ def test_cls_tokens_are_dropped_and_grids_pooled(tmp_path):
     assert grid == [1, 3] and np.allclose(data["val_cond"], data["val_target"], atol=1e-6)
     assert np.allclose(data["train_cond"][0, 0], x[prepare.split(8, 0.25, 0)[0][0], [0, 1, 6, 7]].mean(0), atol=1e-6)
     for options, message in (
-        (dict(), "17 target tokens are not a square; say --grid=ROWSxCOLUMNS or --drop_cls=True"),
+        (dict(), "16 tokens in a condition but 17 in a target; --drop_cls=True drops"),
         (dict(drop_cls=True, pool=3), r"--pool=3 does not divide its grid, \(4, 4\)"),
         (dict(drop_cls=True, pool=0), "--pool=0"),
         (dict(drop_cls=True, grid="2x9"), "--grid=2x9 is not ROWSxCOLUMNS of 16 tokens"),
@@ -273,7 +273,7 @@ def test_output_dtype(tmp_path):
     with pytest.raises(prepare.DataError, match="among samples 0 to 7: 70000 is too large for float16"):
         arrays({COND: x, TARGET: x}, tmp_path / "over", dtype="float16")
     with pytest.raises(prepare.DataError, match="among samples 0 to 7: 70144 is too large for float16"):
-        arrays({COND: x, TARGET: torch.tensor(x).bfloat16()}, tmp_path / "over16", dtype="float16")
+        arrays({COND: 0 * x, TARGET: torch.tensor(x).bfloat16()}, tmp_path / "over16", dtype="float16")
     x[5, 3, 2] = np.inf
     with pytest.raises(
         prepare.DataError, match=r"NaN or Inf in 1 of 8 samples, the first in the cond of sample 5 \(key None"
