@@ -36,8 +36,8 @@ from sources import get_rows, items, load_pickle
 out_dir = "out"  # where train.py wrote
 checkpoint = "ckpt_best.pt"  # in out_dir
 weights = "ema"  # ema | model (the raw ones)
-cond = ""  # .npy (B, S, C) or .pkl of conditions; empty: those of the dataset
-cond_key = "eva_blip3o_embeddings"  # in a .pkl
+cond = ""  # .npy (B, S, C), .pkl or .pt of conditions; empty: those of the dataset
+cond_key = "eva_blip3o_embeddings"  # in a .pkl or .pt
 data_dir = ""  # dataset to read conditions and truth from; empty: the one trained on
 split = "val"  # val | train
 subset_size: int | None = None  # the first so many conditions only
@@ -148,14 +148,14 @@ def interpolate(loaded, cond_a, cond_b, n=8, **settings):
 
 
 def read_conditions(path, key):
-    """Array (B, S, C) and items [{key, caption}] of a .npy or, through the safe reader, a .pkl."""
-    if str(path).endswith((".pkl", ".pickle")):
+    """Array (B, S, C) and items [{key, caption}] of a .npy or, through the safe reader, a .pkl or .pt."""
+    if str(path).endswith((".pkl", ".pickle", ".pt", ".pth")):
         content = load_pickle(path)
         array = np.asarray(get_rows(content, key, path))
         named = {name: content.get(name) or [None] * len(array) for name in ("keys", "captions")}
         return array, list(items(named, path))
     if not str(path).endswith(".npy"):
-        raise ValueError(f"{path}: conditions are read from .npy or .pkl files")
+        raise ValueError(f"{path}: conditions are read from .npy, .pkl or .pt files")
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as e:

@@ -45,7 +45,7 @@ def describe(value):
         return f"list of {len(value)}" + (
             f", first {describe(value[0])}" if value and type(value[0]) is not list else ""
         )
-    return json.dumps(plain(value))[:200] if isinstance(value, (dict, str, int, float)) else type(value).__name__
+    return json.dumps(plain(value))[:1000] if isinstance(value, (dict, str, int, float)) else type(value).__name__
 
 
 def plain(value, room=None):

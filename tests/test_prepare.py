@@ -142,6 +142,7 @@ def test_bad_input(tmp_path):
     assert "4 tokens in a condition but 9 in a target" in bad(tmp_path, **{TARGET: torch.randn(40, 9, 5)})
     assert "5 target tokens are not a square" in bad(tmp_path, **{c: torch.randn(40, 5, 5) for c in (COND, TARGET)})
     assert "int64" in bad(tmp_path, **{COND: torch.ones(40, 4, 5, dtype=torch.int64)})
+    assert "complex64" in bad(tmp_path, **{TARGET: torch.ones(40, 4, 5, dtype=torch.complex64)})
     assert "(40, 0, 5)" in bad(tmp_path, **{COND: torch.ones(40, 0, 5)})
     assert "2 keys for 40 samples" in bad(tmp_path, keys=["a", "b"])
     assert "keys is not a list of strings" in bad(tmp_path, keys=[[1]] * 40)
@@ -154,12 +155,18 @@ def test_bad_input(tmp_path):
     )
     (tmp_path / "e.pkl").write_bytes((tmp_path / "three.pkl").read_bytes()[:-200])
     assert "not a readable pickle" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps({}))
+    assert "it holds nothing" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
     (tmp_path / "e.pkl").write_bytes(pickle.dumps([1, 2]))
     assert "holds a list, not a dict" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
     assert "no such file" in refused("prepare.py", tmp_path / "nowhere.pkl", f"--out={tmp_path / 'out'}")
     (tmp_path / "empty").mkdir()
     assert "without .pkl" in refused("prepare.py", tmp_path / "empty", f"--out={tmp_path / 'out'}")
     make_pickle(tmp_path / "a.pkl", seed=1)
+    make_pickle(tmp_path / "b.pkl", seed=2, grid=(3, 3))
+    assert "[9, 6, 'float32']" in refused(
+        "prepare.py", tmp_path / "a.pkl", tmp_path / "b.pkl", f"--out={tmp_path / 'out'}"
+    )
     make_pickle(tmp_path / "b.pkl", seed=2, C=7)
     assert "b.pkl" in refused("prepare.py", tmp_path / "a.pkl", tmp_path / "b.pkl", f"--out={tmp_path / 'out'}")
 
