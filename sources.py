@@ -240,7 +240,7 @@ def inspect(files):
     for path in files:
         content = load_pickle(path)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-        for key, value in content.items():
+        for key, value in itertools.islice(content.items(), 100):
             line = f"  {str(key)[:80]!r}: {describe(value)}"
             try:
                 rows = Rows(value, key)

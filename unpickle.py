@@ -71,8 +71,8 @@ class Reader:
 class ZipBytes(io.RawIOBase):
     """A file over a buffer, for zipfile."""
 
-    def __init__(self, data):
-        self.data, self.position = data, 0
+    def __init__(self, data, room):
+        self.data, self.position, self.room = data, 0, room
 
     def seekable(self):
         return True
@@ -88,6 +88,9 @@ class ZipBytes(io.RawIOBase):
         if len(part) > DIRECTORY:
             raise UnpicklingError("its zip directory is too large")
         self.position += len(part)
+        self.room[0] -= 8 * len(part)  # an entry of 46 bytes and its name becomes an object of several hundred
+        if self.room[0] < 0:
+            raise UnpicklingError("it holds more zip entries than embeddings of this size would")
         return part.tobytes()
 
 
@@ -177,6 +180,8 @@ def make_from_buffer(unpickler, data, dtype, shape, order):
 
 
 def make_scalar(unpickler, dtype, data):
+    if len(data) > VIEW:
+        raise UnpicklingError(f"a single value of {len(data)} bytes")
     return as_array(data, dtype, (1,), "C").tolist()[0]
 
 
@@ -213,7 +218,7 @@ CALLS = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): make_array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): make_scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): make_from_buffer for core in ("core", "_core")},
-    ("torch", "Size"): lambda unpickler, size: tuple(size),
+    ("torch", "Size"): lambda unpickler, size: tuple(size[:8]),
     ("torch.storage", "_load_from_bytes"): make_storage,
     ("torch._utils", "_rebuild_tensor_v2"): make_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda unpickler, data, *flags: data,
@@ -289,7 +294,7 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
 
 def load_zip(data, room, spool):
     """What torch.save wrote: a zip file of data.pkl and one uncompressed entry a storage."""
-    entries = {entry.filename: entry for entry in zipfile.ZipFile(ZipBytes(data)).infolist()}
+    entries = {entry.filename: entry for entry in zipfile.ZipFile(ZipBytes(data, room)).infolist()}
     names = [name for name in entries if name.endswith("data.pkl") and name.count("/") < 2]
     if len(names) != 1:
         raise UnpicklingError("a zip file that is not of torch.save")
@@ -345,9 +350,19 @@ def load_torch(data, room, spool):
     return value
 
 
-def settle(value):
-    value = value.value if isinstance(value, Array) else value
-    return [v.value if isinstance(v, Array) else v for v in value] if isinstance(value, (list, tuple)) else value
+def settle(content):
+    """The dict with its Arrays, also those in a list under a key, replaced by what they became."""
+    if not isinstance(content, dict):
+        return content
+    lists = {}  # by identity: the same one may be there under many keys
+    for key, value in content.items():
+        value = value.value if isinstance(value, Array) else value
+        if isinstance(value, (list, tuple)):
+            if id(value) not in lists:
+                lists[id(value)] = [v.value if isinstance(v, Array) else v for v in value]
+            value = lists[id(value)]
+        content[key] = value
+    return content
 
 
 def load(path, scratch=None):
@@ -367,7 +382,7 @@ def load(path, scratch=None):
         if data[:6] == b"\x93NUMPY":
             return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
         value = load_torch(data, [ROOM + size // 8], Spool(size, scratch))
-        return {key: settle(v) for key, v in value.items()} if isinstance(value, dict) else settle(value)
+        return settle(value)
     except OSError:
         raise
     except KeyError as e:

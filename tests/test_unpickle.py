@@ -194,14 +194,23 @@ def entry(value):
     return b"\x80\x04}" + text("captions") + value + b"s."
 
 
-def zip_file(*entries):
+def zip_file(*entries, how=zipfile.ZIP_DEFLATED):
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
+    with zipfile.ZipFile(file, "w", how) as z:
         for name, data in entries:
             z.writestr(name, data)
     return file.getvalue()
 
 
+def push(data):
+    return b"B" + struct.pack("<I", len(data)) + data
+
+
+storage = b"\x80\x04(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x00tQ."
+many = (("a/data.pkl", storage), *((f"a/data/{i}", b"") for i in range(20_000)))
+many_entries = zip_file(*many, how=zipfile.ZIP_STORED)
+load_bytes_global = b"ctorch.storage\n_load_from_bytes\n"
+scalar_global = b"cnumpy.core.multiarray\nscalar\n\x940cnumpy\ndtype\n"
 laughs = b"]" + b"".join(b"\x940](" + 2 * bytes([ord("h"), i]) + b"e" for i in range(200))
 tuples = b")" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(200))
 BOMBS = {  # bytes of a file -> part of the error, or None where it may be read since the bomb does not go off
@@ -234,6 +243,14 @@ BOMBS = {  # bytes of a file -> part of the error, or None where it may be read 
     "a broken zip": (b"PK\x03\x04" + bytes(1000), None),
     "repeated text": (b"\x80\x04c_codecs\nencode\n\x94X" + struct.pack("<I", 1 << 16) + b"a" * (1 << 16) + b"\x94"
                       + text("latin1") + b"\x94" + b"h\x00h\x01h\x02\x86R" * 3000 + b".", "again and again"),
+    "the same zip again and again": (entry(load_bytes_global + b"\x940" + push(many_entries) + b"\x94\x850"
+                                           + b"h\x00h\x01\x85R0" * 2000 + b"N"), "zip entries"),
+    "a long size again and again": (entry(b"ctorch\nSize\n\x940](" + b"K\x01" * 10**5 + b"e\x85\x94"
+                                          + b"0h\x00h\x01R" * 10**5), None),
+    "a long value again and again": (entry(scalar_global + text("S1000000") + b"\x85R"
+                                           + push(bytes(10**6)) + b"\x86\x94" + b"0h\x00h\x01R" * 10**4), "single value"),
+    "a list under many keys": (b"\x80\x04](" + b"N" * 10**5 + b"e\x940}(" + b"".join(
+        b"J" + struct.pack("<i", i) + b"h\x00" for i in range(10**5)) + b"u.", None),
     "npy beyond its end": (b"\x93NUMPY\x01\x00" + struct.pack("<H", 70)
                            + b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999,)}\n".ljust(70), None),
 }  # fmt: skip
