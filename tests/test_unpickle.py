@@ -248,7 +248,7 @@ BOMBS = {  # bytes of a file -> part of the error, or None where it may be read 
     "a long size again and again": (entry(b"ctorch\nSize\n\x940](" + b"K\x01" * 10**5 + b"e\x85\x94"
                                           + b"0h\x00h\x01R" * 10**5), None),
     "a long value again and again": (entry(scalar_global + text("S1000000") + b"\x85R"
-                                           + push(bytes(10**6)) + b"\x86\x94" + b"0h\x00h\x01R" * 10**4), "single value"),
+                                           + push(bytes(10**6)) + b"\x86\x94" + b"0h\x00h\x01R" * 10**4), "value of"),
     "a list under many keys": (b"\x80\x04](" + b"N" * 10**5 + b"e\x940}(" + b"".join(
         b"J" + struct.pack("<i", i) + b"h\x00" for i in range(10**5)) + b"u.", None),
     "npy beyond its end": (b"\x93NUMPY\x01\x00" + struct.pack("<H", 70)
