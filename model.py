@@ -12,9 +12,12 @@ and initialization are those of diffusers' LuminaNextDiT2DModel; projections tha
 same input are fused into one matrix. Shapes: B batch, T target tokens, S condition tokens.
 """
 
+import itertools
+import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -73,25 +76,29 @@ class NextDiTConfig:
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
-def rope_2d(head_dim, grid, theta=10000.0):
-    """Angles of 2D rotary embedding (Su et al. 2021, per axis as in Lumina-Next).
+def rope_2d(head_dim, grid, device=None, theta=10000.0):
+    """2D rotary embedding (Su et al. 2021, per axis as in Lumina-Next): (T, head_dim / 2) complex numbers of length 1.
 
-    Returns cos and sin, each (T, head_dim / 2): the pair of channels (2j, 2j + 1) turns with
-    the row for even j and with the column for odd j, both at frequency theta^(-4k / head_dim), k = j // 2.
+    The pair of channels (2j, 2j + 1) turns with the row for even j and with the column for odd j, both at
+    frequency theta^(-4k / head_dim), k = j // 2.
     """
     H, W = grid
-    freqs = theta ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
-    rows = torch.arange(H).repeat_interleave(W)
-    cols = torch.arange(W).repeat(H)
+    freqs = 1 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2))
+    rows = torch.arange(H, device=device).repeat_interleave(W)
+    cols = torch.arange(W, device=device).repeat(H)
     angles = torch.stack([rows[:, None] * freqs, cols[:, None] * freqs], dim=-1).flatten(1)
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x, rope):
-    """x: (B, T, n, head_dim), its channel pairs turned by the angles of `rope`."""
-    cos, sin = rope[0][:, None], rope[1][:, None]  # (T, 1, head_dim / 2)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    """x: (B, T, n, head_dim), its channel pairs turned by the angles of `rope`, in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor fuses real arithmetic and has none for complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rope)[:, None].unbind(-1)
+        y = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        y = torch.view_as_real(torch.view_as_complex(pairs) * rope[:, None])
+    return y.flatten(-2).type_as(x)
 
 
 def timestep_embedding(t, dim=256, max_period=10000):
@@ -101,7 +108,7 @@ def timestep_embedding(t, dim=256, max_period=10000):
     it, its weights need no change to be used under our time, which runs from noise to data.
     """
     freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
-    angles = 1000 * (1 - t.float())[:, None] * freqs
+    angles = (1000 * (1 - t)).float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -109,6 +116,8 @@ class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm with its weight in the input's dtype, which the fused kernel needs under autocast."""
 
     def forward(self, x):
+        if x.dtype == torch.float64:  # as the reference does, which knows no variance but in float32
+            return x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -161,7 +170,43 @@ class Block(nn.Module):
         x = x + gate1.tanh() * self.norm2(self.out(y.flatten(2)))
 
         a, b = self.w13(self.ffn_norm1(x) * (1 + scale2)).chunk(2, dim=-1)
-        return x + gate2.tanh() * self.ffn_norm2(self.w2(F.silu(a) * b))
+        return x + gate2.tanh() * self.ffn_norm2(self.w2(F.silu(a.float()).to(a.dtype) * b))
+
+
+# diffusers' names for our modules; several are stacked in one matrix of ours
+REFERENCE = {
+    "x_embed": ["patch_embedder.proj"],
+    "t_embed.0": ["time_caption_embed.timestep_embedder.linear_1"],
+    "t_embed.2": ["time_caption_embed.timestep_embedder.linear_2"],
+    "cond_embed.0": ["time_caption_embed.caption_embedder.0"],
+    "cond_embed.1": ["time_caption_embed.caption_embedder.1"],
+    "final_ada": ["norm_out.linear_1"],
+    "final": ["norm_out.linear_2"],
+    "gate": ["gate"],
+    "ada": ["norm1.linear"],
+    "norm1": ["norm1.norm"],
+    "cond_norm": ["norm1_context"],
+    "qkvq": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q"],
+    "cond_kv": ["attn2.to_k", "attn2.to_v"],
+    "q_norm": ["attn1.norm_q"],
+    "k_norm": ["attn1.norm_k"],
+    "cond_q_norm": ["attn2.norm_q"],
+    "cond_k_norm": ["attn2.norm_k"],
+    "out": ["attn2.to_out.0"],
+    "w13": ["feed_forward.linear_1", "feed_forward.linear_3"],
+    "w2": ["feed_forward.linear_2"],
+}
+REFERENCE_CONFIG = dict(
+    target_dim="in_channels", cond_dim="cross_attention_dim", dim="hidden_size", n_layer="num_layers",
+    n_head="num_attention_heads", n_kv_head="num_kv_heads", multiple_of="multiple_of",
+    ffn_dim_multiplier="ffn_dim_multiplier", norm_eps="norm_eps", qk_norm="qk_norm",
+)  # fmt: skip
+
+
+def reference_names(name):
+    """The reference's parameters that make up ours, in the order in which they are stacked."""
+    layer, module, leaf = re.fullmatch(r"(layers\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups("")
+    return [f"{layer}{part}{leaf}" for part in REFERENCE.get(module, [module])]
 
 
 class NextDiT(nn.Module):
@@ -177,9 +222,6 @@ class NextDiT(nn.Module):
         self.final_ada = nn.Linear(width, dim)
         self.final_norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.final = nn.Linear(dim, config.target_dim)
-        cos, sin = rope_2d(dim // config.n_head, config.grid)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
         self.init_weights()
 
     def init_weights(self):
@@ -237,9 +279,68 @@ class NextDiT(nn.Module):
 
         x = self.x_embed(x_t).to(self.null_cond.dtype)  # under autocast the residual stream stays in float32
         emb = F.silu(self.t_embed(timestep_embedding(t).to(x.dtype)) + pooled)
-        rope = self.rope_cos, self.rope_sin
+        rope = rope_2d(self.config.dim // self.config.n_head, self.config.grid, x.device)
         for block, block_context in zip(self.layers, contexts):
             args = (x, emb, rope, cond, mask, block_context)
             recompute = self.config.gradient_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return self.final(self.final_norm(x) * (1 + self.final_ada(emb))[:, None])
+
+    @classmethod
+    def from_diffusers(cls, folder, grid=None):
+        """The model in a folder of diffusers' LuminaNextDiT2DModel: config.json and safetensors, sharded or not.
+
+        Its velocity runs from data to noise, ours from noise to data, so that ours(x, t, cond) =
+        -reference(x, 1000 (1 - t), cond): the sign goes into the last layer, the time is timestep_embedding's.
+        Parameters keep the file's dtype; the null condition is BLIP3-o's, zero. `grid` (H, W) is by default
+        the square of config.json's sample_size. Raises ValueError where the folder holds something else.
+        """
+        from safetensors import safe_open
+
+        folder, given = Path(folder), json.loads((Path(folder) / "config.json").read_text())
+        missing = sorted({"patch_size", "learn_sigma", "sample_size", *REFERENCE_CONFIG.values()} - set(given))
+        if missing or given["patch_size"] != 1 or given["learn_sigma"]:
+            raise ValueError(f"{folder}/config.json: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma")
+        with torch.device("meta"):  # no parameters before those of the file
+            sizes = {ours: given[theirs] for ours, theirs in REFERENCE_CONFIG.items()}
+            model = cls(NextDiTConfig(grid=grid or (given["sample_size"],) * 2, **sizes))
+        held = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = safe_open(path, "pt")
+            held |= dict.fromkeys(file.keys(), file)
+        first = "patch_embedder.proj.weight"
+        prefix = next((p for p in ("", "model.", "dit.model.", "model.dit.model.") if p + first in held), "")
+        due = {name: [prefix + n for n in reference_names(name)] for name in model.state_dict() if name != "null_cond"}
+        names = set(itertools.chain(*due.values()))
+        missing, surplus = sorted(names - set(held)), sorted(set(held) - names - {prefix + "pad_token"})
+        if missing or surplus:
+            raise ValueError(f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}")
+        state = {name: torch.cat([held[n].get_tensor(n) for n in parts]) for name, parts in due.items()}
+        state |= {name: -state[name] for name in ("final.weight", "final.bias")}
+        state["null_cond"] = torch.zeros(model.config.cond_dim, dtype=state["final.bias"].dtype)
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as e:
+            raise ValueError(f"{folder}: {' '.join(str(e).split())}") from e
+        return model
+
+    def to_diffusers(self, folder):
+        """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads: the reverse of from_diffusers.
+
+        The null condition has no place there: where guidance is used, it is to be given as the condition.
+        """
+        from safetensors.torch import save_file
+
+        folder, state = Path(folder), {"pad_token": torch.zeros(self.config.dim)}  # never used by the reference
+        for name, value in self.state_dict().items():
+            if name != "null_cond":
+                names = reference_names(name)
+                value = -value if name.startswith("final.") else value
+                sizes = self.layers[0].split if len(names) == 4 else [len(value) // len(names)] * len(names)
+                state |= {n: part.contiguous().cpu() for n, part in zip(names, value.split(sizes))}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        config = dict(_class_name="LuminaNextDiT2DModel", sample_size=self.config.grid[0], patch_size=1)
+        config |= dict(learn_sigma=False, scaling_factor=1.0)
+        config |= {theirs: getattr(self.config, ours) for ours, theirs in REFERENCE_CONFIG.items()}
+        (folder / "config.json").write_text(json.dumps(config, indent=1))

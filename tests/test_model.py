@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from model import NextDiT, NextDiTConfig, rope_2d, rotate
+import flow
+from model import NextDiT, NextDiTConfig, reference_names, rope_2d, rotate
 
 CONFIG = NextDiTConfig(grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8)
 
@@ -22,76 +23,161 @@ def inputs(B=3, S=6):
     return torch.randn(B, 6, 5, generator=g), torch.rand(B, generator=g), torch.randn(B, S, 7, generator=g)
 
 
-def test_equals_the_reference_block_for_block():
-    """diffusers' LuminaNextDiT2DModel with the same weights: ours(x, t) = reference(x, 1000 (1 - t))."""
+def reference(folder, config, shards=False, random=True):
+    """diffusers' model of these sizes, with every parameter random or as it starts, saved to the folder."""
     from diffusers import LuminaNextDiT2DModel
+
+    torch.manual_seed(0)
+    model = LuminaNextDiT2DModel(
+        sample_size=config.grid[0], patch_size=1, in_channels=config.target_dim, hidden_size=config.dim,
+        num_layers=config.n_layer, num_attention_heads=config.n_head, num_kv_heads=config.n_kv_head,
+        multiple_of=config.multiple_of, ffn_dim_multiplier=config.ffn_dim_multiplier, norm_eps=config.norm_eps,
+        learn_sigma=False, qk_norm=config.qk_norm, cross_attention_dim=config.cond_dim,
+    )  # fmt: skip
+    torch.nn.init.zeros_(model.pad_token)
+    for name, p in model.named_parameters() if random else ():
+        torch.nn.init.normal_(
+            p, 1 if "norm" in name and p.ndim == 1 else 0, 0.3 if p.ndim == 1 else p.shape[-1] ** -0.5
+        )
+    model.save_pretrained(folder, max_shard_size="20KB" if shards else "10GB")
+    return model
+
+
+def ask(model, x, t, cond, mask=None, sign=-1):
+    """The reference at our time and in our shapes: x (B, T, D), t 0 at noise."""
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
-    ours = build(n_kv_head=2)
-    reference = LuminaNextDiT2DModel(
-        sample_size=3, patch_size=1, in_channels=5, hidden_size=32, num_layers=2, num_attention_heads=4, num_kv_heads=2,
-        multiple_of=8, learn_sigma=False, qk_norm=True, cross_attention_dim=7,
-    )  # fmt: skip
-    theirs, state = reference.state_dict(), ours.state_dict()
-    time_cond = "time_caption_embed"
-    plain = {
-        "x_embed": "patch_embedder.proj",
-        "t_embed.0": f"{time_cond}.timestep_embedder.linear_1",
-        "t_embed.2": f"{time_cond}.timestep_embedder.linear_2",
-        "cond_embed.0": f"{time_cond}.caption_embedder.0",
-        "cond_embed.1": f"{time_cond}.caption_embedder.1",
-        "final_ada": "norm_out.linear_1",
-        "final": "norm_out.linear_2",
-    }
-    renamed = "gate gate ada norm1.linear norm1 norm1.norm norm2 norm2 ffn_norm1 ffn_norm1 ffn_norm2 ffn_norm2"
-    renamed += " cond_norm norm1_context out attn2.to_out.0 q_norm attn1.norm_q k_norm attn1.norm_k"
-    renamed = (renamed + " cond_q_norm attn2.norm_q cond_k_norm attn2.norm_k w2 feed_forward.linear_2").split()
-    fused = {}
-    for layer in ("layers.0.", "layers.1."):
-        plain |= {layer + a: layer + b for a, b in zip(renamed[::2], renamed[1::2])}
-        fused[f"{layer}qkvq.weight"] = [
-            f"{layer}{p}.weight" for p in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q")
-        ]
-        fused[f"{layer}cond_kv.weight"] = [f"{layer}attn2.to_{x}.weight" for x in "kv"]
-        fused[f"{layer}w13.weight"] = [f"{layer}feed_forward.linear_{n}.weight" for n in (1, 3)]
-    copied = {"pad_token"}  # which the reference never uses
-    for name, value in state.items():
-        if name in fused:
-            parts = value.split([len(theirs[part]) for part in fused[name]])
-            targets = dict(zip(fused[name], parts))
-        elif name != "null_cond":
-            stem, _, leaf = name.rpartition(".")
-            targets = {plain[name] if name in plain else f"{plain[stem]}.{leaf}": value}
-        else:
-            continue
-        for target, part in targets.items():
-            assert theirs[target].shape == part.shape, target
-            theirs[target].copy_(part)
-            copied.add(target)
-    assert copied == set(theirs)
-    x, t, cond = inputs(S=4)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    rope = get_2d_rotary_pos_embed_lumina(8, 2, 3)
+    H, W = model.grid
+    rope = get_2d_rotary_pos_embed_lumina(model.head_dim, H, W)
+    mask = torch.ones(cond.shape[:2]) if mask is None else mask
+    image = x.transpose(1, 2).unflatten(2, (H, W))
+    out = model(image, 1000 * (1 - t), cond, mask, rope, cross_attention_kwargs={}).sample
+    return sign * out.flatten(2).transpose(1, 2)
+
+
+SIZES = {
+    "narrow": dict(dim=48, n_head=4),
+    "wide": dict(dim=1056, n_head=4, n_layer=1),
+    "12 heads": dict(dim=96, n_head=12),
+    "28 heads": dict(dim=112, n_head=28, n_kv_head=7),
+    "grouped queries": dict(n_kv_head=2),
+    "no qk_norm": dict(qk_norm=False),
+    "ffn": dict(ffn_dim_multiplier=1.3, multiple_of=32),
+    "4x4": dict(grid=(4, 4)),
+    "8x8": dict(grid=(8, 8)),
+    "16x16": dict(grid=(16, 16), n_layer=1),
+    "eps": dict(norm_eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("name", SIZES)
+def test_equals_the_reference(tmp_path, name, dtype, tolerance, masked):
+    """Output and the gradients of every parameter and input are those of diffusers' LuminaNextDiT2DModel."""
+    config = dataclasses.replace(CONFIG, **{"grid": (2, 3), **SIZES[name]})
+    theirs = reference(tmp_path, config).to(dtype)
+    theirs.grid = config.grid
+    ours = NextDiT.from_diffusers(tmp_path, config.grid).to(dtype)
+    T = config.grid[0] * config.grid[1]
+    g = torch.Generator().manual_seed(1)
+    x, cond, weight = (torch.randn(3, n, c, generator=g, dtype=dtype) for n, c in ((T, 5), (T + 3, 7), (T, 5)))
+    mask = torch.ones(3, T + 3)
+    mask[1, T:], mask[2, 1:] = 0, 0
+    mask = mask if masked else None
+    results = []
+    for model in (lambda *args: ask(theirs, *args), ours):
+        args = [v.clone().requires_grad_() for v in (x, cond)]
+        out = model(args[0], torch.tensor([0.0, 0.37, 1.0], dtype=dtype), args[1], mask)
+        (out * weight).sum().backward()
+        results.append([out.detach(), *(v.grad for v in args)])
+    their_grads = {n: p.grad for n, p in theirs.named_parameters()}
+    assert their_grads.pop("pad_token") is None
+    for n, p in ours.named_parameters():
+        if n != "null_cond":
+            expected = torch.cat([their_grads.pop(part) for part in reference_names(n)])
+            results[0].append(-expected if n.startswith("final.") else expected)
+            results[1].append(p.grad)
+    assert not their_grads and ours.null_cond.grad is None
+    floor = 1e-2 * max(v.norm() for v in results[0])  # a bias of all keys changes nothing: its gradient is only noise
+    for expected, got in zip(*results):
+        assert (got - expected).norm() <= tolerance * max(expected.norm(), floor)
+
+
+def test_samples_as_blip3o_does(tmp_path):
+    """Its scheduler, 30 steps, guidance 3 with a zero condition, against our Euler steps from the same noise."""
+    import numpy as np
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = dataclasses.replace(CONFIG, grid=(2, 3))
+    theirs = reference(tmp_path, config).double()
+    theirs.grid = config.grid
+    ours = NextDiT.from_diffusers(tmp_path, config.grid).double()
+    noise, _, cond = (v.double() for v in inputs())
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(30, sigmas=np.linspace(1, 1 / 30, 30))
     with torch.no_grad():
-        image = x.transpose(1, 2).unflatten(2, (2, 3))
-        expected = (
-            reference(image, 1000 * (1 - t), cond, mask, rope, cross_attention_kwargs={})
-            .sample.flatten(2)
-            .transpose(1, 2)
-        )
-        assert torch.allclose(ours(x, t, cond, mask), expected, atol=1e-4)
+        x = noise
+        for timestep in scheduler.timesteps:
+            t = (1 - timestep.double() / 1000).expand(3)
+            null, given = (ask(theirs, x, t, c, sign=1) for c in (0 * cond, cond))
+            x = scheduler.step(null + 3 * (given - null), timestep, x).prev_sample.double()
+        velocity = flow.guided_velocity(ours, cond, flow.FlowConfig(cond_dropout=0.1), guidance=3.0)
+        mine = flow.integrate(velocity, noise, 30, "euler")
+    assert (mine - x).norm() < 1e-5 * x.norm() and (mine - noise).norm() > 0.1 * noise.norm()
 
 
-def test_initialization_is_the_references():
-    torch.manual_seed(0)
-    model = NextDiT(dataclasses.replace(CONFIG, dim=128))
-    assert model.layers[0].gate.abs().max() == 0 and model.null_cond.abs().max() == 0
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            bound = module.in_features**-0.5
-            assert 0.9 * bound < module.weight.abs().max() <= bound
-        if isinstance(module, (torch.nn.RMSNorm, torch.nn.LayerNorm)) and module.weight is not None:
-            assert (module.weight == 1).all()
+def test_exchange_with_diffusers(tmp_path):
+    """Shards, BLIP3-o's prefixes, what we write read by from_pretrained, and errors that list the names."""
+    from diffusers import LuminaNextDiT2DModel
+    from safetensors.torch import load_file, save_file
+
+    config = dataclasses.replace(CONFIG, grid=(2, 2), n_kv_head=2)
+    theirs = reference(tmp_path / "a", config, shards=True)
+    theirs.grid = config.grid
+    x, t, cond = inputs()
+    x = x[:, :4]
+    expected = ask(theirs, x, t, cond)
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    ours = NextDiT.from_diffusers(tmp_path / "a")
+    assert ours.config == config and torch.allclose(ours(x, t, cond), expected, atol=1e-5)
+    ours.to_diffusers(tmp_path / "b")
+    again = LuminaNextDiT2DModel.from_pretrained(tmp_path / "b")
+    again.grid = config.grid
+    assert torch.equal(ask(again, x, t, cond), expected)
+    back = NextDiT.from_diffusers(tmp_path / "b").state_dict()
+    assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
+
+    file = tmp_path / "b" / "diffusion_pytorch_model.safetensors"
+    plain = load_file(file)
+    for prefix in ("model.", "dit.model.", "model.dit.model."):
+        save_file({prefix + name: value for name, value in plain.items()}, file)
+        assert torch.equal(NextDiT.from_diffusers(tmp_path / "b")(x, t, cond), ours(x, t, cond))
+    del plain["layers.1.norm2.weight"]
+    save_file(plain | {"extra": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"missing parameters \['layers.1.norm2.weight'\], surplus \['extra'\]"):
+        NextDiT.from_diffusers(tmp_path / "b")
+    save_file(plain | {"layers.1.norm2.weight": torch.zeros(9)}, file)
+    with pytest.raises(ValueError, match="size mismatch for layers.1.norm2.weight"):
+        NextDiT.from_diffusers(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text('{"patch_size": 2}')
+    with pytest.raises(ValueError, match="not a LuminaNextDiT2DModel"):
+        NextDiT.from_diffusers(tmp_path / "b")
+
+
+def test_initialization_is_the_references(tmp_path):
+    """Every parameter has the spread and the bounds of diffusers' own: uniform, one or zero."""
+    config = dataclasses.replace(CONFIG, dim=128, target_dim=96, cond_dim=160, grid=(2, 2), n_kv_head=2)
+    reference(tmp_path, config, random=False)
+    theirs, ours = NextDiT.from_diffusers(tmp_path).state_dict(), NextDiT(config).state_dict()
+    assert theirs.keys() == ours.keys()
+    for name, value in ours.items():
+        expected, noise = theirs[name], 4 / value.numel() ** 0.5  # of an estimated standard deviation, at 6 sigma or so
+        if expected.std() == 0:
+            assert torch.equal(value, expected), name
+        else:
+            assert abs(value.std() / expected.std() - 1) < noise and not torch.equal(value, expected), name
+            assert abs(value.abs().max() / expected.abs().max() - 1) < noise, name
 
 
 def test_paper_size_has_the_reference_number_of_parameters():
@@ -102,9 +188,9 @@ def test_paper_size_has_the_reference_number_of_parameters():
 
 
 def test_rope_turns_by_relative_position():
-    cos, sin = rope_2d(8, (3, 4))
+    rope = rope_2d(8, (3, 4))
     q, k = torch.randn(2, 8)
-    turned_q, turned_k = (rotate(v.expand(1, 12, 1, 8), (cos, sin))[0, :, 0] for v in (q, k))
+    turned_q, turned_k = (rotate(v.expand(1, 12, 1, 8), rope)[0, :, 0] for v in (q, k))
     scores = turned_q @ turned_k.T  # (12, 12) over positions (row, column)
     assert torch.allclose(scores[0, 5], scores[6, 11], atol=1e-5)  # both one row and one column apart
     assert not torch.allclose(scores[0, 1], scores[0, 4], atol=1e-3)  # a column is not a row
