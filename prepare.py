@@ -28,8 +28,8 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,9 @@ def open_dataset(data_dir):
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+        if len(meta["grid"]) != 2 or not isinstance(meta["layout"], dict):
+            raise ValueError("meta.json has no grid or layout")
+    except Exception as e:  # a damaged file can raise anything
         raise DataError(f"the dataset {str(data_dir)!r} is damaged: {e}; {make} --overwrite=True") from e
     return data
 
@@ -98,16 +100,18 @@ def survey(shards, promised, load):
     first, counts, nbytes, seen = None, [], 0, set()
     for paths in shards:
         shard = load(*paths)
-        layout = {name: shard[name].layout for name in ("cond", "target")}
-        first = first or dict(layout=layout, grid=shard["target"].grid, config=plain(shard["config"]))
-        if layout != first["layout"]:
-            raise DataError(f"{paths[0]}: [tokens, channels, dtype] is {layout}; in {shards[0][0]} {first['layout']}")
+        layout, grid = {name: shard[name].layout for name in ("cond", "target")}, shard["target"].grid
+        first = first or dict(layout=layout, grid=grid, config=plain(shard["config"]))
+        if (layout, grid) != (first["layout"], first["grid"]):
+            was = f"{first['layout']}, grid {first['grid']}"
+            raise DataError(f"{paths[0]}: [tokens, channels, dtype] is {layout}, grid {grid}; in {shards[0][0]} {was}")
         counts.append(len(shard["cond"]))
         nbytes += shard["cond"].nbytes + shard["target"].nbytes
         for item in items(shard, paths[0]):
-            if item["key"] in seen:
-                raise DataError(f"{paths[0]}: the key {item['key']!r} is there twice")
-            seen |= {item["key"]} - {None}
+            key = repr(item["key"])  # a string, since integers can be chosen to have the same hash
+            if key in seen:
+                raise DataError(f"{paths[0]}: the key {key} is there twice")
+            seen |= {key} - {"None"}
     for folder, manifest in promised.items():
         found = [n for paths, n in zip(shards, counts) if paths[0].parent == folder]
         asked = manifest["total_samples"], manifest.get("total_shards", len(found))
@@ -149,17 +153,18 @@ def moments(x, skip=None):
     return total * [[2.0**112], [2.0**224]] if half else total
 
 
-def copy(rows, piece, start, stop, first, is_val, n_val, files):
-    """Convert piece[start:stop], the samples from number `first` on, and write each to its split's file.
+def copy(rows, slices, first, is_val, n_val, files):
+    """Convert slices (piece, start, stop) of the rows, the samples from number `first` on, and write each to its split.
 
     n_val[i] validation samples come before sample i; files are (descriptor, position) of training's and
     validation's first. Returns the sums (2, C) of the training samples, and which samples are not finite.
     """
-    mask = is_val[first : first + stop - start]
     try:
-        x = rows.convert(piece[start:stop])
+        parts = [rows.convert(piece[start:stop]) for piece, start, stop in slices]
     except DataError as e:
-        raise DataError(f"among samples {first} to {first + stop - start - 1}: {e}") from e
+        raise DataError(f"from sample {first} on: {e}") from e
+    x = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    mask = is_val[first : first + len(x)]
     total = moments(x, mask)
     bad = [] if np.isfinite(total).all() else (first + np.flatnonzero(~np.isfinite(x).all((1, 2)))).tolist()
     for a, b in itertools.pairwise([0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(x)]):  # runs of one split
@@ -169,7 +174,7 @@ def copy(rows, piece, start, stop, first, is_val, n_val, files):
         while data:
             n = os.pwrite(fd, data, at)
             data, at = data[n:], at + n
-    return total, bad
+    return total, bad, sum((stop - start) * piece[0].nbytes for piece, start, stop in slices)
 
 
 def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
@@ -194,25 +199,20 @@ def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
         pool = concurrent.futures.ThreadPoolExecutor(WORKERS)
         stack.callback(pool.shutdown, cancel_futures=True)
         for paths, n in zip(shards, counts):
-            shard, bad, tasks = load(*paths), {}, []
+            shard, bad = load(*paths), {}
             if len(shard["cond"]) != n:
                 raise DataError(f"{paths[0]}: changed while it was read")
-            for name, rows in (("cond", shard["cond"]), ("target", shard["target"])):
-                at = first
-                for piece in rows.pieces:
-                    step = max(1, CHUNK // piece[0].nbytes)
-                    tasks += [(name, piece, i, min(i + step, len(piece)), at + i) for i in range(0, len(piece), step)]
-                    at += len(piece)
+            tasks = [(name, slices, first + i) for name in layout for slices, i in shard[name].portions(CHUNK)]
             results = pool.map(lambda task: copy(shard[task[0]], *task[1:], is_val, n_val, files[task[0]]), tasks)
             for i, item in enumerate(items(shard, paths[0]), first):  # while the pool works
                 lines[int(is_val[i])].write(json.dumps(item) + "\n")
-            for (name, piece, start, stop, _), (sums, samples) in zip(tasks, results):
+            for (name, slices, _), (sums, samples, size) in zip(tasks, results):
                 total[name] += sums
                 bad |= {i: name for i in samples if i not in bad}
-                bar.update((stop - start) * piece[0].nbytes)
+                bar.update(size)
                 if bar.n // DROP > dropped:
                     dropped = bar.n // DROP
-                    drop_pages(piece)
+                    drop_pages(slices[0][0])
             if bad and where is None:
                 item = next(itertools.islice(items(shard, paths[0]), min(bad) - first, None))
                 where = f"the {bad[min(bad)]} of sample {min(bad)} (key {item['key']!r})"
@@ -222,9 +222,10 @@ def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
     stats = {}
     for name, (tokens, _, _) in layout.items():
         mean, square = total[name] / ((~is_val).sum() * tokens)
+        variance = np.where(square - mean**2 > 1e-12 * square, square - mean**2, 0)  # less is only rounding
         if not np.isfinite(square).all():
             raise DataError(f"the squares of the {name} are too large for float64")
-        stats |= {f"{name}_mean": mean, f"{name}_std": np.sqrt(np.maximum(square - mean**2, 0))}
+        stats |= {f"{name}_mean": mean, f"{name}_std": np.sqrt(variance)}
     return shapes, stats
 
 
@@ -237,7 +238,7 @@ def prepare(
     The flags of the command line say what the arguments are.
     """
     out, partial = Path(out), Path(out) / ".partial"
-    if grid and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
+    if grid and not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", grid):
         raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     if pool < 1:
         raise DataError(f"--pool={pool} must be 1 or more")
@@ -248,10 +249,11 @@ def prepare(
     if (out / "meta.json").is_file() and not overwrite:
         meta = open_dataset(out)["meta"]
         if {key: meta.get(key) for key in request} == request:
-            print(f"{out} already holds exactly this dataset")
+            print(f"{out} already holds exactly this dataset, by the sizes and digests of its sources")
             return meta
         raise DataError(f"{out} holds another dataset; choose another --out or pass --overwrite=True")
 
+    made_out = not out.exists()
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)  # released when this process ends, however it does
     try:
@@ -291,7 +293,7 @@ def prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
-        if not any(out.iterdir()):
+        if made_out and not any(out.iterdir()):
             out.rmdir()
     return meta
 
@@ -364,6 +366,7 @@ def main():
     add("--inspect", **flag, help="print what the sources hold and convert nothing")
     add("--verify", **flag, help="read the dataset in DIR again and compare it with its meta.json")
     args = vars(parser.parse_args())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C
     only_inspect, only_verify = args.pop("inspect"), args.pop("verify")
     if not args["out"] and not only_inspect:
         parser.error("--out=DIR is required")
@@ -373,12 +376,15 @@ def main():
         if only_inspect:
             return inspect(find_files(args["sources"])[0])
         if only_verify:
-            return verify(args["out"])
+            try:
+                return verify(args["out"])
+            except (TypeError, ValueError, LookupError, AttributeError) as e:
+                raise e if isinstance(e, DataError) else DataError(f"{args['out']} is damaged: {e}") from e
         meta = prepare(**args)
-    except DataError as e:
-        sys.exit(f"error: {e}")
+    except DataError as e:  # names in a hostile file may hold what a terminal obeys
+        sys.exit("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000]))
     except OSError as e:
-        sys.exit(f"error: writing {args['out']} failed: {e}; no new dataset was left there")
+        sys.exit(f"error: {e}" + (f"; no new dataset was left in {args['out']}" if args["out"] else ""))
     except KeyboardInterrupt:
         sys.exit(f"error: interrupted; no new dataset was left in {args['out']}")
     print(f"{args['out']}: grid {meta['grid'][0]}x{meta['grid'][1]}")

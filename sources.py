@@ -83,6 +83,8 @@ class Rows:
         for piece in pieces:
             if not isinstance(piece, np.ndarray) or piece.dtype not in FLOATS:
                 raise DataError(f"{where} is {describe(piece)}, not an array of floats")
+        if value is pieces and all(p.ndim == 3 and 1 < p.shape[0] == p.shape[1] for p in pieces) and len(pieces) > 1:
+            raise DataError(f"{where}: samples (rows, columns, channels) or batches (n, tokens, channels)? stack them")
         self.pieces = pieces = [p[None] if value is pieces and p.ndim == 2 else p for p in pieces]
         shape = pieces[0].shape if pieces else (0,)
         if len(shape) not in (3, 4) or any(0 in piece.shape for piece in pieces):
@@ -93,9 +95,7 @@ class Rows:
         tokens, self.channels, self.pool = math.prod(shape[1:-1]), shape[-1], pool
         self.cls = int(drop_cls and len(shape) == 3 and bool(find_grid(tokens - 1, grid)))  # tokens to drop in front
         self.tokens = tokens - self.cls
-        self.grid = find_grid(self.tokens, grid)
-        if len(shape) == 4 and (self.grid is None or self.grid != grid):
-            self.grid = shape[1:3]
+        self.grid = shape[1:3] if len(shape) == 4 else find_grid(self.tokens, grid)
         if pool > 1:
             if not self.grid or self.grid[0] % pool or self.grid[1] % pool:
                 raise DataError(f"{where}: --pool={pool} does not divide its grid, {self.grid} of {self.tokens} tokens")
@@ -110,6 +110,19 @@ class Rows:
     @property
     def nbytes(self):
         return sum(piece.nbytes for piece in self.pieces)
+
+    def portions(self, size):
+        """Yields ([(piece, start, stop), ...], number of the first sample): runs of samples, of about `size` bytes."""
+        step, slices, first, n = max(1, size // self.pieces[0][0].nbytes), [], 0, 0
+        for piece in self.pieces:
+            for i in range(0, len(piece), step):
+                slices.append((piece, i, min(i + step, len(piece))))
+                n += slices[-1][2] - i
+                if n >= step:
+                    yield slices, first
+                    slices, first, n = [], first + n, 0
+        if slices:
+            yield slices, first
 
     def convert(self, x):
         """A slice of a piece -> (n, tokens, channels) in C order, a view of the file where nothing changes.
@@ -152,13 +165,15 @@ def load_shard(paths, cond_key, target_key, scratch=None, **options):
     if len(paths) == 1:
         content = load_pickle(paths[0], scratch)
     else:
-        content = {key: load_pickle(path)["array"] for key, path in zip((cond_key, target_key), paths)}
+        content = {key: load_pickle(path).get("array") for key, path in zip((cond_key, target_key), paths)}
     cond, target = (get_rows(content, k, p, **options) for k, p in zip((cond_key, target_key), (paths[0], paths[-1])))
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
     if cond.tokens != target.tokens:
         hint = "; --drop_cls=True drops a first token" if abs(cond.tokens - target.tokens) == 1 else ""
         raise DataError(f"{paths[0]}: {cond.tokens} tokens in a condition but {target.tokens} in a target{hint}")
+    if cond.grid != target.grid:
+        raise DataError(f"{paths[0]}: a grid of {cond.grid} in a condition but {target.grid} in a target")
     if options.get("drop_cls") and not cond.cls and not target.cls:
         raise DataError(
             f"{paths[0]}: --drop_cls=True, but {cond.tokens} and {target.tokens} tokens are no grid and one more"
@@ -171,15 +186,22 @@ def load_shard(paths, cond_key, target_key, scratch=None, **options):
         shard[name] = [None] * len(cond) if values is None else values
         if len(shard[name]) != len(cond):
             raise DataError(f"{paths[0]}: {len(shard[name])} {name} for {len(cond)} samples")
-        if sum(len(v.data) for v in shard[name] if isinstance(v, unpickle.Text)) > paths[0].stat().st_size:
+        listed = values if isinstance(values, list) else []
+        strings = (v.data if isinstance(v, unpickle.Text) else v for v in listed)
+        if sum(len(v) for v in strings if isinstance(v, (str, memoryview))) > paths[0].stat().st_size:
             raise DataError(f"{paths[0]}: its {name} repeat the same strings: they are larger than the file")
     return shard
 
 
 def items(shard, path):
     """Yields {"key": ..., "caption": ...} of every sample."""
-    for pair in zip(shard["keys"], shard["captions"]):
-        pair = [v.item() if isinstance(v, np.generic) else str(v) if isinstance(v, unpickle.Text) else v for v in pair]
+    for i in range(len(shard["keys"])):
+        try:
+            pair = [shard["keys"][i], shard["captions"][i]]
+            pair = [v.item() if isinstance(v, np.generic) else v for v in pair]
+            pair = [str(v) if isinstance(v, unpickle.Text) else v for v in pair]
+        except Exception as e:  # neither numpy nor UTF-8 take all bytes for text
+            raise DataError(f"{path}: a key or caption that is no text: {e}") from e
         for name, value in zip(("keys", "captions"), pair):
             if not isinstance(value, (str, int, type(None))):
                 raise DataError(f"{path}: {name} is not a list of strings or integers")
@@ -195,7 +217,10 @@ def find_files(sources):
         elif source.is_dir():
             natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)]  # noqa: E731
             kinds = (".pkl", ".pickle"), (".pt", ".pth")  # torch files beside pickles may be anything
-            found = next(filter(None, ([p for p in source.iterdir() if p.suffix in kind] for kind in kinds)), None)
+            found = next(
+                filter(None, ([p for p in source.iterdir() if p.suffix in kind and p.is_file()] for kind in kinds)),
+                None,
+            )
             if not found:
                 raise DataError(f"{source}: a folder without .pkl or .pt files")
             files += sorted(found, key=natural)
@@ -204,7 +229,7 @@ def find_files(sources):
                 try:
                     promised[source] = json.loads(manifest.read_text())
                     promised[source]["total_samples"] = int(promised[source]["total_samples"])
-                except (ValueError, KeyError, TypeError) as e:
+                except Exception as e:  # JSON may hold anything
                     raise DataError(f"{manifest}: no readable total_samples in it") from e
         else:
             raise DataError(f"{source}: no such file or folder")

@@ -1,17 +1,15 @@
 """
 Open a pickle, a torch.save file or a .npy of embeddings without trusting it and without loading it.
 
-The file is memory-mapped and parsed by the standard library's unpickler, with no opcodes left but those
-that plain values need and no names but those of arrays and tensors. Long byte strings become views of the
-map. So arrays, and tensors inside their nested torch serialization, come out as numpy arrays that take
-no memory before their values are read, and none that the kernel cannot take back afterwards.
+The file is memory-mapped and parsed by the standard library's unpickler, with no opcodes left but those that plain
+values need and no names but those of arrays and tensors. Long byte strings become views of the map. So arrays, and
+tensors inside their nested torch serialization, come out as numpy arrays that take no memory of their own.
 
     content = unpickle.load("embeddings.pkl")  # {"eva_blip3o_embeddings": array over the map, "keys": [...], ...}
 """
 
 import codecs
 import functools
-import io
 import math
 import mmap
 import os
@@ -25,8 +23,7 @@ from pickle import UnpicklingError
 import numpy as np
 
 VIEW = 256  # bytes: a longer string is a view of the map, a shorter one a copy
-ROOM = 1 << 26  # bytes of small objects that any file may make; a large one as much as an eighth of its size more
-DIRECTORY = 1 << 24  # bytes, the largest directory of a zip file
+ROOM, MORE = 1 << 26, 1 << 29  # bytes of small objects that a file may make: ROOM + min(size, MORE) + size / 8
 PIECE = 1 << 24  # bytes of text decoded at a time
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what a torch.save file of the format before zip begins with
 
@@ -68,14 +65,11 @@ class Reader:
         return bytes(self.read(len(line) + len(newline)))
 
 
-class ZipBytes(io.RawIOBase):
-    """A file over a buffer, for zipfile."""
+class ZipBytes(Reader):
+    """The same for zipfile, which asks for more than there is."""
 
-    def __init__(self, data, room):
-        self.data, self.position, self.room = data, 0, room
-
-    def seekable(self):
-        return True
+    def tell(self):
+        return self.position
 
     def seek(self, offset, whence=0):
         self.position = offset + (0, self.position, len(self.data))[whence]
@@ -85,10 +79,8 @@ class ZipBytes(io.RawIOBase):
 
     def read(self, n=-1):
         part = self.data[self.position :][: n if n >= 0 else None]
-        if len(part) > DIRECTORY:
-            raise UnpicklingError("its zip directory is too large")
         self.position += len(part)
-        self.room[0] -= 8 * len(part)  # an entry of 46 bytes and its name becomes an object of several hundred
+        self.room[0] -= 8 * len(part)  # an entry of 46 bytes and a name becomes an object of several hundred
         if self.room[0] < 0:
             raise UnpicklingError("it holds more zip entries than embeddings of this size would")
         return part.tobytes()
@@ -122,7 +114,8 @@ class Spool:
 
 class Dict(dict):
     def __setitem__(self, key, value):
-        if type(key) not in (str, int, float, bool):  # to hash a tuple of tuples of tuples can take forever
+        # hashing can take forever: a tuple of tuples of tuples, or integers that all have the same hash
+        if type(key) is not str and not (type(key) is int and abs(key) < 2**60):
             raise UnpicklingError("a dict with keys that are not plain")
         super().__setitem__(key, value)
 
@@ -175,10 +168,6 @@ def make_dtype(unpickler, spec, *flags):
     return DType(np.dtype(spec))
 
 
-def make_from_buffer(unpickler, data, dtype, shape, order):
-    return as_array(data, dtype, shape, order)
-
-
 def make_scalar(unpickler, dtype, data):
     if len(data) > VIEW:
         raise UnpicklingError(f"a single value of {len(data)} bytes")
@@ -197,7 +186,8 @@ def make_tensor(unpickler, storage, offset, size, stride, *flags):
     if len(size) > 8 or len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise UnpicklingError("a tensor of impossible shape or stride")
     width = storage.dtype.itemsize
-    if math.prod(size) * width > len(storage.data):
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))  # numpy's own check overflows
+    if max(math.prod(size), last + 1 if math.prod(size) else 0) * width > len(storage.data):
         raise UnpicklingError(f"a tensor of more elements than its storage holds: shape {tuple(size)}")
     strides = [n * width for n in stride]
     return np.ndarray.__new__(Tensor, size, storage.dtype, storage.data, offset * width, strides)
@@ -217,14 +207,18 @@ CALLS = {
     ("numpy", "dtype"): make_dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): make_array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): make_scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): make_from_buffer for core in ("core", "_core")},
+    **{
+        (f"numpy.{core}.numeric", "_frombuffer"): lambda unpickler, *args: as_array(*args) for core in ("core", "_core")
+    },
     ("torch", "Size"): lambda unpickler, size: tuple(size[:8]),
+    ("__builtin__", "bytes"): lambda unpickler: b"",  # protocol 2's only way to say so
     ("torch.storage", "_load_from_bytes"): make_storage,
     ("torch._utils", "_rebuild_tensor_v2"): make_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda unpickler, data, *flags: data,
 }
 # every name that a pickle may mention: inert values
-NAMES = {("numpy", "ndarray"): "ndarray", ("torch.storage", "UntypedStorage"): np.dtype("u1")} | {
+NAMES = {("numpy", name): "ndarray" for name in ("ndarray", "memmap")}
+NAMES |= {("torch.storage", "UntypedStorage"): np.dtype("u1")} | {
     ("torch", f"{name}Storage"): np.dtype(spec) if isinstance(spec, str) else spec
     for name, spec in dict(
         Float="<f4", Double="<f8", Half="<f2", BFloat16=BFLOAT16, Bool="?", Byte="u1", Char="i1", Short="<i2",
@@ -252,7 +246,9 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
         if (module, name) in NAMES:
             return NAMES[module, name]
         if (module, name) not in CALLS:
-            raise UnpicklingError(f"it asks for {module}.{name}, which is not on the list of what embeddings need")
+            raise UnpicklingError(
+                f"it asks for {module + '.' + name!r}, which is not on the list of what embeddings need"
+            )
         return functools.partial(CALLS[module, name], self)
 
     def persistent_load(self, pid):
@@ -267,6 +263,12 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     def load_frame(self):
         self.read(8)  # frames spare small reads from a file; here there are none
 
+    def load_reduce(self):
+        args = self.stack.pop()
+        if type(args) is not tuple or len(args) > 16:  # a long string would come apart into its bytes
+            raise UnpicklingError("it calls something with arguments that nothing takes")
+        self.stack[-1] = self.stack[-1](*args)
+
     def load_build(self):
         state, instance = self.stack.pop(), self.stack[-1]
         if type(instance) not in (Array, DType):
@@ -280,6 +282,7 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     dispatch = Dispatch((op, pickle._Unpickler.dispatch[op]) for op in (getattr(pickle, name)[0] for name in OPCODES))
     dispatch |= {
         pickle.FRAME[0]: load_frame,
+        pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
         pickle.EMPTY_DICT[0]: lambda self: self.append(Dict()),
         pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
@@ -323,7 +326,7 @@ def load_legacy(reader, spool):
     version, system = (Unpickler(reader, spool).load() for _ in range(2))
     if version != 1001 or system.get("little_endian") is not True:
         raise UnpicklingError("a torch file of unknown version or byte order")
-    start, found = reader.position, {}
+    start, found, used = reader.position, {}, spool.used
     Unpickler(reader, spool, lambda key, dtype: found.setdefault(key, Storage(None, dtype))).load()
     keys = Unpickler(reader, spool).load()
     if not all(isinstance(key, str) for key in keys):
@@ -333,7 +336,7 @@ def load_legacy(reader, spool):
         if n < 0:
             raise UnpicklingError("a storage of negative size")
         found[key].data = reader.read(n)
-    end, reader.position = reader.position, start
+    end, reader.position, spool.used = reader.position, start, used
     value = Unpickler(reader, spool, lambda key, dtype: Storage(found[key].data, dtype)).load()
     reader.position = end
     return value
@@ -352,16 +355,13 @@ def load_torch(data, room, spool):
 
 def settle(content):
     """The dict with its Arrays, also those in a list under a key, replaced by what they became."""
-    if not isinstance(content, dict):
-        return content
     lists = {}  # by identity: the same one may be there under many keys
     for key, value in content.items():
-        value = value.value if isinstance(value, Array) else value
+        content[key] = value = value.value if isinstance(value, Array) else value
         if isinstance(value, (list, tuple)):
             if id(value) not in lists:
                 lists[id(value)] = [v.value if isinstance(v, Array) else v for v in value]
-            value = lists[id(value)]
-        content[key] = value
+            content[key] = lists[id(value)]
     return content
 
 
@@ -381,8 +381,8 @@ def load(path, scratch=None):
     try:
         if data[:6] == b"\x93NUMPY":
             return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
-        value = load_torch(data, [ROOM + size // 8], Spool(size, scratch))
-        return settle(value)
+        value = load_torch(data, [ROOM + min(size, MORE) + size // 8], Spool(size, scratch))
+        return settle(value) if isinstance(value, dict) else value
     except OSError:
         raise
     except KeyError as e:

@@ -76,7 +76,7 @@ def test_every_kind_of_array(tmp_path, kind, protocol):
 
 def test_tensor_views_and_spatial_grids(tmp_path):
     big = torch.randn(80, 6, 6, 7)
-    content = {COND: big[::2, 1:3, 2:5, :6], TARGET: big[1::2, :2, :3].transpose(1, 2)}
+    content = {COND: big[::2, 1:3, 2:5, :6].transpose(1, 2), TARGET: big[1::2, :2, :3].transpose(1, 2)}
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
     convert(tmp_path / "e.pkl", tmp_path / "out")
     data, items = load(tmp_path / "out")
@@ -145,6 +145,9 @@ def test_bad_input(tmp_path):
     assert "complex64" in bad(tmp_path, **{TARGET: torch.ones(40, 4, 5, dtype=torch.complex64)})
     assert "(40, 0, 5)" in bad(tmp_path, **{COND: torch.ones(40, 0, 5)})
     assert "2 keys for 40 samples" in bad(tmp_path, keys=["a", "b"])
+    hostile = np.frombuffer(b"\xff\xff\xff\x7f" * 40, "<U1")  # no such character
+    assert "a key or caption that is no text" in bad(tmp_path, keys=hostile)
+    assert "keys repeat the same strings" in bad(tmp_path, keys=["k" * 200 * 40] * 40)
     assert "keys is not a list of strings" in bad(tmp_path, keys=[[1]] * 40)
     assert "'same' is there twice" in bad(tmp_path, keys=["same"] * 40)
     line = bad(tmp_path, **{COND: None})
@@ -225,6 +228,10 @@ def test_lists_of_samples_and_of_batches(tmp_path):
     same(arrays({COND: objects, TARGET: tuple(target)}, tmp_path / "c")[0], cond, target)
     with pytest.raises(prepare.DataError, match=r"mixes array \(1, 4, 90\) float32 and array \(1, 3, 90\) float32"):
         arrays({COND: [cond[0], cond[0, :3]], TARGET: target[:2]}, tmp_path / "d")
+    with pytest.raises(prepare.DataError, match="stack them"):
+        arrays({COND: list(cond.reshape(12, 2, 2, 90)), TARGET: list(target)}, tmp_path / "grids")
+    with pytest.raises(prepare.DataError, match=r"a grid of \(4, 1\) in a condition but \(2, 2\)"):
+        arrays({COND: cond[:, :, None], TARGET: target}, tmp_path / "two grids")
     with pytest.raises(prepare.DataError, match="repeats the same arrays"):
         arrays({COND: [cond] * 1000, TARGET: [target] * 1000}, tmp_path / "e")
 
@@ -277,9 +284,9 @@ def test_output_dtype(tmp_path):
             wide = data["train_cond"].astype("f8").reshape(-1, 60)  # statistics are of what is stored
             assert np.allclose(data["stats"]["cond_std"], wide.std(0), rtol=1e-12)
     x[5, 3, 2] = -70000
-    with pytest.raises(prepare.DataError, match="among samples 0 to 7: 70000 is too large for float16"):
+    with pytest.raises(prepare.DataError, match="from sample 0 on: 70000 is too large for float16"):
         arrays({COND: x, TARGET: x}, tmp_path / "over", dtype="float16")
-    with pytest.raises(prepare.DataError, match="among samples 0 to 7: 70144 is too large for float16"):
+    with pytest.raises(prepare.DataError, match="from sample 0 on: 70144 is too large for float16"):
         arrays({COND: 0 * x, TARGET: torch.tensor(x).bfloat16()}, tmp_path / "over16", dtype="float16")
     x[5, 3, 2] = np.inf
     with pytest.raises(
@@ -287,9 +294,9 @@ def test_output_dtype(tmp_path):
     ):
         arrays({COND: x, TARGET: x}, tmp_path / "inf", dtype="float16")
     x[5, 3, 2] = 1
+    arrays({COND: x, TARGET: x}, tmp_path / "one")
+    arrays({COND: x.astype("f2"), TARGET: x}, tmp_path / "two")
     with pytest.raises(prepare.DataError, match="in .*e.pkl"):
-        arrays({COND: x, TARGET: x}, tmp_path / "one")
-        arrays({COND: x.astype("f2"), TARGET: x}, tmp_path / "two")
         arrays([tmp_path / "one" / "e.pkl", tmp_path / "two" / "e.pkl"], tmp_path / "mixed")
 
 
@@ -329,7 +336,8 @@ WATCH = """if True:
 
 @pytest.mark.parametrize("kind", ["numpy", "text", "fortran", "tensor", "zip", "list"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
-    x = np.random.default_rng(0).integers(0, 0x3C00, (1200, 64, 2048), dtype=np.uint16).view(np.float16)  # 315 MB
+    x = np.random.default_rng(0).integers(0, 0x3C00, (100, 64, 2048), dtype=np.uint16).view(np.float16)
+    x = np.tile(x, (12, 1, 1))  # 315 MB
     x = {"fortran": np.asfortranarray, "tensor": torch.tensor, "zip": torch.tensor, "list": list}.get(kind, np.asarray)(
         x
     )
@@ -394,7 +402,7 @@ def test_interrupted_or_out_of_disk(tmp_path, monkeypatch):
     assert "too large" in (
         line := refused("-c", KILL.replace("import prepare", f"import prepare; {full}"), ROOT, "link", 1, *args)
     )
-    assert "failed" in line and {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert "no new dataset was left" in line and {p.name: p.read_bytes() for p in out.iterdir()} == before
     pause = KILL.replace("import prepare", "import prepare, time; prepare.moments = lambda *args: time.sleep(5)")
     process = subprocess.Popen(
         [sys.executable, "-c", pause, ROOT, "link", "1", *args], stderr=subprocess.PIPE, text=True
@@ -448,6 +456,9 @@ def test_verify_finds_what_is_wrong(tmp_path):
     broken("train_cond.npy", whole + b"x", "bytes instead of")
     broken("train_cond.npy", whole[:-4], "damaged")
     broken("train_cond.npy", whole[:-4] + np.float32(50).tobytes(), "other statistics than stats.npz")
+    broken("stats.npz", whole, "damaged")
+    broken("meta.json", b"[" * 100_000, "damaged")
+    broken("val_items.jsonl", b"\xff{\n" * 10, "damaged")
     val = (out / "val_target.npy").read_bytes()
     broken("val_target.npy", val[:-4] + np.float32(np.nan).tobytes(), "NaN or Inf among samples 0 to 9")
     broken(
