@@ -9,6 +9,7 @@ Train a NextDiT with flow matching on a dataset that prepare.py made.
 import copy
 import datetime
 import functools
+import gc
 import json
 import math
 import os
@@ -185,8 +186,7 @@ groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, 
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
-step, best_val_loss, wandb_id = 0, math.inf, None
-last = Path(out_dir) / "ckpt_last.pt"
+step, best_val_loss, wandb_id, last = 0, math.inf, None, Path(out_dir) / "ckpt_last.pt"
 if init_from not in ("scratch", "resume", "auto"):
     fail(f"{init_from=} is unknown; it is one of scratch, resume, auto")
 if init_from == "resume" or (init_from == "auto" and last.exists()):
@@ -216,8 +216,7 @@ if init_from == "resume" or (init_from == "auto" and last.exists()):
     del ckpt
 
 model = torch.compile(raw_model) if (device_type == "cuda" if compile is None else compile) else raw_model
-if world_size > 1:
-    model = DDP(model, gradient_as_bucket_view=True)
+model = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
 
 def get_lr(step):
@@ -321,9 +320,8 @@ if master:
     print(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}")
     epochs = max_iters * samples_per_iter / n_train
     print(f"{n_train} samples, {samples_per_iter} an iteration, {max_iters} iterations ({epochs:.1f} epochs)")
-generator = torch.Generator(device)
 micro_steps = gradient_accumulation_steps // world_size  # of this process
-clock, first_step = time.perf_counter(), step
+generator, clock, first_step = torch.Generator(device), time.perf_counter(), step
 while True:
     lr = get_lr(step)
     for group in optimizer.param_groups:
@@ -393,8 +391,10 @@ while True:
     if master and len(record) > 1:
         write_log(record)
     step += 1
-
 if wandb_log:
     wandb.finish()
 if world_size > 1:
+    dist.barrier()
     dist.destroy_process_group()
+    del model  # DDP holds the process group too, whose threads must end before the interpreter does
+    gc.collect()
