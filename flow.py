@@ -141,7 +141,7 @@ def guided_velocity(model, cond, cfg, guidance=1.0, cond_mask=None):
         )
     contexts = [model.context(cond, cond_mask)]
     if guidance != 1:
-        contexts.append(model.context(cond, cond_mask, torch.ones(len(cond), dtype=torch.bool, device=cond.device)))
+        contexts.append(model.context(model.null_cond.expand(len(cond), 1, -1)))  # one token for all
 
     def velocity(x, t):
         v = [convert(model(x, t, context=context).float(), x, t, cfg)[0] for context in contexts]

@@ -77,7 +77,7 @@ class NextDiTConfig:
 
 
 def rope_2d(head_dim, grid, device=None, theta=10000.0):
-    """2D rotary embedding (Su et al. 2021, per axis as in Lumina-Next): (T, head_dim / 2) complex numbers of length 1.
+    """2D rotary embedding (Su et al. 2021, per axis as in Lumina-Next): (T, head_dim / 2, 2) cosines and sines.
 
     The pair of channels (2j, 2j + 1) turns with the row for even j and with the column for odd j, both at
     frequency theta^(-4k / head_dim), k = j // 2.
@@ -87,18 +87,33 @@ def rope_2d(head_dim, grid, device=None, theta=10000.0):
     rows = torch.arange(H, device=device).repeat_interleave(W)
     cols = torch.arange(W, device=device).repeat(H)
     angles = torch.stack([rows[:, None] * freqs, cols[:, None] * freqs], dim=-1).flatten(1)
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x, rope):
     """x: (B, T, n, head_dim), its channel pairs turned by the angles of `rope`, in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # inductor fuses real arithmetic and has none for complex numbers
-        (a, b), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rope)[:, None].unbind(-1)
+        (a, b), (cos, sin) = pairs.unbind(-1), rope[:, None].unbind(-1)
         y = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
-        y = torch.view_as_real(torch.view_as_complex(pairs) * rope[:, None])
+        y = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None])
     return y.flatten(-2).type_as(x)
+
+
+def attention(q, k, v, mask=None, plain=None):
+    """q: (B, n, T, h), k and v: (B, n_kv, S, h), mask: (B, 1, 1, S) or None -> (B, n, T, h).
+
+    plain: two products and a softmax instead of SDPA; None: on a CPU, where SDPA's kernel for long sequences is
+    up to ten times slower than that at a few hundred tokens.
+    """
+    n_rep = q.shape[1] // k.shape[1]
+    if not (q.device.type == "cpu" if plain is None else plain):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n_rep > 1)
+    if n_rep > 1:
+        k, v = k.repeat_interleave(n_rep, 1), v.repeat_interleave(n_rep, 1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
 
 
 def timestep_embedding(t, dim=256, max_period=10000):
@@ -112,26 +127,30 @@ def timestep_embedding(t, dim=256, max_period=10000):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm with its weight in the input's dtype, which the fused kernel needs under autocast."""
+def rms_norm(x, eps, weight=None):
+    """x over the root of its channels' mean square (Zhang and Sennrich 2019), times weight, in x's dtype."""
+    if x.dtype == torch.float64:  # as the reference does, which knows no variance but in float32
+        x = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+        return x if weight is None else x * weight
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
 
+
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if x.dtype == torch.float64:  # as the reference does, which knows no variance but in float32
-            return x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.eps, self.weight)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        dim, C, eps = config.dim, config.cond_dim, config.norm_eps
+        dim, C, self.eps = config.dim, config.cond_dim, config.norm_eps
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, dim // config.n_head
         kv_dim = self.n_kv_head * self.head_dim
         self.split = (dim, kv_dim, kv_dim, dim)
         self.ada = nn.Linear(min(dim, 1024), 4 * dim)
-        self.norm1, self.norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
-        self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
-        self.cond_norm = RMSNorm(C, eps)
+        self.norm1, self.norm2 = RMSNorm(dim, self.eps), RMSNorm(dim, self.eps)
+        self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, self.eps), RMSNorm(dim, self.eps)
+        self.cond_scale = nn.Parameter(torch.empty(C))  # of the condition's RMSNorm
         # queries, keys and values of self-attention and the queries of cross-attention
         self.qkvq = nn.Linear(dim, sum(self.split), bias=False)
         self.cond_kv = nn.Linear(C, 2 * kv_dim, bias=False)
@@ -148,17 +167,23 @@ class Block(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, n * head_dim) -> (B, T, n, head_dim)
 
     def attend(self, q, k, v, mask=None):
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, n, T, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
-        return y.transpose(1, 2)  # (B, T, n_head, head_dim)
+        return attention(*(z.transpose(1, 2) for z in (q, k, v)), mask).transpose(1, 2)  # (B, T, n_head, head_dim)
 
-    def context(self, cond):
-        """Keys and values of the condition: they do not depend on x_t or t."""
-        k, v = self.cond_kv(self.cond_norm(cond)).chunk(2, dim=-1)
+    def context(self, cond, drop=None, null=None):
+        """Keys and values of the condition: they do not depend on x_t or t.
+
+        The scale of the condition's RMSNorm goes into the matrix, so that in training, where the condition needs
+        no gradient, nothing of its size is computed in the backward pass. One null token stands for all.
+        """
+        weight = self.cond_kv.weight * self.cond_scale
+        kv = F.linear(rms_norm(cond, self.eps), weight)
+        if drop is not None:
+            kv = torch.where(drop[:, None, None], F.linear(rms_norm(null, self.eps), weight), kv)
+        k, v = kv.chunk(2, dim=-1)
         return self.heads(self.cond_k_norm(k)), self.heads(v)
 
-    def forward(self, x, emb, rope, cond, mask, context=None):
-        cond_k, cond_v = self.context(cond) if context is None else context
+    def forward(self, x, emb, rope, mask, condition, context):
+        cond_k, cond_v = context or self.context(*condition)
         scale1, gate1, scale2, gate2 = self.ada(emb)[:, None].chunk(4, dim=-1)  # each (B, 1, dim)
 
         h = self.norm1(x) * (1 + scale1)
@@ -185,7 +210,7 @@ REFERENCE = {
     "gate": ["gate"],
     "ada": ["norm1.linear"],
     "norm1": ["norm1.norm"],
-    "cond_norm": ["norm1_context"],
+    "cond_scale": ["norm1_context.weight"],
     "qkvq": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q"],
     "cond_kv": ["attn2.to_k", "attn2.to_v"],
     "q_norm": ["attn1.norm_q"],
@@ -235,26 +260,29 @@ class NextDiT(nn.Module):
                     nn.init.uniform_(module.bias, -bound, bound)
         for block in self.layers:
             nn.init.zeros_(block.gate)  # cross-attention starts closed
+            nn.init.ones_(block.cond_scale)
         nn.init.zeros_(self.null_cond)  # BLIP3-o's null condition is zero; training moves ours
 
-    def context(self, cond, cond_mask=None, drop=None):
+    def context(self, cond, cond_mask=None):
         """All that depends on the condition alone, computed once for a whole trajectory.
 
-        cond (B, S, C), cond_mask (B, S) True where a token counts, drop (B,) True where the
-        learned null condition takes the place of cond. Returns what forward() takes as `context`.
+        cond (B, S, C), cond_mask (B, S) True where a token counts. The learned null condition is
+        `null_cond.expand(B, 1, -1)`. Returns what forward() takes as `context`.
         """
-        cond, mask, pooled = self._condition(cond, cond_mask, drop)
-        return cond, mask, pooled, [block.context(cond) for block in self.layers]
+        pooled, mask, *condition = self._condition(cond, cond_mask, None)
+        return pooled, mask, [block.context(*condition) for block in self.layers]
 
     def _condition(self, cond, cond_mask, drop):
-        if drop is not None:
-            cond = torch.where(drop[:, None, None], self.null_cond.to(cond.dtype), cond)
         if cond_mask is None:
             pooled, mask = cond.mean(1), None
         else:
             weight = cond_mask.to(cond.dtype)[..., None]
             pooled, mask = (cond * weight).sum(1) / weight.sum(1), cond_mask.bool()[:, None, None]
-        return cond, mask, self.cond_embed(pooled)
+        null = None
+        if drop is not None:
+            null = self.null_cond.to(cond.dtype)
+            pooled = torch.where(drop[:, None], null, pooled)
+        return self.cond_embed(pooled), mask, cond, drop, null
 
     def forward(self, x_t, t, cond=None, cond_mask=None, drop=None, context=None):
         """
@@ -274,14 +302,16 @@ class NextDiT(nn.Module):
         if context is None:
             if cond.shape[0] != B or cond.shape[-1] != self.config.cond_dim:
                 raise ValueError(f"cond has shape {tuple(cond.shape)}; expected ({B}, S, {self.config.cond_dim})")
-            context = (*self._condition(cond, cond_mask, drop), [None] * len(self.layers))
-        cond, mask, pooled, contexts = context
+            pooled, mask, *condition = self._condition(cond, cond_mask, drop)
+            contexts = [None] * len(self.layers)
+        else:
+            (pooled, mask, contexts), condition = context, None
 
         x = self.x_embed(x_t).to(self.null_cond.dtype)  # under autocast the residual stream stays in float32
         emb = F.silu(self.t_embed(timestep_embedding(t).to(x.dtype)) + pooled)
         rope = rope_2d(self.config.dim // self.config.n_head, self.config.grid, x.device)
         for block, block_context in zip(self.layers, contexts):
-            args = (x, emb, rope, cond, mask, block_context)
+            args = (x, emb, rope, mask, condition, block_context)
             recompute = self.config.gradient_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return self.final(self.final_norm(x) * (1 + self.final_ada(emb))[:, None])

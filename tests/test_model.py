@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flow
-from model import NextDiT, NextDiTConfig, reference_names, rope_2d, rotate
+from model import NextDiT, NextDiTConfig, attention, reference_names, rope_2d, rotate
 
 CONFIG = NextDiTConfig(grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8)
 
@@ -196,6 +196,16 @@ def test_rope_turns_by_relative_position():
     assert not torch.allclose(scores[0, 1], scores[0, 4], atol=1e-3)  # a column is not a row
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_attention_is_sdpa(masked):
+    q, k, v = (torch.randn(2, n, s, 8, requires_grad=True) for n, s in ((6, 5), (2, 7), (2, 7)))
+    mask = (torch.arange(7) < 4).expand(2, 1, 1, 7) if masked else None
+    outs = [attention(q, k, v, mask, plain) for plain in (True, False)]
+    assert torch.allclose(*outs, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outs)):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_masked_condition_tokens_do_not_count():
     model = build()
     x, t, cond = inputs(S=6)
@@ -210,7 +220,12 @@ def test_context_and_drop():
     assert torch.equal(model(x, t, context=model.context(cond)), model(x, t, cond))
     drop = torch.tensor([True, False, True])
     expected = torch.stack([model.null_cond.expand(6, 7), cond[1], model.null_cond.expand(6, 7)])
-    assert torch.allclose(model(x, t, cond, drop=drop), model(x, t, expected), atol=1e-6)
+    out = model(x, t, cond, drop=drop)
+    assert torch.allclose(out, model(x, t, expected), atol=1e-5)
+    null = model.context(model.null_cond.expand(3, 1, -1))
+    assert torch.allclose(out[drop], model(x, t, context=null)[drop], atol=1e-5)
+    grads = [torch.autograd.grad(y.square().sum(), model.null_cond)[0] for y in (out, model(x, t, expected))]
+    assert torch.allclose(*grads, rtol=1e-4) and grads[0].norm() > 1e-3
 
 
 def test_gradient_checkpointing_changes_no_bit():
