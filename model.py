@@ -87,13 +87,15 @@ def rope_2d(head_dim, grid, device=None, theta=10000.0):
     rows = torch.arange(H, device=device).repeat_interleave(W)
     cols = torch.arange(W, device=device).repeat(H)
     angles = torch.stack([rows[:, None] * freqs, cols[:, None] * freqs], dim=-1).flatten(1)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    if torch.compiler.is_compiling():  # inductor has no complex numbers
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))  # the reference's to the last bit
 
 
 def rotate(x, rope):
     """x: (B, T, n, head_dim), its channel pairs turned by the angles of `rope`, in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # inductor fuses real arithmetic and has none for complex numbers
+    if torch.compiler.is_compiling():
         (a, b), (cos, sin) = pairs.unbind(-1), rope[:, None].unbind(-1)
         y = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
