@@ -106,11 +106,11 @@ def rotate(x, rope):
 def attention(q, k, v, mask=None, plain=None):
     """q: (B, n, T, h), k and v: (B, n_kv, S, h), mask: (B, 1, 1, S) or None -> (B, n, T, h).
 
-    plain: two products and a softmax instead of SDPA; None: on a CPU, where SDPA's kernel for long sequences is
-    up to ten times slower than that at a few hundred tokens.
+    plain: two products and a softmax instead of SDPA; None: on a CPU, where SDPA's kernel, made for long sequences,
+    is up to ten times slower at a few hundred tokens; but not in float64, which is for exact comparisons.
     """
     n_rep = q.shape[1] // k.shape[1]
-    if not (q.device.type == "cpu" if plain is None else plain):
+    if not (q.device.type == "cpu" and q.dtype != torch.float64 if plain is None else plain):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n_rep > 1)
     if n_rep > 1:
         k, v = k.repeat_interleave(n_rep, 1), v.repeat_interleave(n_rep, 1)
