@@ -319,17 +319,22 @@ class NextDiT(nn.Module):
         return self.final(self.final_norm(x) * (1 + self.final_ada(emb))[:, None])
 
     @classmethod
-    def from_diffusers(cls, folder, grid=None):
+    def from_diffusers(cls, folder, grid=None, cast=lambda parameter: parameter):
         """The model in a folder of diffusers' LuminaNextDiT2DModel: config.json and safetensors, sharded or not.
 
         Its velocity runs from data to noise, ours from noise to data, so that ours(x, t, cond) =
         -reference(x, 1000 (1 - t), cond): the sign goes into the last layer, the time is timestep_embedding's.
-        Parameters keep the file's dtype; the null condition is BLIP3-o's, zero. `grid` (H, W) is by default
-        the square of config.json's sample_size. Raises ValueError where the folder holds something else.
+        The null condition is BLIP3-o's, zero. `grid` (H, W) is by default the square of config.json's sample_size;
+        `cast` makes of each parameter, which has the file's dtype, what is kept of it, so that never two copies of
+        the model are in memory. Raises ValueError where the folder holds something else.
         """
         from safetensors import safe_open
 
-        folder, given = Path(folder), json.loads((Path(folder) / "config.json").read_text())
+        folder = Path(folder)
+        try:
+            given = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{str(folder)!r} is no folder of a diffusers model: {e}") from e
         missing = sorted({"patch_size", "learn_sigma", "sample_size", *REFERENCE_CONFIG.values()} - set(given))
         if missing or given["patch_size"] != 1 or given["learn_sigma"]:
             raise ValueError(f"{folder}/config.json: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma")
@@ -338,8 +343,13 @@ class NextDiT(nn.Module):
             model = cls(NextDiTConfig(grid=grid or (given["sample_size"],) * 2, **sizes))
         held = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, "pt")
-            held |= dict.fromkeys(file.keys(), file)
+            with safe_open(path, "pt") as file:
+                held |= dict.fromkeys(file.keys(), path)
+
+        def read(name):
+            with safe_open(held[name], "pt") as file:  # what an open file has read stays in memory
+                return file.get_tensor(name)
+
         first = "patch_embedder.proj.weight"
         prefix = next((p for p in ("", "model.", "dit.model.", "model.dit.model.") if p + first in held), "")
         due = {name: [prefix + n for n in reference_names(name)] for name in model.state_dict() if name != "null_cond"}
@@ -347,7 +357,7 @@ class NextDiT(nn.Module):
         missing, surplus = sorted(names - set(held)), sorted(set(held) - names - {prefix + "pad_token"})
         if missing or surplus:
             raise ValueError(f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}")
-        state = {name: torch.cat([held[n].get_tensor(n) for n in parts]) for name, parts in due.items()}
+        state = {name: cast(torch.cat([read(n) for n in parts])) for name, parts in due.items()}
         state |= {name: -state[name] for name in ("final.weight", "final.bias")}
         state["null_cond"] = torch.zeros(model.config.cond_dim, dtype=state["final.bias"].dtype)
         try:

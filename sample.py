@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import flow
 import score
+from checkpoint import read_checkpoint, read_weights
 from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
@@ -33,7 +34,7 @@ from prepare import open_dataset
 from sources import get_rows, items, load_pickle
 
 # ---- I/O
-out_dir = "out"  # where train.py wrote
+out_dir = "out"  # where train.py wrote, or a folder of diffusers' LuminaNextDiT2DModel
 checkpoint = "ckpt_best.pt"  # in out_dir
 weights = "ema"  # ema | model (the raw ones)
 cond = ""  # .npy (B, S, C), .pkl or .pt of conditions; empty: those of the dataset
@@ -55,42 +56,61 @@ batch_size = 64
 seed = 0
 # ---- system
 device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
-dtype = "auto"  # auto (bfloat16 on cuda, else float32) | float32 | bfloat16 | float16
+dtype = "auto"  # of weights and arithmetic: auto (bfloat16 on cuda, else float32) | float32 | bfloat16 | float16
 # ----
 
 
-def load(path, device="auto", weights="ema"):
+def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     """A trained model, ready to sample.
 
-    path: a checkpoint, or the folder of a run (then its ckpt_best.pt)
+    path: a checkpoint, the folder of a run (then its ckpt_best.pt), or a folder of diffusers' LuminaNextDiT2DModel,
+        whose embeddings are taken as they are (normalize none)
     weights: 'ema' or 'model', the raw ones
-    Returns a namespace: model, flow (FlowConfig), cond and target (Normalizer), stats, cond_tokens,
-    data_dir, config (the run's), iter, device. Raises ValueError with one line on what is wrong.
+    dtype: of the arithmetic (torch.autocast) and so of the matrices, which are converted one by one from a memory
+        map; auto, float32, bfloat16 or float16. Norms, biases and the state are float32.
+    grid: (H, W) of a diffusers model; by default square
+    Returns a namespace: model, flow (FlowConfig), cond and target (Normalizer), stats (None for a diffusers model, as
+    are data_dir, cond_tokens and config), data_dir, cond_tokens, config (the run's), iter, device, dtype.
+    Raises ValueError with one line on what is wrong.
     """
     path, device = Path(path), pick_device(device)
     if weights not in ("ema", "model"):
         raise ValueError(f"weights={weights!r} is unknown; it is one of ema, model")
-    if path.is_dir():
-        path = path / "ckpt_best.pt"
-    if not path.is_file():
-        raise ValueError(f"no checkpoint {path}; train one with: python train.py --out_dir={path.parent}")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        model = NextDiT(NextDiTConfig(**ckpt["model_args"]))
-        model.load_state_dict(ckpt[weights])
-        stats, flow_config = ckpt["stats"], FlowConfig(**ckpt["flow"])
-        cond, target = (
-            Normalizer(ckpt["normalize"], stats[f"{n}_mean"], stats[f"{n}_std"], device) for n in ("cond", "target")
-        )
-        keep = {name: ckpt[name] for name in ("config", "iter", "cond_tokens")}
-    except Exception as e:  # torch raises many kinds for a truncated or foreign file
-        raise ValueError(f"{path} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
-    model.config.gradient_checkpointing = False
-    model = model.to(device).eval().requires_grad_(False)
-    data_dir = keep["config"]["data_dir"]
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
+
+    def cast(p):
+        return p.to(device, getattr(torch, dtype) if p.dim() > 1 else torch.float32)
+
+    if path.is_dir() and not (path / "ckpt_best.pt").exists() and any(path.glob("*.safetensors")):
+        model = NextDiT.from_diffusers(path, grid, cast)
+        ckpt = {"flow": {}, "normalize": "none", "stats": None, "config": None, "iter": 0, "cond_tokens": None}
+        means = {"cond": torch.zeros(model.config.cond_dim), "target": torch.zeros(model.config.target_dim)}
+        normalizers = {name: Normalizer("none", mean, mean + 1, device) for name, mean in means.items()}
+    else:
+        path = path / "ckpt_best.pt" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"no checkpoint {path}; train one with: python train.py --out_dir={path.parent}")
+        ckpt = read_checkpoint(path)
+        try:
+            with torch.device("meta"):  # no parameters before those of the file
+                model = NextDiT(NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False}))
+            model.load_state_dict(read_weights(path, weights, cast), assign=True)
+            normalizers = {
+                name: Normalizer(ckpt["normalize"], ckpt["stats"][f"{name}_mean"], ckpt["stats"][f"{name}_std"], device)
+                for name in ("cond", "target")
+            }
+            ckpt = {name: ckpt[name] for name in ("flow", "stats", "config", "iter", "cond_tokens")}
+        except (KeyError, TypeError, RuntimeError) as e:
+            raise ValueError(
+                f"{path} is no checkpoint of train.py: {type(e).__name__}: {str(e).splitlines()[0]}"
+            ) from e
     return SimpleNamespace(
-        model=model, flow=flow_config, cond=cond, target=target, stats=stats, data_dir=data_dir, device=device, **keep
-    )
+        model=model.eval().requires_grad_(False), flow=FlowConfig(**ckpt.pop("flow")), **normalizers, **ckpt,
+        data_dir=ckpt["config"] and ckpt["config"]["data_dir"], device=device, dtype=dtype,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -104,7 +124,6 @@ def generate(
     shift=1.0,
     draw=0,
     first=0,
-    dtype="auto",
     trajectory=False,
 ):
     """Generate target embeddings for raw conditions.
@@ -114,26 +133,23 @@ def generate(
     guidance: classifier-free guidance scale; 1 is none
     seed, draw, first: sample i starts from noise that is a function of (seed, first + i, draw)
         alone, so neither the batch size nor the number of conditions changes a sample
-    dtype: of the model's arithmetic; the state is float32
     trajectory: return the states at every step, noise first, instead of the last alone
     Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
     Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
     """
     model, T = loaded.model, loaded.model.config.grid[0] * loaded.model.config.grid[1]
     cond = torch.as_tensor(cond)
-    if cond.dim() != 3 or cond.shape[2] != model.config.cond_dim or cond.shape[1] != loaded.cond_tokens:
-        expected = f"(B, {loaded.cond_tokens}, {model.config.cond_dim})"
+    tokens = loaded.cond_tokens or cond.shape[min(1, cond.dim() - 1)]  # a diffusers model does not say how many
+    if cond.dim() != 3 or cond.shape[1:] != (tokens, model.config.cond_dim):
+        expected = f"(B, {loaded.cond_tokens or 'any'}, {model.config.cond_dim})"
         raise ValueError(f"conditions have shape {tuple(cond.shape)}; this model was trained on {expected}")
     if not cond.isfinite().all():
         bad = (~cond.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         raise ValueError(f"NaN or Inf in {len(bad)} of {len(cond)} conditions, the first is number {first + bad[0]}")
-    if dtype == "auto":
-        dtype = "bfloat16" if loaded.device.startswith("cuda") else "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
     rows = range(first, first + len(cond))
     x = loaded.flow.sigma_max * flow.sample_noise(rows, (T, model.config.target_dim), seed, draw).to(loaded.device)
-    with torch.autocast(torch.device(loaded.device).type, getattr(torch, dtype), enabled=dtype != "float32"):
+    half = loaded.dtype != "float32"
+    with torch.autocast(torch.device(loaded.device).type, getattr(torch, loaded.dtype), enabled=half):
         velocity = flow.guided_velocity(model, loaded.cond.encode(cond.to(loaded.device)), loaded.flow, guidance)
         states = flow.integrate(velocity, x, steps, method, shift, trajectory=trajectory)
     return loaded.target.decode(states).cpu()
@@ -175,8 +191,17 @@ def main():
 
 
 def run():
-    loaded = load(Path(out_dir) / checkpoint, device, weights)
-    data, folder = None, data_dir or loaded.data_dir
+    torch.set_float32_matmul_precision("medium")  # as in train.py
+    data = open_dataset(data_dir) if data_dir else None
+    path = Path(out_dir) / checkpoint
+    if not path.exists() and any(Path(out_dir).glob("*.safetensors")):  # a diffusers model
+        path = Path(out_dir)
+    loaded = load(path, device, weights, dtype, data and tuple(data["meta"]["grid"]))
+    folder = data_dir or loaded.data_dir
+    if loaded.stats is None:  # a diffusers model has none
+        loaded.stats = data and data["stats"]
+    if plot and loaded.stats is None:
+        raise ValueError(f"{out_dir} holds no statistics for the picture's colours: add --data_dir=DIR")
     target = Path(save or Path(out_dir) / "generated.npy")
     if target.suffix != ".npy":
         raise ValueError(f"save={save!r} must end in .npy")
@@ -185,8 +210,10 @@ def run():
             raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
     if cond:
         (conditions, items), truth = read_conditions(cond, cond_key), None
+    elif folder is None:
+        raise ValueError(f"{out_dir} says of no dataset: add --cond=FILE.npy, or --data_dir=DIR for its conditions")
     elif split in ("val", "train"):
-        data = open_dataset(folder)
+        data = data or open_dataset(folder)
         conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
         items = [json.loads(line) for line in (Path(folder) / f"{split}_items.jsonl").read_text().splitlines()]
     else:
@@ -205,7 +232,7 @@ def run():
             rows = slice(first, min(first + batch_size, n))
             batch = np.array(conditions[rows])
             for draw in range(n_draws):
-                samples[rows, draw] = generate(loaded, batch, steps, method, guidance, seed, shift, draw, first, dtype)
+                samples[rows, draw] = generate(loaded, batch, steps, method, guidance, seed, shift, draw, first)
                 bar.update(len(batch))
     seconds = time.perf_counter() - start
     evaluations = steps * len(flow.METHODS[method][2]) * (1 if guidance == 1 else 2)

@@ -26,15 +26,17 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import flow
 import score
+from checkpoint import restore_checkpoint, save_checkpoint
 from configurator import check_range, configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
+from optim import make_optimizer, step_in_backward
 from prepare import open_dataset
 
 # The defaults are BLIP3-o's model; a config file or --key=value changes any of them.
 # ---- I/O
 out_dir = "out"
-init_from = "scratch"  # scratch | resume (from out_dir/ckpt_last.pt) | auto (resume if there is one, else scratch)
+init_from = "scratch"  # scratch | resume (ckpt_last.pt) | auto (resume or scratch) | a diffusers model's folder
 eval_interval = 1000  # iterations between evaluations
 save_interval = 1000  # iterations between writes of ckpt_last.pt; ckpt_best.pt follows the evaluations
 log_interval = 10  # iterations between log lines; reading the loss is a GPU sync point
@@ -77,6 +79,8 @@ t_shift = 1.0  # > 1 trains more near noise
 cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
 l2_weight = 0.0  # weight of mean(output^2) in the loss
 # ---- optimizer
+optimizer = "adamw"  # adamw | adafactor (2 bytes of state a parameter instead of 8)
+optimizer_in_backward = False  # step each parameter when it gets its gradient, which is then freed
 max_iters = 100_000
 num_epochs: float | None = None  # instead of max_iters
 learning_rate = 3e-4
@@ -122,6 +126,8 @@ check_range(config, "log_interval eval_size eval_sample_steps max_iters subset_s
 check_range(config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip l2_weight", 0)
 check_range(config, "num_epochs norm_eps", 0, above=True)
 check_range(config, "beta1 beta2 ema_decay", 0, 1)
+if optimizer_in_backward and (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or dtype == "float16"):
+    fail("optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16")
 if eval_only and init_from == "scratch":
     fail("eval_only=True needs a checkpoint: add --init_from=resume")
 if gradient_accumulation_steps % world_size:
@@ -132,8 +138,10 @@ if world_size > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
-autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32")
+# TF32 on cuda; on a CPU oneDNN, which is up to twice as fast as MKL, and float32 too unless there is AMX
+torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
+# no cache: a weight is used once in a pass, and its casts would be a second copy of the model
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False)
 
 # ---------------------------------------------------------------- data
 try:
@@ -142,9 +150,8 @@ try:
     to_target = Normalizer(normalize, stats["target_mean"], stats["target_std"], device)
     to_cond = Normalizer(normalize, stats["cond_mean"], stats["cond_std"], device)
     flow_config = FlowConfig(**{f.name: config[f.name] for f in fields(FlowConfig)})
-    model_args = {f.name: config[f.name] for f in fields(NextDiTConfig) if f.name in config}
-    model_args |= dict(grid=tuple(data["meta"]["grid"]), target_dim=len(to_target.mean), cond_dim=len(to_cond.mean))
-    model_config = NextDiTConfig(**model_args)
+    from_data = dict(grid=tuple(data["meta"]["grid"]), target_dim=len(to_target.mean), cond_dim=len(to_cond.mean))
+    model_config = NextDiTConfig(**{f.name: (config | from_data)[f.name] for f in fields(NextDiTConfig)})
 except ValueError as e:
     fail(e)
 n_train, n_val = len(data["train_cond"]), min(eval_size, len(data["val_cond"]))
@@ -177,44 +184,39 @@ def get_batch(split, rows):
 
 # ---------------------------------------------------------------- model and optimizer
 torch.manual_seed(seed)
-raw_model = NextDiT(model_config).to(device)
+last = Path(out_dir) / "ckpt_last.pt"
+resume = init_from == "resume" or (init_from == "auto" and last.exists())
+try:
+    if init_from in ("scratch", "resume", "auto"):
+        raw_model = NextDiT(model_config)
+    else:
+        raw_model = NextDiT.from_diffusers(init_from, model_config.grid, lambda p: p.float())
+        raw_model.config.gradient_checkpointing, held = gradient_checkpointing, asdict(raw_model.config)
+        if differ := [f"{k} is {held[k]}, the data's {v}" for k, v in from_data.items() if held[k] != v]:
+            raise ValueError(f"{init_from} does not fit {data_dir}: {', '.join(differ)}")
+    model_args = asdict(raw_model.config)
+    opt = make_optimizer(raw_model.to(device), optimizer, learning_rate, weight_decay, (beta1, beta2))
+except ValueError as e:
+    fail(e)
 raw_model.null_cond.requires_grad_(cond_dropout > 0)  # else nothing trains it, and DDP would wait for its gradient
-ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval()
+ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
 params = list(raw_model.parameters())
-decay, no_decay = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]  # norms, biases, gates
-groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
-step, best_val_loss, wandb_id, last = 0, math.inf, None, Path(out_dir) / "ckpt_last.pt"
-if init_from not in ("scratch", "resume", "auto"):
-    fail(f"{init_from=} is unknown; it is one of scratch, resume, auto")
-if init_from == "resume" or (init_from == "auto" and last.exists()):
+step, best_val_loss, wandb_id = 0, math.inf, None
+if resume:
+    settings = {k: config[k] for k in ("optimizer", "normalize", "path", "prediction", "sigma_min", "sigma_max")}
+    settings |= {k: v for k, v in model_args.items() if k != "gradient_checkpointing"}
     try:
-        ckpt = torch.load(last, map_location=device, weights_only=True)
-        now = model_args | {k: config[k] for k in ("normalize", "path", "prediction", "sigma_min", "sigma_max")}
-        then = ckpt["model_args"] | ckpt["config"] | {"gradient_checkpointing": gradient_checkpointing}
-        if differ := [f"{k} is {then[k]}, here {v}" for k, v in now.items() if then[k] != v]:
-            fail(f"{last} is of another shape: {', '.join(differ)}")
-        if not all(torch.equal(value, ckpt["stats"][name].cpu()) for name, value in stats.items()):
-            fail(f"{last} was trained on other data than {data_dir}: their statistics differ")
-        for name, part in (("model", raw_model), ("ema", ema_model), ("optimizer", optimizer)):
-            part.load_state_dict(ckpt[name])
-        if ckpt["scaler"]:  # empty unless it was float16
-            scaler.load_state_dict(ckpt["scaler"])
-    except FileNotFoundError:
-        fail(f"{init_from=}, but there is no {last}")
-    except Exception as e:  # a truncated or foreign file can raise anything
-        fail(f"{last} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}")
-    for group, value in zip(optimizer.param_groups, (weight_decay, 0.0)):
-        group |= dict(weight_decay=value, betas=(beta1, beta2))  # as asked now, not as saved
+        ckpt = restore_checkpoint(last, settings, stats, raw_model, ema_model, opt, scaler)
+    except ValueError as e:
+        fail(e)
     step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
     old = ckpt["config"] | {"init_from": init_from}
-    changed = [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]
-    if master and changed:
+    if master and (changed := [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]):
         print("changed since the checkpoint:", ", ".join(changed))
-    del ckpt
 
+norms = step_in_backward(opt) if optimizer_in_backward else None  # of the gradients, as backward meets them
 model = torch.compile(raw_model) if (device_type == "cuda" if compile is None else compile) else raw_model
 model = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
@@ -265,27 +267,20 @@ def evaluate(net, generate):
 
 
 # ---------------------------------------------------------------- checkpoints and logs
-def save_checkpoint(name):
-    """Write out_dir/name whole or not at all: a temporary file, flushed, then renamed. Returns whether it was."""
-    target = Path(out_dir) / name
-    partial = target.with_suffix(".partial")
-    checkpoint = {
-        "model": raw_model.state_dict(), "ema": ema_model.state_dict(), "optimizer": optimizer.state_dict(),
+def save(name):
+    """Write out_dir/name; returns whether that worked: training goes on without."""
+    state = {
+        "model": raw_model.state_dict(), "ema": ema_model.state_dict(), "optimizer": opt.state_dict(),
         "scaler": scaler.state_dict(), "iter": step, "best_val_loss": best_val_loss, "wandb_id": wandb_id,
         "config": config, "model_args": model_args, "flow": asdict(flow_config), "normalize": normalize,
         "stats": stats, "cond_tokens": data["train_cond"].shape[1],
     }  # fmt: skip
     try:
-        with open(partial, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, target)
-        return True
-    except (OSError, RuntimeError) as e:  # a full disk, above all: training goes on
-        partial.unlink(missing_ok=True)
-        print(f"WARNING: {target} not written ({str(e).splitlines()[0]}); the previous one is untouched", flush=True)
+        save_checkpoint(Path(out_dir) / name, state)
+    except OSError as e:
+        print(f"WARNING: {name} not written ({e}); the previous one is untouched", flush=True)
         return False
+    return True
 
 
 def write_log(record):
@@ -324,24 +319,25 @@ micro_steps = gradient_accumulation_steps // world_size  # of this process
 generator, clock, first_step = torch.Generator(device), time.perf_counter(), step
 while True:
     lr = get_lr(step)
-    for group in optimizer.param_groups:
+    for group in opt.param_groups:
         group["lr"] = lr
     record, final = {"iter": step}, step >= max_iters
 
     if (step % eval_interval == 0 or final or eval_only) and not dry_run:
         paused = time.perf_counter()
         record |= evaluate(ema_model, generate=True)  # the EMA weights are what gets sampled
-        record["val_loss_raw"] = evaluate(raw_model, generate=False)["val_loss"]
+        if ema_model is not raw_model:
+            record["val_loss_raw"] = evaluate(raw_model, generate=False)["val_loss"]
         if master:
             print(f"iter {step}: " + " | ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "iter"), flush=True)
             if step > 0 and record["val_loss"] < best_val_loss and not eval_only:
                 previous, best_val_loss = best_val_loss, record["val_loss"]
-                best_val_loss = best_val_loss if save_checkpoint("ckpt_best.pt") else previous
+                best_val_loss = best_val_loss if save("ckpt_best.pt") else previous
         clock += time.perf_counter() - paused  # the pace is that of training alone
     if eval_only:
         break
     if master and step > 0 and (step % save_interval == 0 or final) and not dry_run:
-        save_checkpoint("ckpt_last.pt")
+        save("ckpt_last.pt")
     if final:
         if master:
             write_log(record)
@@ -364,14 +360,20 @@ while True:
         rss = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else rss
         if master:
-            print(f"dry run: loss {loss.item():.4f}; peak memory {peak / 1e9:.2f} GB, without the optimizer's state")
+            less = "" if optimizer_in_backward else ", without the optimizer's state"
+            print(f"dry run: loss {loss.item():.4f}; peak memory {peak / 1e9:.2f} GB{less}")
         break
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    torch._foreach_lerp_(list(ema_model.parameters()), params, 1 - min(ema_decay, (1 + step) / (10 + step)))
+    if optimizer_in_backward:
+        grad_norm = torch.stack(norms).norm()
+        norms.clear()
+    else:
+        scaler.unscale_(opt)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad(set_to_none=True)
+    if ema_decay:
+        torch._foreach_lerp_(list(ema_model.parameters()), params, 1 - min(ema_decay, (1 + step) / (10 + step)))
 
     if step % log_interval == 0:
         if world_size > 1:
@@ -383,11 +385,8 @@ while True:
         record |= {"ms": 1000 * pace, "samples_per_s": samples_per_iter / pace}
         if master:
             left = datetime.timedelta(seconds=round(pace * (max_iters - step - 1)))
-            print(
-                f"iter {step} | loss {record['loss']:.4f} | grad norm {grad_norm:.3f} | lr {lr:.2e} | "
-                f"{1000 * pace:.0f} ms | {samples_per_iter / pace:.1f} samples/s | {left} left",
-                flush=True,
-            )
+            line = f"iter {step} | loss {record['loss']:.4f} | grad norm {grad_norm:.3f} | lr {lr:.2e}"
+            print(f"{line} | {1000 * pace:.0f} ms | {samples_per_iter / pace:.1f} samples/s | {left} left", flush=True)
     if master and len(record) > 1:
         write_log(record)
     step += 1

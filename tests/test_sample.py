@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import shutil
@@ -8,7 +9,9 @@ import torch
 
 import sample
 import score
-from conftest import make_pickle, refused, run
+from checkpoint import save_checkpoint
+from conftest import ROOT, make_pickle, refused, run
+from model import NextDiT, NextDiTConfig
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,45 @@ def test_raw_weights_and_best_checkpoint(trained):
         state = sample.load(trained, weights=weights).model.state_dict()
         assert all(torch.equal(state[name], value) for name, value in ckpt[weights].items())
     assert any(not torch.equal(ckpt["ema"][name], ckpt["model"][name]) for name in ckpt["ema"])
+
+
+def test_half_the_memory(trained, dataset):
+    """In bfloat16 the matrices are kept as autocast would cast them: the samples are those of float32 weights."""
+    cond = np.load(dataset / "val_cond.npy")
+    half, whole = sample.load(trained, dtype="bfloat16"), sample.load(trained)
+    kept = {p.dtype for p in half.model.parameters() if p.dim() > 1}
+    assert kept == {torch.bfloat16} and {p.dtype for p in half.model.parameters()} == {torch.bfloat16, torch.float32}
+    expected, exact = sample.generate(whole, cond, steps=4), sample.generate(half, cond, steps=4)
+    whole.dtype = "bfloat16"
+    assert (exact - sample.generate(whole, cond, steps=4)).norm() < 2e-3 * exact.norm()
+    assert 1e-5 < (exact - expected).norm() / expected.norm() < 2e-2
+
+
+LOAD = """import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+import sample
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+loaded = sample.load(sys.argv[2], dtype=sys.argv[3])
+size = sum(p.numel() * p.element_size() for p in loaded.model.parameters()) / 2**20
+for p in loaded.model.parameters():
+    p.sum()  # a map takes no memory before it is read
+print(size, peak() - before)"""
+
+
+@pytest.mark.parametrize("kind, dtype", [("ckpt", "bfloat16"), ("ckpt", "float32"), ("diffusers", "bfloat16")])
+def test_loading_holds_one_copy(tmp_path, kind, dtype):
+    config = NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=6, dim=512, n_layer=16, n_head=8)
+    model = NextDiT(config)
+    if kind == "diffusers":
+        model.to_diffusers(tmp_path)
+    else:
+        stats = {f"{n}_{m}": torch.ones(c) for n, c in (("cond", 6), ("target", 5)) for m in ("mean", "std")}
+        state = dict(model=model.state_dict(), ema=model.state_dict(), model_args=dataclasses.asdict(config))
+        state |= dict(stats=stats, flow={}, normalize="none", config={"data_dir": ""}, iter=0, cond_tokens=4)
+        save_checkpoint(tmp_path / "ckpt_best.pt", state)
+    size, growth = map(float, run("-c", LOAD, ROOT, tmp_path, dtype).stdout.split())
+    assert size > 120 and growth < 1.3 * size, (size, growth)
 
 
 def test_bad_input(run_dir, dataset, tmp_path):

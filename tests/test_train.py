@@ -4,10 +4,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT, TINY, refused, run
+from model import NextDiT, NextDiTConfig
 
 
 def train(dataset, out, *args, **kwargs):
@@ -82,6 +84,58 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(dataset, tmp_path, dtype
         assert checkpoint(whole)["scaler"]["scale"] > 1
 
 
+LEAN = ["--optimizer=adafactor", "--optimizer_in_backward=True", "--gradient_checkpointing=True", "--ema_decay=0"]
+LEAN += ["--grad_clip=0", "--gradient_accumulation_steps=1", "--batch_size=8"]
+
+
+def test_the_memory_saving_settings_change_no_bit(dataset, tmp_path):
+    """Stepping in the backward pass and recomputing blocks equal not doing so, also over a resume."""
+    plain, lean = tmp_path / "plain", tmp_path / "lean"
+    train(dataset, plain, *LEAN, "--optimizer_in_backward=False", "--gradient_checkpointing=False")
+    train(dataset, lean, *LEAN, "--max_iters=3")  # the learning rate falls from iteration 3 on
+    train(dataset, lean, *LEAN, "--init_from=resume")
+    assert [line["iter"] for line in log(lean)] == list(range(7))
+    ckpts = [checkpoint(out) for out in (plain, lean)]
+    averages = [state["average"] for state in ckpts[1]["optimizer"]["state"].values()]
+    assert averages and all(v.dtype == torch.bfloat16 for v in averages)
+    assert same(*(c["ema"] for c in ckpts)) and same(ckpts[0]["model"], ckpts[0]["ema"])
+    size = sum(v.numel() * v.element_size() for s in ckpts[1]["optimizer"]["state"].values() for v in s.values())
+    assert size < 3.5 * sum(p.numel() for p in ckpts[1]["model"].values())  # of this tiny model; AdamW's are 8 bytes
+    assert "val_loss_raw" not in log(lean)[-1]
+
+
+@pytest.mark.parametrize("setting", ["--grad_clip=1", "--gradient_accumulation_steps=2", "--dtype=float16"])
+def test_stepping_in_backward_needs_one_pass_a_step(dataset, tmp_path, setting):
+    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *LEAN, setting]
+    assert "optimizer_in_backward=True needs" in refused("train.py", *args)
+
+
+def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
+    """Its sizes, not the flags', and its weights; sample.py takes the folder and the fine-tuned run."""
+    torch.manual_seed(0)
+    sizes = dict(dim=48, n_layer=1, n_head=2, n_kv_head=1, multiple_of=16, norm_eps=1e-6)
+    model = NextDiT(NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=6, **sizes))
+    for p in (p for name, p in model.named_parameters() if name != "null_cond"):
+        torch.nn.init.normal_(p, std=0.2)
+    model.to_diffusers(folder := tmp_path / "blip3o")
+    train(dataset, tmp_path / "out", f"--init_from={folder}", "--max_iters=2", "--learning_rate=0", "--normalize=none")
+    ckpt = checkpoint(tmp_path / "out")
+    assert ckpt["model_args"].items() >= sizes.items()
+    assert all(torch.equal(value, ckpt["model"][name]) for name, value in model.state_dict().items())
+    args = ["--steps=2", "--draws=1", f"--data_dir={dataset}"]
+    done = run("sample.py", f"--out_dir={folder}", *args, "--guidance=2")
+    run("sample.py", f"--out_dir={tmp_path / 'out'}", "--checkpoint=ckpt_last.pt", *args, "--guidance=2")
+    a, b = (np.load(out / "generated.npy") for out in (folder, tmp_path / "out"))
+    assert np.array_equal(a, b) and "8 model evaluations" in done.stdout
+    scores = [json.loads((out / "metrics.json").read_text())["frechet"] for out in (folder, tmp_path / "out")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    assert "add --cond=FILE.npy" in refused("sample.py", f"--out_dir={folder}")
+    assert "add --data_dir" in refused("sample.py", f"--out_dir={folder}", "--plot=True", "--cond=x.npy")
+    NextDiT(NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=7, **sizes)).to_diffusers(tmp_path / "other")
+    args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'no'}"]
+    assert "cond_dim is 7, the data's 6" in refused(*args, f"--init_from={tmp_path / 'other'}")
+
+
 @pytest.mark.parametrize("cond_dropout", [0.1, 0.0])
 def test_ddp_equals_one_process(dataset, tmp_path, trained, cond_dropout):
     if cond_dropout == 0:
@@ -154,7 +208,8 @@ def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
         (["--bacth_size=3"], "did you mean 'batch_size'"),
         (["--max_iters=many"], "max_iters takes int"),
         (["--init_from=resume"], "there is no"),
-        (["--init_from=gpt2"], "init_from='gpt2' is unknown"),
+        (["--optimizer=sgd"], "optimizer='sgd' is unknown"),
+        (["--init_from=gpt2"], "'gpt2' is no folder of a diffusers model"),
         (["--path=cubic"], "path='cubic'"),
         (["--normalize=batch"], "normalize='batch'"),
         (["--dim=30"], "dim=30"),

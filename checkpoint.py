@@ -1,0 +1,82 @@
+"""
+Checkpoints: tensors and plain Python values, written whole or not at all, read through a memory map.
+
+    save_checkpoint("out/ckpt_last.pt", state)
+    state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def save_checkpoint(path, state):
+    """Write state to `path` by a temporary file in its folder that is flushed to the disk and then takes its place.
+
+    Raises OSError where that fails, a full disk above all; what was at `path` is then untouched.
+    """
+    partial = Path(path).with_suffix(".partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch's writer turns the first into the second
+        partial.unlink(missing_ok=True)
+        raise OSError(str(e).splitlines()[0]) from e
+
+
+def read_checkpoint(path):
+    """What save_checkpoint wrote, its tensors on the CPU as views of a memory map. Raises ValueError with one line."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # a truncated or foreign file can raise anything
+        raise ValueError(f"{path} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+
+
+def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
+    """Put what `path` holds into a run's model, averaged model (perhaps the same), optimizer and scaler.
+
+    settings: {name: value} that must be as in the checkpoint; stats: {name: tensor}, of the data, likewise
+    Returns the checkpoint. Raises ValueError with one line. No tensor is in memory twice.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"init_from=resume, but there is no {path}")
+    ckpt = read_checkpoint(path)
+    try:
+        then = ckpt["config"] | ckpt["model_args"]
+        if differ := [f"{k} is {then[k]}, here {v}" for k, v in settings.items() if then[k] != v]:
+            raise ValueError(f"{path} is of another shape: {', '.join(differ)}")
+        if not all(torch.equal(value, ckpt["stats"][name]) for name, value in stats.items()):
+            raise ValueError(f"{path} was trained on other data: its statistics differ")
+        model.load_state_dict(ckpt["model"])
+        if ema is not model:
+            ema.load_state_dict(ckpt["ema"])
+        asked = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
+        opt.load_state_dict(ckpt["optimizer"])
+        for group, now in zip(opt.param_groups, asked):
+            group |= now  # learning rate and the like as asked now, not as saved
+        for state in opt.state.values():  # on a CPU they are views of the file still
+            state |= {k: v.clone() for k, v in state.items() if torch.is_tensor(v)}
+        if ckpt["scaler"]:  # empty unless it was float16
+            scaler.load_state_dict(ckpt["scaler"])
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    return ckpt
+
+
+def read_weights(path, key, cast):
+    """{name: cast(parameter)} of the state dict at `key`, never with two copies in memory.
+
+    The pages of a map stay in memory while it is open, so every block of layers is read through a map of its own.
+    """
+    names, state = list(read_checkpoint(path)[key]), {}
+    blocks = {}
+    for name in names:
+        blocks.setdefault(name.split(".")[1] if name.startswith("layers.") else "", []).append(name)
+    for block in blocks.values():
+        held = read_checkpoint(path)[key]
+        state |= {name: cast(held[name]) for name in block}
+    return state
