@@ -81,8 +81,8 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
 
-    def cast(p):
-        return p.to(device, getattr(torch, dtype) if p.dim() > 1 else torch.float32)
+    def cast(p):  # what is left as it is stays a view of the map, and keeps all that was read of it in memory
+        return p.to(device, getattr(torch, dtype) if p.dim() > 1 else torch.float32, copy=dtype != "float32")
 
     if path.is_dir() and not (path / "ckpt_best.pt").exists() and any(path.glob("*.safetensors")):
         model = NextDiT.from_diffusers(path, grid, cast)
