@@ -40,7 +40,7 @@ def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
     """Put what `path` holds into a run's model, averaged model (perhaps the same), optimizer and scaler.
 
     settings: {name: value} that must be as in the checkpoint; stats: {name: tensor}, of the data, likewise
-    Returns the checkpoint. Raises ValueError with one line. No tensor is in memory twice.
+    Returns what else it holds. Raises ValueError with one line.
     """
     if not Path(path).exists():
         raise ValueError(f"init_from=resume, but there is no {path}")
@@ -51,9 +51,11 @@ def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
             raise ValueError(f"{path} is of another shape: {', '.join(differ)}")
         if not all(torch.equal(value, ckpt["stats"][name]) for name, value in stats.items()):
             raise ValueError(f"{path} was trained on other data: its statistics differ")
-        model.load_state_dict(ckpt["model"])
-        if ema is not model:
-            ema.load_state_dict(ckpt["ema"])
+        for net, key in ((model, "model"), (ema, "ema"))[: 1 if ema is model else 2]:
+            if missing := net.state_dict().keys() ^ ckpt[key].keys():
+                raise KeyError(f"{key} has not the model's parameters: {', '.join(sorted(missing))}")
+            for block in weights_by_block(path, key):
+                net.load_state_dict(block, strict=False)
         asked = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
         opt.load_state_dict(ckpt["optimizer"])
         for group, now in zip(opt.param_groups, asked):
@@ -64,19 +66,17 @@ def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
             scaler.load_state_dict(ckpt["scaler"])
     except (KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
-    return ckpt
+    return {key: ckpt[key] for key in ("iter", "best_val_loss", "wandb_id", "config")}
 
 
-def read_weights(path, key, cast):
-    """{name: cast(parameter)} of the state dict at `key`, never with two copies in memory.
+def weights_by_block(path, key):
+    """The state dict at `key` as one dict for each block of layers and one for the rest.
 
-    The pages of a map stay in memory while it is open, so every block of layers is read through a map of its own.
+    The pages of a map stay in memory while it is open, so every block is read through a map of its own.
     """
-    names, state = list(read_checkpoint(path)[key]), {}
     blocks = {}
-    for name in names:
+    for name in read_checkpoint(path)[key]:
         blocks.setdefault(name.split(".")[1] if name.startswith("layers.") else "", []).append(name)
-    for block in blocks.values():
+    for names in blocks.values():
         held = read_checkpoint(path)[key]
-        state |= {name: cast(held[name]) for name in block}
-    return state
+        yield {name: held[name] for name in names}

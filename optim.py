@@ -25,7 +25,7 @@ class Adafactor(torch.optim.Adafactor):
     def step(self, closure=None):
         averages = {}
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            average = self.state[p].get("average", torch.zeros_like(p, dtype=torch.bfloat16))
+            average = self.state[p]["average"] if self.state[p] else torch.zeros_like(p, dtype=torch.bfloat16)
             averages[p] = average.lerp_(p.grad.bfloat16(), 1 - self.beta1)
             p.grad = average.to(p.dtype)
         super().step(closure)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import flow
 import score
-from checkpoint import read_checkpoint, read_weights
+from checkpoint import read_checkpoint, weights_by_block
 from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
@@ -97,7 +97,8 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         try:
             with torch.device("meta"):  # no parameters before those of the file
                 model = NextDiT(NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False}))
-            model.load_state_dict(read_weights(path, weights, cast), assign=True)
+            state = {name: cast(p) for block in weights_by_block(path, weights) for name, p in block.items()}
+            model.load_state_dict(state, assign=True)
             normalizers = {
                 name: Normalizer(ckpt["normalize"], ckpt["stats"][f"{name}_mean"], ckpt["stats"][f"{name}_std"], device)
                 for name in ("cond", "target")
