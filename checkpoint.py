@@ -31,9 +31,16 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """What save_checkpoint wrote, its tensors on the CPU as views of a memory map. Raises ValueError with one line."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # a truncated or foreign file can raise anything
-        raise ValueError(f"{path} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+        raise ValueError(unreadable(path, e)) from e
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} cannot be read as a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def unreadable(path, e):
+    return f"{path} cannot be read as a checkpoint: {type(e).__name__}: {' '.join(str(e).split())}"
 
 
 def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
@@ -47,7 +54,7 @@ def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
     ckpt = read_checkpoint(path)
     try:
         then = ckpt["config"] | ckpt["model_args"]
-        if differ := [f"{k} is {then[k]}, here {v}" for k, v in settings.items() if then[k] != v]:
+        if differ := [f"{k} is {then[k]}, here {v}" for k, v in settings.items() if then.get(k, v) != v]:
             raise ValueError(f"{path} is of another shape: {', '.join(differ)}")
         if not all(torch.equal(value, ckpt["stats"][name]) for name, value in stats.items()):
             raise ValueError(f"{path} was trained on other data: its statistics differ")
@@ -64,8 +71,8 @@ def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
             state |= {k: v.clone() for k, v in state.items() if torch.is_tensor(v)}
         if ckpt["scaler"]:  # empty unless it was float16
             scaler.load_state_dict(ckpt["scaler"])
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(unreadable(path, e)) from e
     return {key: ckpt[key] for key in ("iter", "best_val_loss", "wandb_id", "config")}
 
 
@@ -74,9 +81,16 @@ def weights_by_block(path, key):
 
     The pages of a map stay in memory while it is open, so every block is read through a map of its own.
     """
-    blocks = {}
+
+    def identity():
+        stat = os.stat(path)
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+    blocks, first = {}, identity()
     for name in read_checkpoint(path)[key]:
         blocks.setdefault(name.split(".")[1] if name.startswith("layers.") else "", []).append(name)
     for names in blocks.values():
         held = read_checkpoint(path)[key]
+        if identity() != first:  # a run has written a new one meanwhile
+            raise ValueError(f"{path} was replaced while it was read; try again")
         yield {name: held[name] for name in names}

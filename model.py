@@ -51,15 +51,14 @@ class NextDiTConfig:
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
-        self.grid = tuple(self.grid)
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
-        sizes = {
-            k: getattr(self, k)
-            for k in ("target_dim", "cond_dim", "dim", "n_layer", "n_head", "n_kv_head", "multiple_of")
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+        names = ("target_dim", "cond_dim", "dim", "n_layer", "n_head", "n_kv_head", "multiple_of")
+        for name, size in [*((name, getattr(self, name)) for name in names), *(("grid", n) for n in self.grid)]:
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+        self.grid = tuple(self.grid)
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps={self.norm_eps} must be between 0 and 1")
         if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < math.inf:
             raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} must be positive")
         if self.dim % self.n_head or (self.dim // self.n_head) % 4:
@@ -284,6 +283,7 @@ class NextDiT(nn.Module):
         if drop is not None:
             null = self.null_cond.to(cond.dtype)
             pooled = torch.where(drop[:, None], null, pooled)
+            mask = None if mask is None else mask | drop[:, None, None, None]
         return self.cond_embed(pooled), mask, cond, drop, null
 
     def forward(self, x_t, t, cond=None, cond_mask=None, drop=None, context=None):
@@ -328,51 +328,60 @@ class NextDiT(nn.Module):
         `cast` makes of each parameter, which has the file's dtype, what is kept of it, so that never two copies of
         the model are in memory. Raises ValueError where the folder holds something else.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         folder = Path(folder)
         try:
             given = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as e:
             raise ValueError(f"{str(folder)!r} is no folder of a diffusers model: {e}") from e
-        missing = sorted({"patch_size", "learn_sigma", "sample_size", *REFERENCE_CONFIG.values()} - set(given))
-        if missing or given["patch_size"] != 1 or given["learn_sigma"]:
+        due = {"patch_size", "learn_sigma", "sample_size", *REFERENCE_CONFIG.values()}
+        if missing := sorted(due - set(given if isinstance(given, dict) else ())):
+            raise ValueError(f"{folder}/config.json: not a LuminaNextDiT2DModel's, without {', '.join(missing)}")
+        if given["patch_size"] != 1 or given["learn_sigma"]:
             raise ValueError(f"{folder}/config.json: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma")
-        with torch.device("meta"):  # no parameters before those of the file
-            sizes = {ours: given[theirs] for ours, theirs in REFERENCE_CONFIG.items()}
-            model = cls(NextDiTConfig(grid=grid or (given["sample_size"],) * 2, **sizes))
-        held = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                held |= dict.fromkeys(file.keys(), path)
+        sizes = {ours: given[theirs] for ours, theirs in REFERENCE_CONFIG.items()}
+        try:
+            with torch.device("meta"):  # no parameters before those of the file
+                model = cls(NextDiTConfig(grid=grid or given.get("grid") or (given["sample_size"],) * 2, **sizes))
+        except TypeError as e:
+            raise ValueError(f"{folder}/config.json: {e}") from e
 
         def read(name):
             with safe_open(held[name], "pt") as file:  # what an open file has read stays in memory
                 return file.get_tensor(name)
 
-        first = "patch_embedder.proj.weight"
-        prefix = next((p for p in ("", "model.", "dit.model.", "model.dit.model.") if p + first in held), "")
-        due = {name: [prefix + n for n in reference_names(name)] for name in model.state_dict() if name != "null_cond"}
-        names = set(itertools.chain(*due.values()))
-        missing, surplus = sorted(names - set(held)), sorted(set(held) - names - {prefix + "pad_token"})
-        if missing or surplus:
-            raise ValueError(f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}")
-        state = {name: cast(torch.cat([read(n) for n in parts])) for name, parts in due.items()}
-        state |= {name: -state[name] for name in ("final.weight", "final.bias")}
-        state["null_cond"] = torch.zeros(model.config.cond_dim, dtype=state["final.bias"].dtype)
         try:
+            held = {}
+            for path in sorted(folder.glob("*.safetensors")):
+                with safe_open(path, "pt") as file:
+                    held |= dict.fromkeys(file.keys(), path)
+            prefixes, first = ("", "model.", "dit.model.", "model.dit.model."), "patch_embedder.proj.weight"
+            prefix = next((p for p in prefixes if p + first in held), "")
+            due = {n: [prefix + part for part in reference_names(n)] for n in model.state_dict() if n != "null_cond"}
+            names = set(itertools.chain(*due.values()))
+            missing, surplus = sorted(names - set(held)), sorted(set(held) - names - {prefix + "pad_token"})
+            if missing or surplus:
+                raise ValueError(f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}")
+            state = {name: cast(torch.cat([read(n) for n in parts])) for name, parts in due.items()}
+            state |= {name: -state[name] for name in ("final.weight", "final.bias")}
+            state["null_cond"] = cast(torch.zeros(model.config.cond_dim, dtype=read(prefix + first).dtype))
             model.load_state_dict(state, assign=True)
-        except RuntimeError as e:
+        except (OSError, RuntimeError, SafetensorError) as e:
             raise ValueError(f"{folder}: {' '.join(str(e).split())}") from e
         return model
 
     def to_diffusers(self, folder):
         """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads: the reverse of from_diffusers.
 
-        The null condition has no place there: where guidance is used, it is to be given as the condition.
+        The null condition has no place there: where guidance is used, it is to be given as the condition. For a
+        velocity on the linear path. Raises ValueError where the folder holds another model's files.
         """
         from safetensors.torch import save_file
 
+        file = Path(folder) / "diffusion_pytorch_model.safetensors"
+        if others := [p.name for p in Path(folder).glob("*.safetensors*") if p.name != file.name]:
+            raise ValueError(f"{str(folder)!r} holds another model: {', '.join(sorted(others))}")
         folder, state = Path(folder), {"pad_token": torch.zeros(self.config.dim)}  # never used by the reference
         for name, value in self.state_dict().items():
             if name != "null_cond":
@@ -381,8 +390,9 @@ class NextDiT(nn.Module):
                 sizes = self.layers[0].split if len(names) == 4 else [len(value) // len(names)] * len(names)
                 state |= {n: part.contiguous().cpu() for n, part in zip(names, value.split(sizes))}
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        config = dict(_class_name="LuminaNextDiT2DModel", sample_size=self.config.grid[0], patch_size=1)
-        config |= dict(learn_sigma=False, scaling_factor=1.0)
+        save_file(state, file, metadata={"format": "pt"})
+        H, W = self.config.grid
+        config = dict(_class_name="LuminaNextDiT2DModel", sample_size=H, patch_size=1, learn_sigma=False)
+        config |= dict(scaling_factor=1.0) | ({} if H == W else {"grid": [H, W]})  # diffusers ignores the last
         config |= {theirs: getattr(self.config, ours) for ours, theirs in REFERENCE_CONFIG.items()}
         (folder / "config.json").write_text(json.dumps(config, indent=1))

@@ -9,15 +9,18 @@ import torch
 
 
 class Adafactor(torch.optim.Adafactor):
-    """AdamW's quality for an eighth of its memory: 2 bytes a parameter instead of 8, and its learning rates.
+    """AdamW's quality and learning rates for a quarter of its memory: 2 bytes a parameter instead of 8.
 
     torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) keeps the second moments of a matrix as one row and
     one column. It has no momentum, without which this model trains far worse, so it is given the average of the
-    gradients, kept in bfloat16, in place of the gradient. Steps have the size of lr whatever the size of a weight (the
-    paper's epsilon_2 is 1), and no floor lies under the small gradients of large models (its epsilon_1 is 1e-18).
+    gradients, kept in bfloat16, in place of the gradient. Steps have the size of lr, or that times the root mean
+    square of a weight that is above 1 (the paper's epsilon_2 is 1), and no floor lies under the small gradients of
+    large models (its epsilon_1 is 1e-18). Raises ValueError for beta1 above 0.95, whose steps bfloat16 would lose.
     """
 
     def __init__(self, groups, lr, beta1):
+        if beta1 > 0.95:
+            raise ValueError(f"{beta1=} must be at most 0.95 with adafactor: its average of the gradients is bfloat16")
         super().__init__(groups, lr=lr, eps=(1e-18, 1.0))
         self.beta1 = beta1
 

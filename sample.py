@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import flow
 import score
-from checkpoint import read_checkpoint, weights_by_block
+from checkpoint import read_checkpoint, unreadable, weights_by_block
 from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
@@ -86,7 +86,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
 
     if path.is_dir() and not (path / "ckpt_best.pt").exists() and any(path.glob("*.safetensors")):
         model = NextDiT.from_diffusers(path, grid, cast)
-        ckpt = {"flow": {}, "normalize": "none", "stats": None, "config": None, "iter": 0, "cond_tokens": None}
+        ckpt, flow_config = {"stats": None, "config": None, "iter": 0, "cond_tokens": None}, FlowConfig()
         means = {"cond": torch.zeros(model.config.cond_dim), "target": torch.zeros(model.config.target_dim)}
         normalizers = {name: Normalizer("none", mean, mean + 1, device) for name, mean in means.items()}
     else:
@@ -99,17 +99,16 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
                 model = NextDiT(NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False}))
             state = {name: cast(p) for block in weights_by_block(path, weights) for name, p in block.items()}
             model.load_state_dict(state, assign=True)
+            flow_config = FlowConfig(**ckpt["flow"])
             normalizers = {
                 name: Normalizer(ckpt["normalize"], ckpt["stats"][f"{name}_mean"], ckpt["stats"][f"{name}_std"], device)
                 for name in ("cond", "target")
             }
-            ckpt = {name: ckpt[name] for name in ("flow", "stats", "config", "iter", "cond_tokens")}
-        except (KeyError, TypeError, RuntimeError) as e:
-            raise ValueError(
-                f"{path} is no checkpoint of train.py: {type(e).__name__}: {str(e).splitlines()[0]}"
-            ) from e
+            ckpt = {name: ckpt[name] for name in ("stats", "config", "iter", "cond_tokens")}
+        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise ValueError(unreadable(path, e)) from e
     return SimpleNamespace(
-        model=model.eval().requires_grad_(False), flow=FlowConfig(**ckpt.pop("flow")), **normalizers, **ckpt,
+        model=model.eval().requires_grad_(False), flow=flow_config, **normalizers, **ckpt,
         data_dir=ckpt["config"] and ckpt["config"]["data_dir"], device=device, dtype=dtype,
     )  # fmt: skip
 
@@ -140,8 +139,8 @@ def generate(
     """
     model, T = loaded.model, loaded.model.config.grid[0] * loaded.model.config.grid[1]
     cond = torch.as_tensor(cond)
-    tokens = loaded.cond_tokens or cond.shape[min(1, cond.dim() - 1)]  # a diffusers model does not say how many
-    if cond.dim() != 3 or cond.shape[1:] != (tokens, model.config.cond_dim):
+    tokens = loaded.cond_tokens or (*cond.shape, 0, 0)[1]  # a diffusers model does not say how many
+    if cond.dim() != 3 or 0 in cond.shape or cond.shape[1:] != (tokens, model.config.cond_dim):
         expected = f"(B, {loaded.cond_tokens or 'any'}, {model.config.cond_dim})"
         raise ValueError(f"conditions have shape {tuple(cond.shape)}; this model was trained on {expected}")
     if not cond.isfinite().all():
@@ -194,9 +193,7 @@ def main():
 def run():
     torch.set_float32_matmul_precision("medium")  # as in train.py
     data = open_dataset(data_dir) if data_dir else None
-    path = Path(out_dir) / checkpoint
-    if not path.exists() and any(Path(out_dir).glob("*.safetensors")):  # a diffusers model
-        path = Path(out_dir)
+    path = Path(out_dir) if checkpoint == "ckpt_best.pt" else Path(out_dir) / checkpoint  # or a diffusers model
     loaded = load(path, device, weights, dtype, data and tuple(data["meta"]["grid"]))
     folder = data_dir or loaded.data_dir
     if loaded.stats is None:  # a diffusers model has none
@@ -219,14 +216,17 @@ def run():
         items = [json.loads(line) for line in (Path(folder) / f"{split}_items.jsonl").read_text().splitlines()]
     else:
         raise ValueError(f"split={split!r} is unknown; it is one of val, train")
+    H, W = loaded.model.config.grid
     n = len(conditions) if subset_size is None else min(subset_size, len(conditions))
     if n < 1 or draws < 1 or batch_size < 1:
         raise ValueError(f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}")
+    shape = H * W, loaded.model.config.target_dim
+    if truth is not None and truth.shape[1:] != shape:
+        raise ValueError(f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}")
     conditions, truth, items = conditions[:n], None if truth is None else truth[:n], items[:n]
 
     n_draws = draws if truth is not None or save_draws or plot else 1
-    H, W = loaded.model.config.grid
-    samples = np.empty((n, n_draws, H * W, loaded.model.config.target_dim), np.float32)
+    samples = np.empty((n, n_draws, *shape), np.float32)
     start = time.perf_counter()
     with tqdm(total=n * n_draws, unit="sample") as bar:
         for first in range(0, n, batch_size):

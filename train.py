@@ -88,7 +88,7 @@ min_lr = 0.0  # where the cosine ends
 warmup_iters = 1000
 weight_decay = 0.05  # on matrices only: not on norms, biases and gates
 beta1 = 0.9
-beta2 = 0.95
+beta2 = 0.95  # of adamw
 grad_clip = 1.0  # 0: off
 ema_decay = 0.9999  # reached gradually: min(this, (1 + i) / (10 + i)); 0: the weights themselves
 # ---- system
@@ -128,8 +128,6 @@ check_range(config, "num_epochs norm_eps", 0, above=True)
 check_range(config, "beta1 beta2 ema_decay", 0, 1)
 if optimizer_in_backward and (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or dtype == "float16"):
     fail("optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16")
-if eval_only and init_from == "scratch":
-    fail("eval_only=True needs a checkpoint: add --init_from=resume")
 if gradient_accumulation_steps % world_size:
     multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
     fail(f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can")
@@ -186,6 +184,8 @@ def get_batch(split, rows):
 torch.manual_seed(seed)
 last = Path(out_dir) / "ckpt_last.pt"
 resume = init_from == "resume" or (init_from == "auto" and last.exists())
+if eval_only and not resume and init_from in ("scratch", "auto"):
+    fail("eval_only=True needs a checkpoint: add --init_from=resume")
 try:
     if init_from in ("scratch", "resume", "auto"):
         raw_model = NextDiT(model_config)
@@ -195,29 +195,29 @@ try:
         if differ := [f"{k} is {held[k]}, the data's {v}" for k, v in from_data.items() if held[k] != v]:
             raise ValueError(f"{init_from} does not fit {data_dir}: {', '.join(differ)}")
     model_args = asdict(raw_model.config)
+    config |= {k: v for k, v in model_args.items() if k in config}  # a diffusers model has its own
     opt = make_optimizer(raw_model.to(device), optimizer, learning_rate, weight_decay, (beta1, beta2))
+    raw_model.null_cond.requires_grad_(cond_dropout > 0)  # else nothing trains it, and DDP would wait for its gradient
+    ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+    ckpt = {"iter": 0, "best_val_loss": math.inf, "wandb_id": None}
+    if resume:
+        settings = {k: config[k] for k in ("optimizer", "normalize", "path", "prediction", "sigma_min", "sigma_max")}
+        settings |= {k: v for k, v in model_args.items() if k != "gradient_checkpointing"}
+        ckpt = restore_checkpoint(last, settings, stats, raw_model, ema_model, opt, scaler)
+        old = ckpt["config"] | {"init_from": init_from}
+        if master and (changed := [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]):
+            print("changed since the checkpoint:", ", ".join(changed))
 except ValueError as e:
     fail(e)
-raw_model.null_cond.requires_grad_(cond_dropout > 0)  # else nothing trains it, and DDP would wait for its gradient
-ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
+step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
 params = list(raw_model.parameters())
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-
-step, best_val_loss, wandb_id = 0, math.inf, None
-if resume:
-    settings = {k: config[k] for k in ("optimizer", "normalize", "path", "prediction", "sigma_min", "sigma_max")}
-    settings |= {k: v for k, v in model_args.items() if k != "gradient_checkpointing"}
-    try:
-        ckpt = restore_checkpoint(last, settings, stats, raw_model, ema_model, opt, scaler)
-    except ValueError as e:
-        fail(e)
-    step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
-    old = ckpt["config"] | {"init_from": init_from}
-    if master and (changed := [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]):
-        print("changed since the checkpoint:", ", ".join(changed))
-
 norms = step_in_backward(opt) if optimizer_in_backward else None  # of the gradients, as backward meets them
-model = torch.compile(raw_model) if (device_type == "cuda" if compile is None else compile) else raw_model
+model = raw_model
+if device_type == "cuda" if compile is None else compile:
+    for block in raw_model.layers if optimizer_in_backward else ():  # one compiled backward pass would return all
+        block.compile()  # gradients at its end
+    model = raw_model if optimizer_in_backward else torch.compile(raw_model)
 model = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
 
@@ -360,8 +360,7 @@ while True:
         rss = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else rss
         if master:
-            less = "" if optimizer_in_backward else ", without the optimizer's state"
-            print(f"dry run: loss {loss.item():.4f}; peak memory {peak / 1e9:.2f} GB{less}")
+            print(f"dry run: loss {loss.item():.4f}; peak memory of the forward and backward pass {peak / 1e9:.2f} GB")
         break
     if optimizer_in_backward:
         grad_norm = torch.stack(norms).norm()

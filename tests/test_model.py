@@ -160,9 +160,28 @@ def test_exchange_with_diffusers(tmp_path):
     save_file(plain | {"layers.1.norm2.weight": torch.zeros(9)}, file)
     with pytest.raises(ValueError, match="size mismatch for layers.1.norm2.weight"):
         NextDiT.from_diffusers(tmp_path / "b")
-    (tmp_path / "b" / "config.json").write_text('{"patch_size": 2}')
-    with pytest.raises(ValueError, match="not a LuminaNextDiT2DModel"):
+    file.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="header"):
         NextDiT.from_diffusers(tmp_path / "b")
+    given = (tmp_path / "b" / "config.json").read_text()
+    for change, words in (
+        (("patch_size", "patch"), "not a LuminaNextDiT2DModel's, without patch_size"),
+        (('"patch_size": 1', '"patch_size": 2'), "patch_size 1"),
+        (('"num_layers": 2', '"num_layers": null'), "n_layer=None"),
+        (('"sample_size": 2', '"sample_size": null'), "grid=None"),
+    ):
+        (tmp_path / "b" / "config.json").write_text(given.replace(*change))
+        with pytest.raises(ValueError, match=words):
+            NextDiT.from_diffusers(tmp_path / "b")
+    with pytest.raises(ValueError, match="no folder of a diffusers model"):
+        NextDiT.from_diffusers(tmp_path / "c")
+    with pytest.raises(ValueError, match="holds another model: diffusion_pytorch_model-00001-of"):
+        ours.to_diffusers(tmp_path / "a")
+    wide = build(grid=(2, 3))
+    wide.to_diffusers(tmp_path / "wide")
+    assert NextDiT.from_diffusers(tmp_path / "wide").config == wide.config
+    moved = NextDiT.from_diffusers(tmp_path / "wide", None, lambda p: p.to("meta", torch.float16))
+    assert {(p.device.type, p.dtype) for p in moved.parameters()} == {("meta", torch.float16)}
 
 
 def test_initialization_is_the_references(tmp_path):
@@ -222,6 +241,9 @@ def test_context_and_drop():
     expected = torch.stack([model.null_cond.expand(6, 7), cond[1], model.null_cond.expand(6, 7)])
     out = model(x, t, cond, drop=drop)
     assert torch.allclose(out, model(x, t, expected), atol=1e-5)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[0] = False  # of a dropped condition no token need count
+    assert torch.allclose(model(x, t, cond, mask, drop), out, atol=1e-5)
     null = model.context(model.null_cond.expand(3, 1, -1))
     assert torch.allclose(out[drop], model(x, t, context=null)[drop], atol=1e-5)
     grads = [torch.autograd.grad(y.square().sum(), model.null_cond)[0] for y in (out, model(x, t, expected))]

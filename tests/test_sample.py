@@ -9,7 +9,7 @@ import torch
 
 import sample
 import score
-from checkpoint import save_checkpoint
+from checkpoint import read_checkpoint, save_checkpoint, weights_by_block
 from conftest import ROOT, make_pickle, refused, run
 from model import NextDiT, NextDiTConfig
 
@@ -162,6 +162,15 @@ def test_loading_holds_one_copy(tmp_path, kind, dtype):
     assert size > 120 and growth < 1.3 * size, (size, growth)
 
 
+def test_a_checkpoint_replaced_while_it_is_read(trained, tmp_path):
+    path = shutil.copy(trained / "ckpt_best.pt", tmp_path / "ckpt.pt")
+    blocks = weights_by_block(path, "ema")
+    next(blocks)
+    save_checkpoint(path, read_checkpoint(trained / "ckpt_last.pt"))
+    with pytest.raises(ValueError, match="was replaced while it was read"):
+        list(blocks)
+
+
 def test_bad_input(run_dir, dataset, tmp_path):
     args = ["sample.py", f"--out_dir={run_dir}"]
     np.save(tmp_path / "wide.npy", np.zeros((3, 4, 9), np.float32))
@@ -182,6 +191,7 @@ def test_bad_input(run_dir, dataset, tmp_path):
     assert "must end in .npy" in refused(*args, "--save=foo")
     assert "no folder 'no'" in refused(*args, "--save=no/x.npy")
     assert "did you mean 'steps'" in refused(*args, "--step=3")
+    assert "no checkpoint" in refused(*args, "--checkpoint=ckpt_lsat.pt")
     assert "train one with" in refused("sample.py", f"--out_dir={tmp_path}/nowhere")
     assert "dataset 'nowhere' does not exist" in refused(*args, "--data_dir=nowhere")
     (run_dir / "ckpt_best.pt").write_bytes((run_dir / "ckpt_best.pt").read_bytes()[:5000])

@@ -102,6 +102,8 @@ def test_the_memory_saving_settings_change_no_bit(dataset, tmp_path):
     size = sum(v.numel() * v.element_size() for s in ckpts[1]["optimizer"]["state"].values() for v in s.values())
     assert size < 3.5 * sum(p.numel() for p in ckpts[1]["model"].values())  # of this tiny model; AdamW's are 8 bytes
     assert "val_loss_raw" not in log(lean)[-1]
+    train(dataset, tmp_path / "compiled", *LEAN, "--compile=True", "--max_iters=2", threads=2)  # block by block
+    assert log(tmp_path / "compiled")[1]["loss"] == pytest.approx(log(lean)[1]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("setting", ["--grad_clip=1", "--gradient_accumulation_steps=2", "--dtype=float16"])
@@ -120,7 +122,12 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
     model.to_diffusers(folder := tmp_path / "blip3o")
     train(dataset, tmp_path / "out", f"--init_from={folder}", "--max_iters=2", "--learning_rate=0", "--normalize=none")
     ckpt = checkpoint(tmp_path / "out")
-    assert ckpt["model_args"].items() >= sizes.items()
+    assert ckpt["model_args"].items() >= sizes.items() and ckpt["config"].items() >= sizes.items()
+    again = [f"--{k}={v}" for k, v in sizes.items()]
+    train(
+        dataset, tmp_path / "out", "--init_from=auto", "--max_iters=3", "--normalize=none", "--learning_rate=0", *again
+    )
+    assert log(tmp_path / "out")[-1]["iter"] == 3
     assert all(torch.equal(value, ckpt["model"][name]) for name, value in model.state_dict().items())
     args = ["--steps=2", "--draws=1", f"--data_dir={dataset}"]
     done = run("sample.py", f"--out_dir={folder}", *args, "--guidance=2")
@@ -132,6 +139,9 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
     assert "add --cond=FILE.npy" in refused("sample.py", f"--out_dir={folder}")
     assert "add --data_dir" in refused("sample.py", f"--out_dir={folder}", "--plot=True", "--cond=x.npy")
     NextDiT(NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=7, **sizes)).to_diffusers(tmp_path / "other")
+    NextDiT(NextDiTConfig(grid=(2, 2), target_dim=3, cond_dim=6, **sizes)).to_diffusers(tmp_path / "few")
+    few = refused("sample.py", f"--out_dir={tmp_path / 'few'}", f"--data_dir={dataset}")
+    assert "has targets of shape (4, 5); the model makes (4, 3)" in few
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'no'}"]
     assert "cond_dim is 7, the data's 6" in refused(*args, f"--init_from={tmp_path / 'other'}")
 
@@ -209,6 +219,7 @@ def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
         (["--max_iters=many"], "max_iters takes int"),
         (["--init_from=resume"], "there is no"),
         (["--optimizer=sgd"], "optimizer='sgd' is unknown"),
+        (["--optimizer=adafactor", "--beta1=0.99"], "beta1=0.99 must be at most 0.95"),
         (["--init_from=gpt2"], "'gpt2' is no folder of a diffusers model"),
         (["--path=cubic"], "path='cubic'"),
         (["--normalize=batch"], "normalize='batch'"),
@@ -254,6 +265,8 @@ def test_bad_checkpoints_are_refused(dataset, tmp_path, trained):
     assert "prediction is v, here x" in refused(*args, "--prediction=x")
     torch.save({"a": 1}, out / "ckpt_last.pt")
     assert "cannot be read as a checkpoint: KeyError" in refused(*args)
+    torch.save(torch.zeros(3), out / "ckpt_last.pt")
+    assert "it holds a Tensor" in refused(*args)
     (out / "ckpt_last.pt").write_bytes((trained / "ckpt_last.pt").read_bytes()[:5000])
     assert "cannot be read as a checkpoint" in refused(*args)
 
