@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 def save_checkpoint(path, state):
@@ -23,6 +24,9 @@ def save_checkpoint(path, state):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
+        folder = os.open(partial.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too
+        os.close(folder)
     except (OSError, RuntimeError) as e:  # torch's writer turns the first into the second
         partial.unlink(missing_ok=True)
         raise OSError(str(e).splitlines()[0]) from e
@@ -43,11 +47,12 @@ def unreadable(path, e):
     return f"{path} cannot be read as a checkpoint: {type(e).__name__}: {' '.join(str(e).split())}"
 
 
-def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
-    """Put what `path` holds into a run's model, averaged model (perhaps the same), optimizer and scaler.
+def restore_checkpoint(path, settings, stats, nets, scaler):
+    """Put the weights that `path` holds into a run's models, and the rest of its state into the scaler.
 
     settings: {name: value} that must be as in the checkpoint; stats: {name: tensor}, of the data, likewise
-    Returns what else it holds. Raises ValueError with one line.
+    nets: {"model": module, "ema": module}
+    Returns what else it holds, but for the optimizer's state: restore_optimizer. Raises ValueError with one line.
     """
     if not Path(path).exists():
         raise ValueError(f"init_from=resume, but there is no {path}")
@@ -58,22 +63,50 @@ def restore_checkpoint(path, settings, stats, model, ema, opt, scaler):
             raise ValueError(f"{path} is of another shape: {', '.join(differ)}")
         if not all(torch.equal(value, ckpt["stats"][name]) for name, value in stats.items()):
             raise ValueError(f"{path} was trained on other data: its statistics differ")
-        for net, key in ((model, "model"), (ema, "ema"))[: 1 if ema is model else 2]:
+        for key, net in nets.items():
             if missing := net.state_dict().keys() ^ ckpt[key].keys():
                 raise KeyError(f"{key} has not the model's parameters: {', '.join(sorted(missing))}")
             for block in weights_by_block(path, key):
                 net.load_state_dict(block, strict=False)
-        asked = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
-        opt.load_state_dict(ckpt["optimizer"])
-        for group, now in zip(opt.param_groups, asked):
-            group |= now  # learning rate and the like as asked now, not as saved
-        for state in opt.state.values():  # on a CPU they are views of the file still
-            state |= {k: v.clone() for k, v in state.items() if torch.is_tensor(v)}
         if ckpt["scaler"]:  # empty unless it was float16
             scaler.load_state_dict(ckpt["scaler"])
+        return {key: ckpt[key] for key in ("iter", "best_val_loss", "bad_steps", "wandb_id", "config")}
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(unreadable(path, e)) from e
-    return {key: ckpt[key] for key in ("iter", "best_val_loss", "wandb_id", "config")}
+
+
+def restore_optimizer(path, opt):
+    """Put what `path` holds of an optimizer's state into it, a few parameters at a time, so that never two copies are
+    in memory; of a tensor that is sharded, this process's part. Learning rate and the like stay as they are."""
+
+    from torch.distributed.tensor import distribute_tensor  # half a second, which sample.py need not spend
+
+    def own(value, p):
+        if hasattr(p, "full_tensor") and value.shape == p.shape:
+            return distribute_tensor(
+                value.to(p.device_mesh.device_type), p.device_mesh, p.placements, src_data_rank=None
+            )
+        return value.to(p.device, copy=True)
+
+    params = [p for group in opt.param_groups for p in group["params"]]
+    try:
+        for first in range(0, len(params), 16):
+            held = read_checkpoint(path)["optimizer"]["state"]
+            for i, p in enumerate(params[first : first + 16], first):
+                if i in held:  # a frozen parameter has no state
+                    opt.state[p] = {name: own(value, p) for name, value in held[i].items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(unreadable(path, e)) from e
+
+
+def whole(state):
+    """A state dict with its sharded tensors gathered, on the CPU, for the first process; all must call this."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if dist.get_rank() == 0 else None
 
 
 def weights_by_block(path, key):

@@ -184,7 +184,7 @@ class Block(nn.Module):
         return self.heads(self.cond_k_norm(k)), self.heads(v)
 
     def forward(self, x, emb, rope, mask, condition, context):
-        cond_k, cond_v = context or self.context(*condition)
+        cond_k, cond_v = context or Block.context(self, *condition)  # not the method that fully_shard wraps
         scale1, gate1, scale2, gate2 = self.ada(emb)[:, None].chunk(4, dim=-1)  # each (B, 1, dim)
 
         h = self.norm1(x) * (1 + scale1)

@@ -1,0 +1,78 @@
+"""
+Batches of a prepared dataset: which rows they are, and how they get to the device without the model waiting.
+
+    loader = Loader(open_dataset("data/digits"), "channel", "cuda", batch_size=32, micro_batches=8)
+    for target, cond in loader.stream(step=0, micros=range(8)): ...    # for ever
+"""
+
+import functools
+import itertools
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from flow import Normalizer
+
+
+class Loader:
+    """
+    data: open_dataset(...); normalize: see flow.Normalizer, into whose space batches are taken
+    batch_size: samples in a micro-batch; micro_batches: of them in an iteration, over all processes
+    subset_size: train on the first so many samples only
+    seed: of the order: epochs are permutations by (seed, epoch), back to back, so that the rows of a micro-batch
+        are a function of (seed, iteration, its place in the iteration) and of nothing else
+    preload: hold the arrays in memory, a copy in each process, instead of reading them as they are needed
+    """
+
+    def __init__(
+        self, data, normalize, device, batch_size, micro_batches=1, subset_size=None, seed=0, preload=False
+    ):  # fmt: skip
+        self.device, self.cuda = device, torch.device(device).type == "cuda"
+        self.batch_size, self.micro_batches, self.seed = batch_size, micro_batches, seed
+        self.arrays = {k: np.array(v) if preload else v for k, v in data.items() if k.startswith(("train_", "val_"))}
+        self.stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
+        self.target, self.cond = (
+            Normalizer(normalize, self.stats[f"{n}_mean"], self.stats[f"{n}_std"], device) for n in ("target", "cond")
+        )
+        n = len(self.arrays["train_cond"])
+        self.n_train, self.n_val = min(subset_size or n, n), len(self.arrays["val_cond"])
+        self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
+
+    def epoch_order(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n_train)
+
+    def rows(self, step, micro):
+        """Rows of micro-batch `micro` of iteration `step`."""
+        n, start = self.n_train, (step * self.micro_batches + micro) * self.batch_size
+        return np.array([self.epoch_order(i // n)[i % n] for i in range(start, start + self.batch_size)])
+
+    def read(self, split, rows):
+        """Raw target (B, T, D) and cond (B, S, C) on the CPU, in memory from which a GPU can fetch them itself."""
+        batch = [torch.from_numpy(np.asarray(self.arrays[f"{split}_{name}"][rows])) for name in ("target", "cond")]
+        self.forget()
+        return [x.pin_memory() for x in batch] if self.cuda else batch
+
+    def forget(self):
+        """Let go of the pages that were read: they stay in the system's cache, but are not this process's memory."""
+        for array in self.arrays.values():
+            if isinstance(array.base, mmap.mmap):
+                array.base.madvise(mmap.MADV_DONTNEED)
+
+    def place(self, batch):
+        """What read() gave, on the device and normalized; the copy to a GPU is asynchronous."""
+        target, cond = (x.to(self.device, non_blocking=True) for x in batch)
+        return self.target.encode(target), self.cond.encode(cond)
+
+    def batch(self, split, rows):
+        return self.place(self.read(split, rows))
+
+    def stream(self, step, micros):
+        """The micro-batches `micros` of iteration `step` and of all after it; a thread reads one ahead."""
+        rows = (self.rows(s, m) for s in itertools.count(step) for m in micros)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(self.read, "train", next(rows))
+            while True:
+                batch, ahead = ahead.result(), thread.submit(self.read, "train", next(rows))
+                yield self.place(batch)
