@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 
 def save_checkpoint(path, state):
@@ -97,16 +96,6 @@ def restore_optimizer(path, opt):
                     opt.state[p] = {name: own(value, p) for name, value in held[i].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(unreadable(path, e)) from e
-
-
-def whole(state):
-    """A state dict with its sharded tensors gathered, on the CPU, for the first process; all must call this."""
-    if isinstance(state, dict):
-        return {name: whole(value) for name, value in state.items()}
-    if not hasattr(state, "full_tensor"):
-        return state
-    tensor = state.full_tensor()
-    return tensor.cpu() if dist.get_rank() == 0 else None
 
 
 def weights_by_block(path, key):

@@ -33,10 +33,8 @@ class Evaluator:
     autocast: context of the arithmetic; stopping: function that says, on all processes alike, whether to break off
     """
 
-    def __init__(
-        self, loader, flow_config, autocast, size, batch_size=64, samples=64, steps=10, stopping=lambda: False
-    ):
-        self.loader, self.autocast, self.stopping, self.steps = loader, autocast, stopping, steps
+    def __init__(self, loader, flow_config, autocast, size, batch_size=64, samples=64, steps=10, stopping=None):
+        self.loader, self.autocast, self.steps, self.stopping = loader, autocast, steps, stopping or (lambda: False)
         self.flow, self.plain = flow_config, replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
         self.size, self.samples, self.batch_size = min(size, loader.n_val), min(samples, loader.n_val), batch_size
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -104,6 +102,23 @@ class Evaluator:
         values = score.metrics(ridge(arrays["val_cond"][: self.samples]), truth)
         self.loader.forget()
         return {f"ridge_{name}": values[name] for name in SAMPLED}
+
+
+def summary(results):
+    """What Evaluator returns, and train.py adds of the raw weights, as one line."""
+
+    def of(*names):
+        return " ".join(f"{results[name]:.4g}" for name in names if name in results)
+
+    losses = [
+        f"{key} {of(key)} (by t {of(*(f'{key}_t{i}' for i in range(T_BINS)))})"
+        for key in ("val_loss", "val_loss_raw")
+        if key in results
+    ]
+    sampled = [
+        f"{name} {of(f'val_{name}')} (ridge {of(f'ridge_{name}')})" for name in SAMPLED if f"val_{name}" in results
+    ]
+    return " | ".join(losses + sampled)
 
 
 def flops_per_sample(config, cond_tokens):

@@ -12,9 +12,7 @@ import gc
 import json
 import math
 import os
-import re
 import resource
-import signal
 import sys
 import time
 import warnings
@@ -23,17 +21,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import flow
-from checkpoint import restore_checkpoint, restore_optimizer, save_checkpoint, whole
+from checkpoint import restore_checkpoint, restore_optimizer, save_checkpoint
 from configurator import check_range, configure
 from flow import FlowConfig
 from loader import Loader
-from measure import Evaluator, flops_per_sample, product_rate
+from measure import Evaluator, flops_per_sample, product_rate, summary
 from model import NextDiT, NextDiTConfig, pick_device
 from optim import make_optimizer, step_in_backward
+from parallel import Interrupts, shard, start, total, whole
 from prepare import open_dataset
 
 # The defaults are BLIP3-o's model; a config file or --key=value changes any of them.
@@ -105,35 +103,32 @@ fsdp = False  # shard weights, gradients and optimizer state over the processes,
 dist_timeout = 10.0  # minutes that the processes wait for one of them before they give up
 seed = 0
 
-started = time.monotonic()
 config = configure(globals())
 if debug:
     config |= dict(subset_size=64, max_iters=10, num_epochs=None, eval_interval=5, log_interval=1, wandb_log=False)
     globals().update(config)  # from here on config is a snapshot: what follows may change these names
 
 # ---------------------------------------------------------------- system
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-master = rank == 0
+interrupts = Interrupts(time_limit)
+try:
+    rank, world_size, device = start(pick_device(device), dist_timeout)
+except ValueError as e:
+    sys.exit(f"error: {e}")
+master, device_type = rank == 0, device.split(":")[0]
 
 
 def fail(message):
     sys.exit(f"error: {message}" if master else 1)
 
 
-try:
-    device = pick_device(device)
-except ValueError as e:
-    fail(e)
-device_type = device.split(":")[0]
 if dtype == "auto":
     dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 if dtype not in ("float32", "bfloat16", "float16"):
     fail(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
 check_range(config, "batch_size gradient_accumulation_steps eval_batch_size eval_interval save_interval", 1)
 check_range(config, "log_interval eval_size eval_sample_steps max_iters subset_size max_bad_steps", 1)
-check_range(
-    config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip l2_weight time_limit", 0
-)
+check_range(config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip", 0)
+check_range(config, "l2_weight time_limit", 0)
 check_range(config, "num_epochs norm_eps dist_timeout", 0, above=True)
 check_range(config, "beta1 beta2 ema_decay", 0, 1)
 if optimizer_in_backward and (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or dtype == "float16"):
@@ -143,50 +138,10 @@ if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
 if gradient_accumulation_steps % world_size:
     multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
     fail(f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can")
-if world_size > 1:
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    timeout = datetime.timedelta(minutes=dist_timeout)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
 # TF32 on cuda; on a CPU oneDNN, which is up to twice as fast as MKL, and float32 too unless there is AMX
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once in a pass, and its casts would be a second copy of the model
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False)
-told = []  # the signals that this process was sent
-
-
-def on_signal(number, frame):
-    told.append(signal.Signals(number).name)
-    if number == signal.SIGINT and world_size == 1:
-        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C does not wait
-
-
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, on_signal)
-
-
-def late():
-    return bool(told) or (time_limit is not None and time.monotonic() - started > 60 * time_limit)
-
-
-def total(*values):
-    """Numbers, or tensors of one element, summed over all processes; waits for the device."""
-    sums = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
-    if world_size > 1:
-        dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def on_error(kind, e, trace):
-    """Where another process is gone, say so and end at once; torchrun says which, and may start all anew."""
-    if world_size > 1 and re.search("gloo|nccl|peer|connection", f"{kind} {e}", re.IGNORECASE):
-        print(f"error: process {rank} lost the others: {str(e).splitlines()[0]}", file=sys.stderr, flush=True)
-        os._exit(1)
-    sys.__excepthook__(kind, e, trace)
-
-
-sys.excepthook = on_error
 
 # ---------------------------------------------------------------- data
 try:
@@ -231,14 +186,8 @@ try:
         if master and (changed := [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]):
             print("changed since the checkpoint:", ", ".join(changed))
     for net in nets.values():  # until now on the CPU, so that a GPU never holds more than its part
-        if fsdp:  # blocks are gathered one at a time, in the dtype of the arithmetic; gradients are summed in float32
-            half = None if dtype == "float32" else getattr(torch, dtype)
-            policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            for block in net.layers:
-                fully_shard(block, mp_policy=policy)
-            fully_shard(net)
-            for module in (net, *net.layers):
-                register_fsdp_forward_method(module, "context")
+        if fsdp:
+            shard(net, dtype)
         net.to(device)
     opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     if resume:
@@ -247,9 +196,9 @@ except ValueError as e:
     fail(e)
 step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
 bad_steps, bad_in_a_row = ckpt["bad_steps"]
-if total(step)[0] != world_size * step:
+if total(device, step)[0] != world_size * step:
     fail(f"the processes do not see the same {last}: out_dir must be on a file system that they share")
-params = list(raw_model.parameters())
+params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
 norms = step_in_backward(opt) if optimizer_in_backward else None  # of the gradients, as backward meets them
 model = raw_model
 if device_type == "cuda" if compile is None else compile:
@@ -287,7 +236,7 @@ def save(name):
     except OSError as e:
         print(f"WARNING: {name} not written ({e}); the previous one is untouched", flush=True)
         failed = 1
-    return total(failed) == [0]
+    return total(device, failed)[0] == 0
 
 
 def write_log(record):
@@ -331,9 +280,8 @@ if master:
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 micros = range(rank * micro_steps, (rank + 1) * micro_steps)  # in the global batch: what decides their data and noise
 batches, generator = loader.stream(step, micros), torch.Generator(device)
-evaluate = Evaluator(
-    loader, flow_config, autocast, eval_size, eval_batch_size, eval_samples, eval_sample_steps, lambda: total(late())[0]
-)
+evaluation = eval_size, eval_batch_size, eval_samples, eval_sample_steps
+evaluate = Evaluator(loader, flow_config, autocast, *evaluation, lambda: total(device, interrupts.late())[0] > 0)
 flops = flops_per_sample(raw_model.config, data["train_cond"].shape[1]) / (world_size * product_rate(device, dtype))
 torch.autograd.set_detect_anomaly(debug)
 clock, first_step, stop = time.perf_counter(), step, False
@@ -354,7 +302,7 @@ while True:
         else:
             record |= results
             if master:
-                print(f"iter {step}: " + " | ".join(f"{k} {v:.4f}" for k, v in results.items()), flush=True)
+                print(f"iter {step} | {summary(results)}", flush=True)
             if step > 0 and results["val_loss"] < best_val_loss and not eval_only:
                 previous, best_val_loss = best_val_loss, results["val_loss"]
                 best_val_loss = best_val_loss if save("ckpt_best.pt") else previous
@@ -368,8 +316,8 @@ while True:
             write_log(record)
             print(f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}")
         elif master:
-            why = told[0] if told else "the time limit or a signal to another process"
-            print(f"stopped before iteration {step} by {why}; --init_from=resume goes on from there")
+            reason = interrupts.reason or "another process"
+            print(f"stopped before iteration {step} by {reason}; --init_from=resume goes on from there")
         break
 
     loss, output_norm = torch.zeros(2, device=device)  # of the global batch
@@ -401,7 +349,8 @@ while True:
         grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
         grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
     # the only time in an iteration that the device is waited for
-    loss, output_norm, grad_norm, stop = (v / world_size for v in total(loss, output_norm, grad_norm, late()))
+    sums = total(device, loss, output_norm, grad_norm, interrupts.late())
+    loss, output_norm, grad_norm, stop = (value / world_size for value in sums)
     good = math.isfinite(loss) and math.isfinite(grad_norm)
     if not optimizer_in_backward:
         if good:
@@ -409,7 +358,7 @@ while True:
         scaler.update()
         opt.zero_grad(set_to_none=True)
     if good and ema_decay:
-        torch._foreach_lerp_(list(ema_model.parameters()), params, 1 - min(ema_decay, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(ema_params, params, 1 - min(ema_decay, (1 + step) / (10 + step)))
     bad_steps, bad_in_a_row = bad_steps + (not good), 0 if good else bad_in_a_row + 1
     if not good and master:
         print(

@@ -32,7 +32,8 @@ def log(out):
 
 def measured(out):
     """The log without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in ("ms", "samples_per_s", "utilization", "seconds_left")} for line in log(out)]
+    clock = ("ms", "samples_per_s", "utilization", "seconds_left")
+    return [{k: v for k, v in line.items() if k not in clock} for line in log(out)]
 
 
 def checkpoint(out, name="ckpt_last.pt"):

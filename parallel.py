@@ -1,0 +1,95 @@
+"""
+What the processes of a run do together: start, add up, agree to stop, notice that one is gone, share a model.
+
+    rank, world_size, device = start("cuda", timeout=10)    # under torchrun; alone: 0, 1, "cuda"
+    loss, stop = total(device, loss, interrupts.late())
+"""
+
+import datetime
+import os
+import re
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+
+def start(device, timeout):
+    """Join the other processes, if torchrun has started several; returns this one's rank, their number, its device.
+
+    timeout: minutes after which a process that waits for another gives up
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        on_cuda = device.startswith("cuda")
+        if on_cuda:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=datetime.timedelta(minutes=timeout))
+        sys.excepthook = lost
+    return rank, world_size, device
+
+
+def lost(kind, e, trace):
+    """For an error that comes of another process's end, one line, and the end of this one at once: torchrun, which
+    says which was the first, may then start all of them anew."""
+    if issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer|connection", str(e), re.IGNORECASE):
+        reason = str(e).splitlines()[0]
+        print(f"error: process {os.environ['RANK']} lost another one: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.__excepthook__(kind, e, trace)
+
+
+def total(device, *values):
+    """Numbers, or tensors of one element, summed over the processes, as floats; waits for the device."""
+    sums = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+class Interrupts:
+    """Notes SIGINT and SIGTERM, and the end of `time_limit` minutes (or None) from now, instead of ending at once."""
+
+    def __init__(self, time_limit):
+        self.end = None if time_limit is None else time.monotonic() + 60 * time_limit
+        self.reason, self.parent = None, os.getppid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.reason = signal.Signals(number).name
+        if number == signal.SIGINT and not dist.is_initialized():
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C does not wait; torchrun would repeat the first
+
+    def late(self):
+        if self.end is not None and time.monotonic() > self.end:
+            self.reason = self.reason or "the time limit"
+        if dist.is_initialized() and os.getppid() != self.parent:  # else two runs would write one folder
+            self.reason = self.reason or "the end of torchrun"
+        return self.reason is not None
+
+
+def shard(model, dtype):
+    """torch's fully_shard, one block after the other: a process holds a part of every parameter, gathers those of a
+    block when their turn comes, in the dtype of the arithmetic, and gets its part of the mean gradients, in float32."""
+    half = None if dtype == "float32" else getattr(torch, dtype)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, reshard_after_forward=True)  # else what evaluation has gathered would stay, and grow old
+    for module in (model, *model.layers):
+        register_fsdp_forward_method(module, "context")
+
+
+def whole(state):
+    """A state dict with its sharded tensors gathered, on the CPU, for the first process; all must call this."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if dist.get_rank() == 0 else None
