@@ -49,7 +49,7 @@ class Evaluator:
         size = min(self.batch_size, math.ceil(n / self.world))
         for first in range(0, n, self.world * size):
             rows = first + self.rank * size + np.arange(size)
-            yield rows % n, torch.from_numpy(rows < n)
+            yield rows % n, rows < n
 
     def sum(self, x):
         if dist.is_initialized():
@@ -70,7 +70,9 @@ class Evaluator:
             x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0).to(x_1.device)
             with self.autocast:
                 losses, _ = flow.loss(net, x_1, cond, self.plain, x_0=x_0, t=t.to(x_1.device))
-            sums.index_add_(1, (t * T_BINS).long(), torch.stack([losses.cpu(), torch.ones(len(t))]) * counted)
+            sums.index_add_(
+                1, (t * T_BINS).long(), torch.stack([losses.cpu(), torch.ones(len(t))]) * torch.from_numpy(counted)
+            )
         total, count = self.sum(sums)
         result = {"val_loss": (total.sum() / count.sum()).item()}
         result |= {f"val_loss_t{i}": (total[i] / count[i]).item() for i in range(T_BINS) if count[i]}
@@ -86,7 +88,8 @@ class Evaluator:
             x = self.flow.sigma_max * flow.sample_noise(rows, truth.shape[1:], seed=0, draw=1).to(cond.device)
             with self.autocast:
                 x = flow.integrate(flow.guided_velocity(net, cond, self.flow), x, self.steps)
-            generated[rows[counted]] = self.standardize(self.loader.target.decode(x).cpu())[counted]
+            samples = self.standardize(self.loader.target.decode(x).cpu())
+            generated[rows[counted]] = samples[torch.from_numpy(counted)]
         generated = self.sum(generated)  # a row is some process's, and zero at the others
         if self.baseline is None and self.rank == 0:
             self.baseline = self.regress(truth)

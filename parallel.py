@@ -9,6 +9,7 @@ import datetime
 import os
 import re
 import signal
+import socket
 import sys
 import time
 
@@ -28,9 +29,31 @@ def start(device, timeout):
         if on_cuda:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=datetime.timedelta(minutes=timeout))
         sys.excepthook = lost
+        meeting = (
+            dict(store=meet(rank), rank=rank, world_size=world_size) if "TORCHELASTIC_RUN_ID" in os.environ else {}
+        )
+        limit = datetime.timedelta(minutes=timeout)
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=limit, **meeting)
     return rank, world_size, device
+
+
+def meet(rank):
+    """A store of addresses of this start's own, at process 0. The one of torchrun outlives restarts and may still have
+    the addresses of the dead, where those who come after them would wait for ever (pytorch issue 135712)."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    torchruns = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        torchruns.set("port of process 0", str(store.port))
+        return store
+    while True:
+        port = int(torchruns.get("port of process 0"))
+        try:
+            socket.create_connection((host, port), timeout=3).close()
+            return dist.TCPStore(host, port, is_master=False)
+        except OSError:  # it was of one who is gone
+            time.sleep(0.1)
 
 
 def lost(kind, e, trace):
@@ -38,9 +61,18 @@ def lost(kind, e, trace):
     says which was the first, may then start all of them anew."""
     if issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer|connection", str(e), re.IGNORECASE):
         reason = str(e).splitlines()[0]
-        print(f"error: process {os.environ['RANK']} lost another one: {reason}", file=sys.stderr, flush=True)
+        message = f"error: process {os.environ['RANK']} lost another one: {reason}"
+        print(message, file=sys.__stderr__, flush=True)  # sys.stderr is torch's, who prefixes what it gets to the end
         os._exit(1)
     sys.__excepthook__(kind, e, trace)
+
+
+def leave(code):
+    """End this one of several processes, without what torch cleans up at the end: it joins the threads of gloo while it
+    holds Python's lock, for which they may be waiting."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def total(device, *values):

@@ -8,7 +8,6 @@ Train a NextDiT with flow matching on a dataset that prepare.py made.
 
 import copy
 import datetime
-import gc
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from loader import Loader
 from measure import Evaluator, flops_per_sample, product_rate, summary
 from model import NextDiT, NextDiTConfig, pick_device
 from optim import make_optimizer, step_in_backward
-from parallel import Interrupts, shard, start, total, whole
+from parallel import Interrupts, leave, shard, start, total, whole
 from prepare import open_dataset
 
 # The defaults are BLIP3-o's model; a config file or --key=value changes any of them.
@@ -118,7 +117,9 @@ master, device_type = rank == 0, device.split(":")[0]
 
 
 def fail(message):
-    sys.exit(f"error: {message}" if master else 1)
+    if master:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(1) if world_size == 1 else leave(1)
 
 
 if dtype == "auto":
@@ -389,5 +390,4 @@ if wandb_log:
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
-    del model  # DDP holds the process group too, whose threads must end before the interpreter does
-    gc.collect()
+    leave(0)

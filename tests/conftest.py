@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import subprocess
@@ -34,6 +35,57 @@ def refused(*args, **kwargs):
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def train(dataset, out, *args, **kwargs):
+    return run("train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args, **kwargs)
+
+
+TORCHRUN = ["-m", "torch.distributed.run"]
+
+
+def torchrun(n, dataset, out, *args, script="train.py"):
+    launch = [*TORCHRUN, "--standalone", f"--nproc_per_node={n}", script]
+    return run(*launch, *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args)
+
+
+def start(*args, stdout=subprocess.PIPE, cwd=ROOT):
+    """A process that goes on while the test does, its text output in one pipe."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    args = [sys.executable, *map(str, args)]
+    return subprocess.Popen(args, cwd=cwd, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, words):
+    """Read a started process's output until a line has `words`; returns what was read."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            return "".join(lines)
+    raise AssertionError(f"no {words!r} in:\n{''.join(lines)}")
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def measured(out):
+    """The log without what depends on the clock."""
+    clock = ("ms", "samples_per_s", "utilization", "seconds_left")
+    return [{k: v for k, v in line.items() if k not in clock} for line in log(out)]
+
+
+def checkpoint(out, name="ckpt_last.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def make_pickle(path, n=40, seed=0, grid=(2, 2), C=6, D=5, **changes):

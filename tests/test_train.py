@@ -1,51 +1,12 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, TINY, refused, run
+from conftest import TINY, checkpoint, log, measured, refused, run, same, torchrun, train
 from model import NextDiT, NextDiTConfig
-
-
-def train(dataset, out, *args, **kwargs):
-    return run("train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args, **kwargs)
-
-
-def torchrun(n, dataset, out, *args):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *TINY,
-         f"--data_dir={dataset}", f"--out_dir={out}", *args],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def measured(out):
-    """The log without what depends on the clock."""
-    clock = ("ms", "samples_per_s", "utilization", "seconds_left")
-    return [{k: v for k, v in line.items() if k not in clock} for line in log(out)]
-
-
-def checkpoint(out, name="ckpt_last.pt"):
-    return torch.load(out / name, weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_a_run_learns_logs_and_saves(trained, dataset):
@@ -270,9 +231,3 @@ def test_bad_checkpoints_are_refused(dataset, tmp_path, trained):
     assert "it holds a Tensor" in refused(*args)
     (out / "ckpt_last.pt").write_bytes((trained / "ckpt_last.pt").read_bytes()[:5000])
     assert "cannot be read as a checkpoint" in refused(*args)
-
-
-def test_processes_must_divide_the_accumulation(dataset, tmp_path):
-    assert "6 can" in refused(
-        "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path}", RANK="0", WORLD_SIZE="3"
-    )

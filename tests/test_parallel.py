@@ -1,0 +1,165 @@
+"""Several processes: the same run as one, however many, however they end."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY, TORCHRUN, checkpoint, log, measured, refused, same, start, torchrun, train, wait_for
+
+EVEN = ["--max_iters=20", "--learning_rate=2e-3", "--min_lr=2e-3", "--eval_interval=10", "--eval_samples=3"]
+
+
+def assert_close(a, b):
+    """The same log to within the order of float additions."""
+    assert [line.keys() for line in a] == [line.keys() for line in b]
+    for x, y in zip(a, b):
+        for key in x:
+            tolerance = dict(rel=1e-3, abs=1e-4) if "frechet" in key else dict(rel=0, abs=1e-5)  # a square root of 0
+            tolerance = dict(rel=1e-4, abs=0) if key == "grad_norm" else tolerance
+            assert x[key] == pytest.approx(y[key], **tolerance), (x["iter"], key)
+
+
+@pytest.fixture(scope="module")
+def one(dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    train(dataset, out, *EVEN)
+    return out
+
+
+@pytest.mark.parametrize("n, flags", [(2, []), (4, []), (2, ["--fsdp=True"])])
+def test_as_many_processes_as_you_like(dataset, tmp_path, one, n, flags):
+    torchrun(n, dataset, tmp_path / "out", *EVEN, *flags)
+    assert_close(measured(one), measured(tmp_path / "out"))
+    assert log(one)[-1]["val_loss"] < log(one)[0]["val_loss"]
+
+
+def test_resumes_on_another_number_of_processes(dataset, tmp_path, one):
+    """fully_shard, one process, DDP: each goes on from the other's checkpoint."""
+    out = tmp_path / "out"
+    torchrun(2, dataset, out, *EVEN, "--fsdp=True", "--max_iters=8")
+    train(dataset, out, *EVEN, "--max_iters=13", "--init_from=resume")
+    torchrun(4, dataset, out, *EVEN, "--max_iters=17", "--init_from=resume")
+    torchrun(2, dataset, out, *EVEN, "--fsdp=True", "--init_from=resume")
+    losses = [[line["loss"] for line in log(o) if "loss" in line] for o in (one, out)]
+    assert len(losses[1]) == 20 and losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
+    a, b = (checkpoint(o)["optimizer"]["state"] for o in (one, out))
+    assert a.keys() == b.keys() and a[1].keys() == b[1].keys()
+    for i in a:
+        assert all(torch.allclose(a[i][name], b[i][name], atol=1e-4) for name in a[i])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fully_shard_halves_what_a_process_holds(dataset, tmp_path, optimizer):
+    """Parameters, averaged parameters and optimizer state; and muon, which needs whole matrices, equals DDP's."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(f"""
+import json, os, pathlib, runpy, sys, torch
+os._exit = lambda code: None
+sys.path.insert(0, {str(ROOT)!r})
+run = runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+size = lambda tensors: sum(getattr(x, "to_local", lambda: x)().numel() for x in tensors)
+states = [x for state in run["opt"].state.values() for name, x in state.items() if name != "step"]
+held = size(run["params"]), size(run["ema_params"]), size(states)
+pathlib.Path({str(tmp_path)!r}, os.environ["RANK"] + run["out_dir"][-1]).write_text(json.dumps(held))
+""")
+    flags = [f"--optimizer={optimizer}", "--max_iters=4", "--learning_rate=2e-3"]
+    for name, fsdp in (("a", False), ("b", True)):
+        torchrun(2, dataset, tmp_path / name, *flags, f"--fsdp={fsdp}", script=probe)
+    held = {name: json.loads((tmp_path / name).read_text()) for name in ("0a", "1a", "0b", "1b")}
+    assert held["0a"] == held["1a"] and all(held["0a"])
+    for rank in "01":
+        assert all(0.45 < part / full < 0.55 for part, full in zip(held[f"{rank}b"], held[f"{rank}a"]))
+    assert [a + b for a, b in zip(held["0b"], held["1b"])] == held["0a"]
+    assert_close(measured(tmp_path / "a"), measured(tmp_path / "b"))
+
+
+def test_fully_shard_in_bfloat16_and_compiled(dataset, tmp_path):
+    flags = ["--dtype=bfloat16", "--max_iters=2", "--compile=True"]
+    torchrun(2, dataset, tmp_path / "b", *flags, "--fsdp=True")
+    train(dataset, tmp_path / "a", *flags[:2])
+    for a, b in zip(measured(tmp_path / "a"), measured(tmp_path / "b")):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=2e-2) if "val_loss" in a else True
+    assert all(v.dtype == torch.float32 for v in checkpoint(tmp_path / "b")["model"].values())
+    assert "needs several processes" in refused("train.py", *TINY, f"--data_dir={dataset}", "--fsdp=True")
+
+
+def workers(torchrun):
+    return [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
+
+
+LONG = ["--max_iters=60", "--save_interval=5", "--eval_interval=30"]
+
+
+@pytest.fixture(scope="module")
+def two(dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "out"
+    torchrun(2, dataset, out, *LONG)
+    return out
+
+
+def test_a_signal_to_one_process_ends_all_of_them(dataset, tmp_path, two):
+    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *LONG]
+    job = start(*TORCHRUN, "--standalone", "--nproc_per_node=2", "train.py", *args)
+    wait_for(job, "iter 12 |")
+    os.kill(workers(job)[1], signal.SIGTERM)
+    output = wait_for(job, "stopped before iteration")
+    assert job.wait(60) == 0, output
+    assert 12 < checkpoint(tmp_path / "out")["iter"] < 60
+    torchrun(2, dataset, tmp_path / "out", *LONG, "--init_from=resume")
+    assert measured(tmp_path / "out") == measured(two)
+    assert same(checkpoint(tmp_path / "out")["ema"], checkpoint(two)["ema"])
+
+
+def test_a_dead_process_ends_the_job_and_torchrun_restarts_it(dataset, tmp_path, two):
+    args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *LONG, "--init_from=auto"]
+    launch = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+    job = start(*launch, *args)
+    wait_for(job, "iter 12 |")
+    os.kill(workers(job)[1], signal.SIGKILL)
+    killed, output = time.monotonic(), job.communicate(timeout=60)[0]
+    assert job.returncode == 1 and time.monotonic() - killed < 40
+    assert "error: process 0 lost another one" in output and "Signal 9 (SIGKILL)" in output
+    assert checkpoint(tmp_path / "out")["iter"] in (10, 15)
+
+    job = start(*launch, "--max_restarts=1", *args)
+    wait_for(job, "iter 25 |")
+    os.kill(workers(job)[0], signal.SIGKILL)
+    output = wait_for(job, "done: 60 iterations")
+    assert job.wait(60) == 0, output
+    assert measured(tmp_path / "out") == measured(two)
+    assert same(checkpoint(tmp_path / "out")["model"], checkpoint(two)["model"])
+
+
+def test_a_process_that_hangs_ends_the_job(dataset, tmp_path):
+    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", "--max_iters=500", "--dist_timeout=0.05"]
+    job = start(*TORCHRUN, "--standalone", "--nproc_per_node=2", "--shutdown_timeout=1", "train.py", *args)
+    wait_for(job, "iter 12 |")
+    os.kill(workers(job)[1], signal.SIGSTOP)
+    stopped, output = time.monotonic(), job.communicate(timeout=60)[0]
+    assert job.returncode == 1 and 3 < time.monotonic() - stopped < 30
+    assert "error: process 0 lost another one" in output
+
+
+def test_two_torchruns_are_one_job(dataset, tmp_path, one):
+    """As on two machines: each starts one process, and they meet at an endpoint."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--local_addr=127.0.0.1"]
+    args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *EVEN]
+    nodes = [start(*launch, f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", *args) for _ in range(2)]
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum("on 2 x cpu" in output for output in outputs) == 1
+    assert_close(measured(one), measured(tmp_path / "out"))
+
+
+def test_processes_must_divide_the_accumulation_and_share_a_folder(dataset, tmp_path, one):
+    args = ["train.py", *TINY, f"--data_dir={dataset}"]
+    assert "6 can" in refused(*TORCHRUN, "--standalone", "--nproc_per_node=3", *args, f"--out_dir={tmp_path}")
