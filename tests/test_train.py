@@ -121,15 +121,6 @@ def test_ddp_equals_one_process(dataset, tmp_path, trained, cond_dropout):
         assert torch.allclose(value, checkpoint(tmp_path / "two")["model"][name], atol=1e-4), name
 
 
-def test_wandb_offline(dataset, tmp_path):
-    done = train(dataset, tmp_path / "out", "--wandb_log=True", "--wandb_run_name=test", WANDB_MODE="offline")
-    runs = list((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(runs) == 1 and runs[0].stat().st_size > 1000, done.stdout
-    wandb_id = checkpoint(tmp_path / "out")["wandb_id"]
-    assert wandb_id and wandb_id in runs[0].name
-    assert "val_token_cosine" in runs[0].read_bytes().decode("latin1")
-
-
 def test_epochs_subset_and_settings_of_the_flow(dataset, tmp_path):
     settings = ["--num_epochs=2", "--subset_size=12", "--path=cosine", "--prediction=x", "--normalize=l2"]
     settings += ["--t_sampling=logit_normal", "--sigma_min=0.01", "--l2_weight=0.1", "--gradient_checkpointing=True"]
@@ -160,17 +151,6 @@ def test_compile(dataset, tmp_path, trained):
     done = train(dataset, tmp_path / "out", "--compile=True", "--max_iters=2", threads=2)
     assert log(tmp_path / "out")[1]["loss"] == pytest.approx(log(trained)[1]["loss"], rel=1e-3), done.stdout
     assert checkpoint(tmp_path / "out")["model"].keys() == checkpoint(trained)["model"].keys()
-
-
-def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
-    out = tmp_path / "out"
-    train(dataset, out, "--max_iters=3")
-    before = (out / "ckpt_last.pt").read_bytes()
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    limit += "; sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
-    done = run("-c", limit, "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume")
-    assert "ckpt_last.pt not written" in done.stdout and "done: 6 iterations" in done.stdout
-    assert (out / "ckpt_last.pt").read_bytes() == before and not list(out.glob("*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -211,11 +191,6 @@ def test_resume_takes_the_settings_asked_for(dataset, tmp_path, trained):
     groups = checkpoint(out)["optimizer"]["param_groups"]
     assert [(g["weight_decay"], tuple(g["betas"])) for g in groups] == [(0.5, (0.5, 0.95)), (0.0, (0.5, 0.95))]
     assert [line["iter"] for line in log(out)] == list(range(9))
-
-
-def test_a_run_that_diverges_says_so(dataset, tmp_path):
-    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", "--learning_rate=1e30", "--max_iters=50"]
-    assert "no finite loss and gradient in 10 iterations in a row" in refused("train.py", *args)
 
 
 def test_bad_checkpoints_are_refused(dataset, tmp_path, trained):

@@ -1,0 +1,167 @@
+"""A run that is ended, by whatever, goes on as if it had not been."""
+
+import signal
+
+import pytest
+import torch
+
+from checkpoint import read_checkpoint, restore_optimizer, save_checkpoint
+from conftest import ROOT, TINY, checkpoint, log, measured, refused, run, same, start, train, wait_for
+
+
+def test_killed_at_random_moments(tmp_path):
+    """By SIGKILL, SIGTERM, SIGINT and the time limit, bit for bit: bench/resume.py does so twenty times."""
+    done = run("bench/resume.py", tmp_path, "--kills=4", "--iters=80", "--seed=4")
+    kinds = [line.split()[1] for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert {"SIGKILL", "SIGTERM"} <= set(kinds) and len(kinds) == 4
+    assert "ckpt_last.pt: optimizer      equal" in done.stdout and "DIFFERS" not in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_evaluation_breaks_it_off(dataset, tmp_path, number):
+    out = tmp_path / "out"
+    # the evaluation would take a minute; it asks after each of its batches
+    slow = [
+        "--eval_batch_size=1",
+        "--eval_sample_steps=2000",
+        "--max_iters=4",
+        "--eval_interval=4",
+        "--save_interval=99",
+    ]
+    process = start("train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *slow)
+    wait_for(process, "iterations (")
+    process.send_signal(number)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0 and f"stopped before iteration 0 by {number.name}" in output
+    assert checkpoint(out)["iter"] == 0 and log(out) == []
+    fast = [*slow[:1], "--eval_sample_steps=2", *slow[2:]]
+    train(dataset, out, *fast, "--init_from=resume")
+    train(dataset, tmp_path / "whole", *fast)
+    assert measured(out) == measured(tmp_path / "whole")
+    assert same(checkpoint(out)["optimizer"], checkpoint(tmp_path / "whole")["optimizer"])
+
+
+def test_time_limit(dataset, tmp_path, trained):
+    out = tmp_path / "out"
+    done = train(dataset, out, "--time_limit=0", "--eval_interval=100")
+    assert "stopped before iteration 0 by the time limit; --init_from=resume goes on from there" in done.stdout
+    train(dataset, out, "--init_from=resume", "--time_limit=10")
+    assert measured(out) == measured(trained)
+    assert "time_limit=-1" in refused("train.py", "--time_limit=-1")
+
+
+def patched(patch, dataset, out, *args):
+    """train.py after some lines of python in its process."""
+    code = patch + "\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    return run("-c", code, "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args)
+
+
+FULL_DISK = """
+import json, resource
+dumps = json.dumps
+def spy(record, **kwargs):
+    if record.get("iter") in (4, 5):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if record["iter"] == 4 else -1, -1))
+    return dumps(record, **kwargs)
+json.dumps = spy
+"""
+
+
+def test_a_full_disk_stops_no_run(dataset, tmp_path, trained):
+    """From the log line of iteration 4 to that of 5 nothing can be written: what was there stays, training goes on."""
+    out = tmp_path / "out"
+    done = patched(FULL_DISK, dataset, out, "--save_interval=5")
+    assert "log.jsonl not written" in done.stdout and "ckpt_last.pt not written" in done.stdout
+    assert "done: 6 iterations" in done.stdout and not list(out.glob("*.partial"))
+    assert measured(out) == [line for line in measured(trained) if line["iter"] != 4]  # and no half a line
+    assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
+
+
+def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
+    out = tmp_path / "out"
+    train(dataset, out, "--max_iters=3")
+    before = (out / "ckpt_last.pt").read_bytes()
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    done = patched(limit, dataset, out, "--init_from=resume")
+    assert "ckpt_last.pt not written" in done.stdout and "done: 6 iterations" in done.stdout
+    assert (out / "ckpt_last.pt").read_bytes() == before and not list(out.glob("*.partial"))
+
+
+SPOILED = """
+import flow, math
+loss, calls = flow.loss, []
+def spoiled(*args, generator=None, **kwargs):
+    losses, out = loss(*args, generator=generator, **kwargs)
+    calls.extend([generator] if generator else [])
+    return losses * math.nan if generator and len(calls) == 9 else losses, out
+flow.loss = spoiled
+"""
+
+
+def test_a_bad_step_is_skipped(dataset, tmp_path):
+    """The ninth micro-batch, of iteration 2, has a loss that is not a number."""
+    out = tmp_path / "out"
+    done = patched(SPOILED, dataset, out, "--save_interval=2", "--eval_interval=100")
+    assert "WARNING: iter 2 skipped: loss nan, gradient norm nan; 1 in a row" in done.stdout
+    lines = log(out)
+    assert [line["bad_steps"] for line in lines[:-1]] == [0, 0, 1, 1, 1, 1] and lines[2]["loss"] is None
+    ckpt = checkpoint(out)
+    assert ckpt["bad_steps"] == [1, 0] and ckpt["optimizer"]["state"][1]["step"] == 5  # of 6
+    assert all(v.isfinite().all() for v in ckpt["ema"].values()) and lines[-1]["val_loss"] < lines[0]["val_loss"]
+
+
+@pytest.mark.parametrize(
+    "lean", [[], ["--optimizer_in_backward=True", "--grad_clip=0", "--gradient_accumulation_steps=1"]]
+)
+def test_a_run_that_diverges_ends(dataset, tmp_path, lean):
+    out = tmp_path / "out"
+    train(dataset, out, "--max_iters=2", *lean)
+    before = (out / "ckpt_last.pt").read_bytes()
+    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--max_iters=50", "--init_from=resume", *lean]
+    words = refused("train.py", *args, "--learning_rate=1e30", "--max_bad_steps=3", "--save_interval=100")
+    assert "no finite loss and gradient in 3 iterations in a row; lower learning_rate (1e+30)" in words
+    assert (out / "ckpt_last.pt").read_bytes() == before
+    assert log(out)[-1]["bad_steps"] == 2 and log(out)[-1]["loss"] is None
+
+
+def test_wandb_goes_on_with_its_run(dataset, tmp_path):
+    out, flags = tmp_path / "out", ["--wandb_log=True", "--wandb_run_name=test"]
+    train(dataset, out, *flags, "--max_iters=3", WANDB_MODE="offline")
+    train(dataset, out, *flags, "--init_from=resume", WANDB_MODE="offline")
+    files = sorted((out / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({file.name for file in files}) == 1  # the name is the id
+    assert checkpoint(out)["wandb_id"] in files[0].name
+    content = [file.read_bytes().decode("latin1") for file in files]
+    assert all("val_frechet" in text and "utilization" in text for text in content)
+    assert [line["iter"] for line in log(out)] == list(range(7))
+
+
+def test_restoring_holds_one_copy_of_the_optimizer(tmp_path):
+    """Peak memory over what the restored state takes: little, though the checkpoint holds weights as well."""
+    n, size = 40, 1 << 20
+    params = [torch.nn.Parameter(torch.zeros(1024, 1024)) for _ in range(n)]
+    opt = torch.optim.AdamW(params, fused=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    save_checkpoint(tmp_path / "ckpt.pt", {"optimizer": opt.state_dict(), "model": dict(enumerate(params))})
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+import torch
+from checkpoint import restore_optimizer
+from torch.distributed.tensor import distribute_tensor
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+params = [torch.nn.Parameter(torch.empty(1024, 1024)) for _ in range({n})]
+opt, before = torch.optim.AdamW(params, fused=True), peak()
+restore_optimizer({str(tmp_path / "ckpt.pt")!r}, opt)
+print(peak() - before, len(opt.state))
+"""
+    done = run("-c", script, MALLOC_MMAP_THRESHOLD_="1048576")
+    grown, count = map(float, done.stdout.split())
+    state = 2 * n * size * 4 / 2**20  # MB
+    assert count == n and state < grown < 1.6 * state  # with 16 parameters' pages of the file
+    assert read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["state"].keys() == opt.state_dict()["state"].keys()
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.empty(1024, 1024)) for _ in range(n)], fused=True)
+    restore_optimizer(tmp_path / "ckpt.pt", other)
+    assert same(opt.state_dict()["state"], other.state_dict()["state"])
