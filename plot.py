@@ -1,13 +1,30 @@
 """
-The pictures of a run. `python sample.py --out_dir=out-digits --plot=True` draws samples.
+The pictures of runs.
+
+    python plot.py out-a out-b                              # the curves of one or several runs -> out-a/curves.png
+    python sample.py --out_dir=out-digits --plot=True       # samples, by draw_samples
 
 Token grids are shown as images: decoded to pixels where the dataset has a decoder.npz (as the
 digits do), otherwise with their first three principal components as red, green and blue.
 """
 
+import argparse
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
+
+
+def pyplot():
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as e:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from e
+    return plt
 
 
 def decoded(tokens, weights):
@@ -33,13 +50,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, data_dir, n=12, blocks
 
     cond (N, S, C), truth (N, T, D) or None, samples (N, draws, T, D), all raw; grid (H, W) of T
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as e:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from e
+    plt = pyplot()
     n, cond, truth = min(n, len(cond)), np.asarray(cond), None if truth is None else np.asarray(truth)
     decoder = Path(data_dir) / "decoder.npz"
     if decoder.is_file():
@@ -87,3 +98,91 @@ def draw_samples(path, cond, truth, samples, grid, stats, data_dir, n=12, blocks
                 ax.set_title(title, fontsize=9)
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def read_log(out_dir):
+    """{name: (iterations, values)} of what a run measured, in order; what was not finite is left out."""
+    path = Path(out_dir) / "log.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        curves = {}
+        for line in lines:
+            for name, value in line.items():
+                if value is not None:
+                    curves.setdefault(name, []).append((line["iter"], value))
+    except (OSError, ValueError, AttributeError, KeyError) as e:
+        raise ValueError(f"{path} cannot be read as a run's log: {e}") from e
+    return {name: tuple(map(np.array, zip(*points))) for name, points in curves.items()}
+
+
+def smooth(values, span):
+    """Mean over a window of `span` values, shorter at the ends."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    i = np.arange(len(values))
+    low, high = np.maximum(i - span // 2, 0), np.minimum(i + span // 2 + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def draw_curves(path, out_dirs):
+    """Write a PNG with the curves of runs: loss, validation loss by t, cosine of samples, learning rate."""
+    plt, runs = pyplot(), {str(out_dir): read_log(out_dir) for out_dir in out_dirs}
+    fig, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
+    (loss, bins), (cosine, rate) = axes
+    for i, (name, run) in enumerate(runs.items()):
+        color = f"C{i}"
+        if "loss" in run:
+            steps, values = run["loss"]
+            loss.plot(steps, smooth(values, max(1, len(values) // 50)), color=color, alpha=0.35, lw=1)
+        for key, style in (("val_loss_raw", ":"), ("val_loss", "-")):
+            if key in run:
+                loss.plot(*run[key], style, color=color, label=name if style == "-" else None)
+        n = sum(f"val_loss_t{b}" in run for b in range(100))
+        for b in range(n):
+            steps, values = run[f"val_loss_t{b}"]
+            label = f"t {b / n:.2g} to {(b + 1) / n:.2g}" if i == 0 else None
+            bins.plot(steps, values, color=color, alpha=1 - 0.8 * b / n, lw=2.4 - 1.8 * b / n, label=label)
+        if "val_token_cosine" in run:
+            cosine.plot(*run["val_token_cosine"], color=color, label=name)
+        if "ridge_token_cosine" in run:
+            cosine.axhline(run["ridge_token_cosine"][1][-1], color=color, ls="--", lw=1, alpha=0.7)
+        if "lr" in run:
+            rate.plot(*run["lr"], color=color)
+    titles = {
+        loss: "loss (faint: training; solid: validation, averaged weights; dotted: raw weights)",
+        bins: "validation loss by t, from noise (0) to data (1)",
+        cosine: "token cosine of samples (dashed: ridge regression)",
+        rate: "learning rate",
+    }
+    for ax, title in titles.items():
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("iteration", fontsize=9)
+        ax.grid(alpha=0.25)
+        ax.margins(x=0.02)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in (loss, bins):
+        if ax.lines and all((np.asarray(line.get_ydata()) > 0).all() for line in ax.lines):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}")
+            ax.tick_params(axis="y", which="both", labelsize=8)
+        if ax.lines:
+            ax.legend(fontsize=9)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="their folders")
+    parser.add_argument("--save", help="PNG to write; by default curves.png in the first folder")
+    args = parser.parse_args()
+    path = Path(args.save or Path(args.runs[0]) / "curves.png")
+    try:
+        draw_curves(path, args.runs)
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: {e}")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

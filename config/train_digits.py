@@ -2,10 +2,10 @@
 #   python data/digits/make.py
 #   python prepare.py data/digits/embeddings.pkl --out=data/digits
 #   python train.py config/train_digits.py
-# Expect a validation loss of about 0.32 in about a minute on two cores.
+# Expect a validation loss of about 0.32 in a minute on two cores.
 out_dir = "out-digits"
 data_dir = "data/digits"
-eval_interval = 125
+eval_interval = 50
 eval_samples = 32
 save_interval = 125
 batch_size = 16

@@ -11,9 +11,9 @@ from conftest import ROOT, TINY, checkpoint, log, measured, refused, run, same, 
 
 def test_killed_at_random_moments(tmp_path):
     """By SIGKILL, SIGTERM, SIGINT and the time limit, bit for bit: bench/resume.py does so twenty times."""
-    done = run("bench/resume.py", tmp_path, "--kills=4", "--iters=80", "--seed=4")
+    done = run("bench/resume.py", tmp_path, "--kills=4", "--iters=80", "--seed=9")
     kinds = [line.split()[1] for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert {"SIGKILL", "SIGTERM"} <= set(kinds) and len(kinds) == 4
+    assert {"SIGKILL", "SIGTERM", "SIGINT"} <= set(kinds) and len(kinds) == 4
     assert "ckpt_last.pt: optimizer      equal" in done.stdout and "DIFFERS" not in done.stdout
 
 
