@@ -10,6 +10,7 @@ demo: .venv/demo
 	$(BIN)/python data/digits/make.py
 	$(BIN)/python prepare.py data/digits/embeddings.pkl --out=data/digits --overwrite=True
 	$(BIN)/python train.py config/train_digits.py $(TRAIN)
+	$(BIN)/python plot.py out-digits
 	$(BIN)/python sample.py --out_dir=out-digits --plot=True $(SAMPLE)
 
 test: .venv/dev

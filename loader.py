@@ -45,8 +45,9 @@ class Loader:
 
     def rows(self, step, micro):
         """Rows of micro-batch `micro` of iteration `step`."""
-        n, start = self.n_train, (step * self.micro_batches + micro) * self.batch_size
-        return np.array([self.epoch_order(i // n)[i % n] for i in range(start, start + self.batch_size)])
+        start = (step * self.micro_batches + micro) * self.batch_size
+        epoch, place = np.divmod(np.arange(start, start + self.batch_size), self.n_train)
+        return np.concatenate([self.epoch_order(e)[place[epoch == e]] for e in np.unique(epoch)])
 
     def read(self, split, rows):
         """Raw target (B, T, D) and cond (B, S, C) on the CPU, in memory from which a GPU can fetch them itself."""
@@ -70,9 +71,9 @@ class Loader:
 
     def stream(self, step, micros):
         """The micro-batches `micros` of iteration `step` and of all after it; a thread reads one ahead."""
-        rows = (self.rows(s, m) for s in itertools.count(step) for m in micros)
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(self.read, "train", next(rows))
+        ahead = (self.read("train", self.rows(s, m)) for s in itertools.count(step) for m in micros)
+        with ThreadPoolExecutor(1) as thread:  # which alone runs that generator
+            batch = thread.submit(next, ahead)
             while True:
-                batch, ahead = ahead.result(), thread.submit(self.read, "train", next(rows))
-                yield self.place(batch)
+                read, batch = batch.result(), thread.submit(next, ahead)
+                yield self.place(read)

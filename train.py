@@ -362,13 +362,9 @@ while True:
         torch._foreach_lerp_(ema_params, params, 1 - min(ema_decay, (1 + step) / (10 + step)))
     bad_steps, bad_in_a_row = bad_steps + (not good), 0 if good else bad_in_a_row + 1
     if not good and master:
-        print(
-            f"WARNING: iter {step} skipped: loss {loss}, gradient norm {grad_norm}; {bad_in_a_row} in a row", flush=True
-        )
+        print(f"WARNING: iter {step} skipped: loss {loss}, gradient norm {grad_norm}", flush=True)
     if bad_in_a_row >= max_bad_steps:
-        fail(
-            f"no finite loss and gradient in {bad_in_a_row} iterations in a row; lower learning_rate ({learning_rate})"
-        )
+        fail(f"no finite loss and gradient in {bad_in_a_row} iterations in a row; lower {learning_rate=}")
 
     if step % log_interval == 0:
         pace = (time.perf_counter() - clock) / (step + 1 - first_step)  # seconds an iteration
@@ -377,11 +373,9 @@ while True:
         record |= dict(utilization=flops * samples_per_iter / pace, seconds_left=pace * (max_iters - step - 1))
         if master:
             left = datetime.timedelta(seconds=round(record["seconds_left"]))
-            print(
-                f"iter {step} | loss {loss:.4f} | output {output_norm:.2f} | gradient {grad_norm:.3f} | lr {lr:.2e} | "
-                f"{record['samples_per_s']:.1f} samples/s, {record['utilization']:.0%} of peak | {left} left",
-                flush=True,
-            )  # fmt: skip
+            rate = f"{record['samples_per_s']:.1f} samples/s, {record['utilization']:.0%} of peak | {left} left"
+            state = f"output norm {output_norm:.2f} | gradient norm {grad_norm:.3f} | lr {lr:.2e}"
+            print(f"iter {step} | loss {loss:.4f} | {state} | {rate}", flush=True)
     if master and len(record) > 1:
         write_log(record)
     step += 1

@@ -102,7 +102,7 @@ def test_a_bad_step_is_skipped(dataset, tmp_path):
     """The ninth micro-batch, of iteration 2, has a loss that is not a number."""
     out = tmp_path / "out"
     done = patched(SPOILED, dataset, out, "--save_interval=2", "--eval_interval=100")
-    assert "WARNING: iter 2 skipped: loss nan, gradient norm nan; 1 in a row" in done.stdout
+    assert "WARNING: iter 2 skipped: loss nan, gradient norm nan" in done.stdout
     lines = log(out)
     assert [line["bad_steps"] for line in lines[:-1]] == [0, 0, 1, 1, 1, 1] and lines[2]["loss"] is None
     ckpt = checkpoint(out)
@@ -119,7 +119,7 @@ def test_a_run_that_diverges_ends(dataset, tmp_path, lean):
     before = (out / "ckpt_last.pt").read_bytes()
     args = [*TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--max_iters=50", "--init_from=resume", *lean]
     words = refused("train.py", *args, "--learning_rate=1e30", "--max_bad_steps=3", "--save_interval=100")
-    assert "no finite loss and gradient in 3 iterations in a row; lower learning_rate (1e+30)" in words
+    assert "no finite loss and gradient in 3 iterations in a row; lower learning_rate=1e+30" in words
     assert (out / "ckpt_last.pt").read_bytes() == before
     assert log(out)[-1]["bad_steps"] == 2 and log(out)[-1]["loss"] is None
 
