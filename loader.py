@@ -45,19 +45,23 @@ class Loader:
 
     def rows(self, step, micro):
         """Rows of micro-batch `micro` of iteration `step`."""
-        start = (step * self.micro_batches + micro) * self.batch_size
-        epoch, place = np.divmod(np.arange(start, start + self.batch_size), self.n_train)
-        return np.concatenate([self.epoch_order(e)[place[epoch == e]] for e in np.unique(epoch)])
+        n, start = self.n_train, (step * self.micro_batches + micro) * self.batch_size
+        end = start + self.batch_size
+        parts = [
+            self.epoch_order(e)[max(start - e * n, 0) : end - e * n] for e in range(start // n, (end - 1) // n + 1)
+        ]
+        return np.concatenate(parts)
 
     def read(self, split, rows):
         """Raw target (B, T, D) and cond (B, S, C) on the CPU, in memory from which a GPU can fetch them itself."""
-        batch = [torch.from_numpy(np.asarray(self.arrays[f"{split}_{name}"][rows])) for name in ("target", "cond")]
-        self.forget()
+        arrays = [self.arrays[f"{split}_{name}"] for name in ("target", "cond")]
+        batch = [torch.from_numpy(np.asarray(array[rows])) for array in arrays]
+        self.forget(arrays)
         return [x.pin_memory() for x in batch] if self.cuda else batch
 
-    def forget(self):
+    def forget(self, arrays):
         """Let go of the pages that were read: they stay in the system's cache, but are not this process's memory."""
-        for array in self.arrays.values():
+        for array in arrays:
             if isinstance(array.base, mmap.mmap):
                 array.base.madvise(mmap.MADV_DONTNEED)
 
@@ -75,5 +79,6 @@ class Loader:
         with ThreadPoolExecutor(1) as thread:  # which alone runs that generator
             batch = thread.submit(next, ahead)
             while True:
-                read, batch = batch.result(), thread.submit(next, ahead)
-                yield self.place(read)
+                placed = self.place(batch.result())
+                batch = thread.submit(next, ahead)
+                yield placed

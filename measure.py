@@ -103,7 +103,7 @@ class Evaluator:
         train = (arrays[f"train_{name}"][: self.loader.n_train] for name in ("cond", "target"))
         ridge = score.Ridge(*train, to_cond, self.standardize, max_tokens=65536)
         values = score.metrics(ridge(arrays["val_cond"][: self.samples]), truth)
-        self.loader.forget()
+        self.loader.forget(arrays.values())
         return {f"ridge_{name}": values[name] for name in SAMPLED}
 
 
