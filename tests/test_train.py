@@ -6,14 +6,22 @@ import pytest
 import torch
 
 from conftest import TINY, checkpoint, log, measured, refused, run, same, torchrun, train
+from measure import summary
 from model import NextDiT, NextDiTConfig
 
 
 def test_a_run_learns_logs_and_saves(trained, dataset):
     lines = log(trained)
     assert [line["iter"] for line in lines] == list(range(7))
-    assert {"val_loss", "val_loss_raw", "val_token_cosine", "val_loss_t0", "val_loss_t3"} <= lines[-1].keys()
-    assert {"loss", "grad_norm", "lr", "ms", "samples_per_s"} <= lines[0].keys()
+    sampled = {f"{kind}_{name}" for kind in ("val", "ridge") for name in ("token_cosine", "retrieval_r1", "frechet")}
+    by_t = {f"{kind}_t{i}" for kind in ("val_loss", "val_loss_raw") for i in range(4)}
+    assert {"iter", "val_loss", "val_loss_raw"} | sampled | by_t == lines[-1].keys()
+    each = {"loss", "output_norm", "grad_norm", "lr", "bad_steps", "ms", "samples_per_s", "utilization", "seconds_left"}
+    assert {"iter"} | each == lines[1].keys() and lines[0].keys() == lines[-1].keys() | each
+    assert all(0 < line["utilization"] < 1 and line["output_norm"] > 0 for line in lines[:-1])
+    assert [line["seconds_left"] / line["ms"] for line in lines[:-1]] == pytest.approx(
+        [n / 1000 for n in range(5, -1, -1)]
+    )
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
     assert [line["lr"] for line in lines[:2]] == pytest.approx([5e-3, 1e-2])  # warmup
     assert [line["lr"] for line in lines[2:6]] == sorted((line["lr"] for line in lines[2:6]), reverse=True)  # cosine
@@ -135,10 +143,7 @@ def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
     done = run(
         "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={trained}", "--init_from=resume", "--eval_only=True"
     )
-    assert (
-        f"val_loss {last['val_loss']:.4f}" in done.stdout
-        and f"val_token_cosine {last['val_token_cosine']:.4f}" in done.stdout
-    )
+    assert f"iter 6 | {summary(last)}" in done.stdout
     assert log(trained)[-1] == last  # nothing was written
     assert (
         "peak memory" in train(dataset, tmp_path / "dry", "--dry_run=True").stdout and not (tmp_path / "dry").exists()
