@@ -38,10 +38,8 @@ class Evaluator:
         self.flow, self.plain = flow_config, replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
         self.size, self.samples, self.batch_size = min(size, loader.n_val), min(samples, loader.n_val), batch_size
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.baseline, self.standardize = (
-            None,
-            score.standardizer(loader.stats["target_mean"], loader.stats["target_std"]),
-        )
+        self.standardize = score.standardizer(loader.stats["target_mean"], loader.stats["target_std"])
+        self.baseline = None
 
     def batches(self, n):
         """(rows, counted) of rows 0..n-1, dealt out: each process gets as many batches, which fully_shard needs, of
@@ -70,9 +68,8 @@ class Evaluator:
             x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0).to(x_1.device)
             with self.autocast:
                 losses, _ = flow.loss(net, x_1, cond, self.plain, x_0=x_0, t=t.to(x_1.device))
-            sums.index_add_(
-                1, (t * T_BINS).long(), torch.stack([losses.cpu(), torch.ones(len(t))]) * torch.from_numpy(counted)
-            )
+            values = torch.stack([losses.cpu(), torch.ones(len(t))]) * torch.from_numpy(counted)
+            sums.index_add_(1, (t * T_BINS).long(), values)
         total, count = self.sum(sums)
         result = {"val_loss": (total.sum() / count.sum()).item()}
         result |= {f"val_loss_t{i}": (total[i] / count[i]).item() for i in range(T_BINS) if count[i]}
@@ -113,11 +110,8 @@ def summary(results):
     def of(*names):
         return " ".join(f"{results[name]:.4g}" for name in names if name in results)
 
-    losses = [
-        f"{key} {of(key)} (by t {of(*(f'{key}_t{i}' for i in range(T_BINS)))})"
-        for key in ("val_loss", "val_loss_raw")
-        if key in results
-    ]
+    keys = [key for key in ("val_loss", "val_loss_raw") if key in results]
+    losses = [f"{key} {of(key)} (by t {of(*(f'{key}_t{i}' for i in range(T_BINS)))})" for key in keys]
     sampled = [
         f"{name} {of(f'val_{name}')} (ridge {of(f'ridge_{name}')})" for name in SAMPLED if f"val_{name}" in results
     ]
@@ -141,7 +135,7 @@ def flops_per_sample(config, cond_tokens):
 def product_rate(device, dtype):
     """Floating point operations a second of a product of two large square matrices: what the device can do at best."""
     on_cuda = torch.device(device).type == "cuda"
-    n = 4096 if on_cuda else 1024
+    n = 4096 if on_cuda else 512
     x, best = torch.ones(n, n, device=device, dtype=getattr(torch, dtype)), math.inf
     for _ in range(5):
         start = time.perf_counter()
