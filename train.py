@@ -242,13 +242,14 @@ def save(name):
 
 def write_log(record):
     record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON knows no NaN
+    size = log.stat().st_size if log.exists() else 0
     try:
-        size = log.stat().st_size
         with open(log, "a") as f:
             f.write(json.dumps(record) + "\n")
     except OSError as e:
         print(f"WARNING: {log} not written ({e})", flush=True)
-        os.truncate(log, size)  # no half a line
+        if log.exists():
+            os.truncate(log, size)  # no half a line
     if wandb_log:
         wandb.log(record, step=record["iter"])
 
@@ -285,7 +286,7 @@ evaluation = eval_size, eval_batch_size, eval_samples, eval_sample_steps
 evaluate = Evaluator(loader, flow_config, autocast, *evaluation, lambda: total(device, interrupts.late())[0] > 0)
 flops = flops_per_sample(raw_model.config, data["train_cond"].shape[1]) / (world_size * product_rate(device, dtype))
 torch.autograd.set_detect_anomaly(debug)
-clock, first_step, stop = time.perf_counter(), step, False
+clock, first_step, stop, saved = time.perf_counter(), step, False, True
 while True:
     lr = get_lr(step)
     for group in opt.param_groups:
@@ -311,14 +312,13 @@ while True:
     if eval_only:
         break
     if (step > 0 and step % save_interval == 0 or final or stop) and not dry_run:
-        save("ckpt_last.pt")
+        saved = save("ckpt_last.pt")
     if final or stop:
-        if master and final and not stop:
+        if master and stop:
+            print(f"stopped before iteration {step} by {interrupts.reason or 'a signal to another process'}")
+        elif master:
             write_log(record)
             print(f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}")
-        elif master:
-            reason = interrupts.reason or "another process"
-            print(f"stopped before iteration {step} by {reason}; --init_from=resume goes on from there")
         break
 
     loss, output_norm = torch.zeros(2, device=device)  # of the global batch
@@ -381,6 +381,8 @@ while True:
     step += 1
 if wandb_log:
     wandb.finish()
+if not saved:
+    fail(f"{last} could not be written at the end: it is an older one, or none")
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
