@@ -1,10 +1,12 @@
 """
-Checkpoints: tensors and plain Python values, written whole or not at all, read through a memory map.
+A run's folder, and checkpoints in it: tensors and plain Python values, written whole or not at all, read through a
+memory map.
 
     save_checkpoint("out/ckpt_last.pt", state)
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -12,23 +14,53 @@ import torch
 
 
 def save_checkpoint(path, state):
-    """Write state to `path` by a temporary file in its folder that is flushed to the disk and then takes its place.
+    """Write state to `path`; see replace_file."""
+    replace_file(path, lambda f: torch.save(state, f))
+
+
+def replace_file(path, write):
+    """Have write(f) fill a temporary file in the folder of `path` that is flushed to the disk and then takes its place.
 
     Raises OSError where that fails, a full disk above all; what was at `path` is then untouched.
     """
     partial = Path(path).with_suffix(".partial")
     try:
         with open(partial, "wb") as f:
-            torch.save(state, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
         folder = os.open(partial.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name too
         os.close(folder)
-    except (OSError, RuntimeError) as e:  # torch's writer turns the first into the second
+    except (OSError, RuntimeError) as e:
         partial.unlink(missing_ok=True)
-        raise OSError(str(e).splitlines()[0]) from e
+        reason = e.__context__ if isinstance(e.__context__, OSError) else e  # torch's writer hides the first by another
+        raise OSError(str(reason).partition("\n")[0]) from e
+
+
+def open_folder(out_dir, config, step, resume):
+    """Make out_dir that of a run which begins with iteration `step`: config.json and a log.jsonl without later
+    iterations. Without `resume`, a run that is there is moved to out_dir/previous. Raises ValueError with one line."""
+    folder = Path(out_dir)
+    log, previous = folder / "log.jsonl", folder / "previous"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if (folder / "ckpt_last.pt").exists() and not resume:
+            previous.mkdir(exist_ok=True)
+            for path in (folder / "ckpt_last.pt", folder / "ckpt_best.pt", log):
+                if path.exists():
+                    os.replace(path, previous / path.name)
+            print(f"the run that was in {folder} is now in {previous}")
+        replace_file(folder / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+        lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
+        whole = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last one short
+        kept = [line for line in whole if json.loads(line)["iter"] < step]
+        replace_file(log, lambda f: f.write("".join(kept).encode()))
+    except OSError as e:
+        raise ValueError(f"out_dir={out_dir!r} cannot be written: {e}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{log} is not the log of a run: {type(e).__name__}: {e}; move it away") from e
 
 
 def read_checkpoint(path):
@@ -69,7 +101,8 @@ def restore_checkpoint(path, settings, stats, nets, scaler):
                 net.load_state_dict(block, strict=False)
         if ckpt["scaler"]:  # empty unless it was float16
             scaler.load_state_dict(ckpt["scaler"])
-        return {key: ckpt[key] for key in ("iter", "best_val_loss", "bad_steps", "wandb_id", "config")}
+        counters = {"iter": int(ckpt["iter"]), "best_val_loss": float(ckpt["best_val_loss"])}
+        return counters | {"bad_steps": int(ckpt["bad_steps"]), "wandb_id": ckpt["wandb_id"], "config": ckpt["config"]}
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(unreadable(path, e)) from e
 
@@ -77,23 +110,27 @@ def restore_checkpoint(path, settings, stats, nets, scaler):
 def restore_optimizer(path, opt):
     """Put what `path` holds of an optimizer's state into it, a few parameters at a time, so that never two copies are
     in memory; of a tensor that is sharded, this process's part. Learning rate and the like stay as they are."""
-
     from torch.distributed.tensor import distribute_tensor  # half a second, which sample.py need not spend
 
-    def own(value, p):
-        if hasattr(p, "full_tensor") and value.shape == p.shape:
+    def own(name, value, p):
+        if value.shape == p.shape and hasattr(p, "full_tensor"):
             return distribute_tensor(
                 value.to(p.device_mesh.device_type), p.device_mesh, p.placements, src_data_rank=None
             )
+        if value.shape != p.shape and name not in ("step", "row_var", "col_var"):
+            raise ValueError(f"{path}: {name} of the optimizer has shape {tuple(value.shape)}, not {tuple(p.shape)}")
         return value.to(p.device, copy=True)
 
     params = [p for group in opt.param_groups for p in group["params"]]
     try:
         for first in range(0, len(params), 16):
-            held = read_checkpoint(path)["optimizer"]["state"]
+            ckpt = read_checkpoint(path)
+            held = ckpt["optimizer"]["state"]
+            if ckpt["iter"] and not held:
+                raise KeyError("it has no state of the optimizer")
             for i, p in enumerate(params[first : first + 16], first):
                 if i in held:  # a frozen parameter has no state
-                    opt.state[p] = {name: own(value, p) for name, value in held[i].items()}
+                    opt.state[p] = {name: own(name, value, p) for name, value in held[i].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(unreadable(path, e)) from e
 

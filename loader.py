@@ -31,13 +31,15 @@ class Loader:
     ):  # fmt: skip
         self.device, self.cuda = device, torch.device(device).type == "cuda"
         self.batch_size, self.micro_batches, self.seed = batch_size, micro_batches, seed
-        self.arrays = {k: np.array(v) if preload else v for k, v in data.items() if k.startswith(("train_", "val_"))}
+        n = len(data["train_cond"])
+        self.n_train, self.n_val = min(subset_size or n, n), len(data["val_cond"])
+        self.arrays = {k: v for k, v in data.items() if k.startswith(("train_", "val_"))}
+        if preload:
+            self.arrays = {k: np.array(v[: self.n_train if k[0] == "t" else None]) for k, v in self.arrays.items()}
         self.stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
         self.target, self.cond = (
             Normalizer(normalize, self.stats[f"{n}_mean"], self.stats[f"{n}_std"], device) for n in ("target", "cond")
         )
-        n = len(self.arrays["train_cond"])
-        self.n_train, self.n_val = min(subset_size or n, n), len(self.arrays["val_cond"])
         self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
 
     def epoch_order(self, epoch):

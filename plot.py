@@ -102,14 +102,14 @@ def draw_samples(path, cond, truth, samples, grid, stats, data_dir, n=12, blocks
 
 def read_log(out_dir):
     """{name: (iterations, values)} of what a run measured, in order; what was not finite is left out."""
-    path = Path(out_dir) / "log.jsonl"
+    path, curves = Path(out_dir) / "log.jsonl", {}
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        curves = {}
-        for line in lines:
-            for name, value in line.items():
-                if value is not None:
-                    curves.setdefault(name, []).append((line["iter"], value))
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # else a kill cut it short
+                record = json.loads(line)
+                for name, value in record.items():
+                    if isinstance(value, int | float):
+                        curves.setdefault(name, []).append((record["iter"], value))
     except (OSError, ValueError, AttributeError, KeyError) as e:
         raise ValueError(f"{path} cannot be read as a run's log: {e}") from e
     return {name: tuple(map(np.array, zip(*points))) for name, points in curves.items()}
@@ -125,7 +125,7 @@ def smooth(values, span):
 
 def draw_curves(path, out_dirs):
     """Write a PNG with the curves of runs: loss, validation loss by t, cosine of samples, learning rate."""
-    plt, runs = pyplot(), {str(out_dir): read_log(out_dir) for out_dir in out_dirs}
+    plt, runs = pyplot(), {str(out_dir)[-40:]: read_log(out_dir) for out_dir in out_dirs}
     fig, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
     (loss, bins), (cosine, rate) = axes
     for i, (name, run) in enumerate(runs.items()):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import flow
-from checkpoint import restore_checkpoint, restore_optimizer, save_checkpoint
+from checkpoint import open_folder, restore_checkpoint, restore_optimizer, save_checkpoint
 from configurator import check_range, configure
 from flow import FlowConfig
 from loader import Loader
@@ -104,7 +104,8 @@ seed = 0
 
 config = configure(globals())
 if debug:
-    config |= dict(subset_size=64, max_iters=10, num_epochs=None, eval_interval=5, log_interval=1, wandb_log=False)
+    config |= dict(subset_size=min(subset_size or 64, 64), max_iters=min(max_iters, 10), num_epochs=None)
+    config |= dict(eval_interval=5, log_interval=1, wandb_log=False)
     globals().update(config)  # from here on config is a snapshot: what follows may change these names
 
 # ---------------------------------------------------------------- system
@@ -117,7 +118,7 @@ master, device_type = rank == 0, device.split(":")[0]
 
 
 def fail(message):
-    if master:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         print(f"error: {message}", file=sys.stderr)
     sys.exit(1) if world_size == 1 else leave(1)
 
@@ -162,6 +163,8 @@ if num_epochs is not None:
 torch.manual_seed(seed)
 last = Path(out_dir) / "ckpt_last.pt"
 resume = init_from == "resume" or (init_from == "auto" and last.exists())
+if eval_only and dry_run:
+    fail("eval_only=True and dry_run=True are two different things to do")
 if eval_only and not resume and init_from in ("scratch", "auto"):
     fail("eval_only=True needs a checkpoint: add --init_from=resume")
 try:
@@ -178,7 +181,7 @@ try:
     ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
     nets = {"model": raw_model} | ({"ema": ema_model} if ema_decay else {})
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-    ckpt = {"iter": 0, "best_val_loss": math.inf, "bad_steps": [0, 0], "wandb_id": None}
+    ckpt = {"iter": 0, "best_val_loss": math.inf, "bad_steps": 0, "wandb_id": None}
     if resume:
         settings = {k: config[k] for k in ("optimizer", "normalize", "path", "prediction", "sigma_min", "sigma_max")}
         settings |= {k: v for k, v in model_args.items() if k != "gradient_checkpointing"}
@@ -196,8 +199,8 @@ try:
 except ValueError as e:
     fail(e)
 step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
-bad_steps, bad_in_a_row = ckpt["bad_steps"]
-if total(device, step)[0] != world_size * step:
+bad_steps, bad_in_a_row = ckpt["bad_steps"], 0
+if total(device, step % 10007)[0] != world_size * (step % 10007):  # float32 counts no further than 2^24
     fail(f"the processes do not see the same {last}: out_dir must be on a file system that they share")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
 norms = step_in_backward(opt) if optimizer_in_backward else None  # of the gradients, as backward meets them
@@ -225,12 +228,13 @@ def get_lr(step):
 def save(name):
     """Write out_dir/name, all processes together; returns whether that worked: training goes on without."""
     state = {
-        "model": raw_model.state_dict(), "ema": ema_model.state_dict(), "optimizer": opt.state_dict(),
+        **{key: net.state_dict() for key, net in nets.items()}, "optimizer": opt.state_dict(),
         "scaler": scaler.state_dict(), "iter": step, "best_val_loss": best_val_loss, "wandb_id": wandb_id,
-        "bad_steps": [bad_steps, bad_in_a_row], "config": config, "model_args": model_args, "flow": asdict(flow_config),
+        "bad_steps": bad_steps, "config": config, "model_args": model_args, "flow": asdict(flow_config),
         "normalize": normalize, "stats": loader.stats, "cond_tokens": data["train_cond"].shape[1],
     }  # fmt: skip
     state, failed = whole(state), 0
+    state.setdefault("ema", state["model"])  # the same tensors, once in the file
     try:
         if master:
             save_checkpoint(Path(out_dir) / name, state)
@@ -257,13 +261,9 @@ def write_log(record):
 log, wandb_log = Path(out_dir) / "log.jsonl", wandb_log and master and not (eval_only or dry_run)
 if master and not (eval_only or dry_run):
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        (Path(out_dir) / "config.json").write_text(json.dumps(config, indent=1))
-        kept = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-        kept = [entry for entry in kept if entry.endswith("}\n") and json.loads(entry)["iter"] < step]
-        log.write_text("".join(kept))  # without what is run again, and without a line that a kill cut short
-    except OSError as e:
-        fail(f"out_dir={out_dir!r} cannot be written: {e}")
+        open_folder(out_dir, config, step, resume)
+    except ValueError as e:
+        fail(e)
 if wandb_log:
     import wandb
 
@@ -291,7 +291,7 @@ while True:
     lr = get_lr(step)
     for group in opt.param_groups:
         group["lr"] = lr
-    record, final = {"iter": step}, step >= max_iters
+    record, final = {"iter": step}, step >= max_iters and not dry_run
 
     if (step % eval_interval == 0 or final or eval_only) and not (stop or dry_run):
         paused = time.perf_counter()
@@ -310,8 +310,10 @@ while True:
                 best_val_loss = best_val_loss if save("ckpt_best.pt") else previous
         clock += time.perf_counter() - paused  # the pace is that of training alone
     if eval_only:
+        saved = not stop
         break
-    if (step > 0 and step % save_interval == 0 or final or stop) and not dry_run:
+    # not while steps are skipped: the weights may be why, and the last good checkpoint is where to go on from
+    if (step > 0 and step % save_interval == 0 or final or stop) and (bad_in_a_row == 0 or final) and not dry_run:
         saved = save("ckpt_last.pt")
     if final or stop:
         if master and stop:
@@ -337,7 +339,7 @@ while True:
         loss += micro_loss.detach()
         output_norm += output.detach().norm(dim=-1).mean() / micro_steps
     if dry_run:
-        rss = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else rss
         if master:
             print(f"dry run: loss {loss.item():.4f}; peak memory of the forward and backward pass {peak / 1e9:.2f} GB")
@@ -363,8 +365,6 @@ while True:
     bad_steps, bad_in_a_row = bad_steps + (not good), 0 if good else bad_in_a_row + 1
     if not good and master:
         print(f"WARNING: iter {step} skipped: loss {loss}, gradient norm {grad_norm}", flush=True)
-    if bad_in_a_row >= max_bad_steps:
-        fail(f"no finite loss and gradient in {bad_in_a_row} iterations in a row; lower {learning_rate=}")
 
     if step % log_interval == 0:
         pace = (time.perf_counter() - clock) / (step + 1 - first_step)  # seconds an iteration
@@ -378,11 +378,16 @@ while True:
             print(f"iter {step} | loss {loss:.4f} | {state} | {rate}", flush=True)
     if master and len(record) > 1:
         write_log(record)
+    if bad_in_a_row >= max_bad_steps:
+        fail(f"no finite loss and gradient in {bad_in_a_row} iterations in a row; lower {learning_rate=}")
     step += 1
 if wandb_log:
     wandb.finish()
 if not saved:
-    fail(f"{last} could not be written at the end: it is an older one, or none")
+    what = (
+        "the evaluation was broken off" if eval_only else f"{last} could not be written at the end: it is an older one"
+    )
+    fail(what)
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()

@@ -109,6 +109,8 @@ def main():
     parser.add_argument("--flags", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of train.py")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.kills < 1:
+        parser.error("--kills is at least 1")
     args.folder.mkdir(parents=True, exist_ok=True)
     whole, parts = args.folder / "whole", args.folder / "parts"
     for out in (whole, parts):

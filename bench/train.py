@@ -60,19 +60,22 @@ def profiled(args):
 
     import flow
     import loader
+    import optim
     import parallel
 
     micro_steps = ACCUMULATION // int(os.environ.get("WORLD_SIZE", 1))
-    spent, backwards, batches, clock = Counter(), [], 0, {}
+    spent, backwards, batches, clock, inside = Counter(), [], 0, {}, []
 
     def timed(part, call, keep=None, when=lambda kwargs: True):
         def run(*args, **kwargs):
             start = time.perf_counter()
+            inside.append(part)
             try:
                 return call(*args, **kwargs)
             finally:
+                inside.pop()
                 seconds = time.perf_counter() - start
-                if when(kwargs):
+                if when(kwargs) and part not in inside:  # Muon's step is partly AdamW's
                     spent[part] += seconds
                 if keep is not None:
                     keep.append(seconds)
@@ -100,7 +103,8 @@ def profiled(args):
     parallel.total = timed("all-reduce", parallel.total)
     parallel.leave = lambda code: None
     torch.nn.utils.clip_grad_norm_ = timed("optimizer", torch.nn.utils.clip_grad_norm_)
-    torch.optim.AdamW.step = timed("optimizer", torch.optim.AdamW.step)
+    for kind in (torch.optim.AdamW, optim.Muon, optim.Adafactor):
+        kind.step = timed("optimizer", kind.step)
     torch._foreach_lerp_ = timed("optimizer", torch._foreach_lerp_)
     sys.argv = ["train.py", *args]
     run = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
@@ -138,6 +142,8 @@ def main():
     parser.add_argument("--iters", type=int, default=30)
     parser.add_argument("--flags", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of train.py")
     args = parser.parse_args()
+    if args.rounds < 1 or args.iters < 1:
+        parser.error("--rounds and --iters are at least 1")
     for name in args.cases:
         config, *shapes = CASES[name]
         folder = args.folder / name

@@ -60,7 +60,7 @@ def test_reading_leaves_memory_flat(tmp_path, preload):
     for _ in range(200):
         next(stream)
         peak = max(peak, resident("RssFile") - start)
-    assert peak < 20  # a batch is 3.3 MB, and the thread may be at the next but one
+    assert peak < 50  # of 320: a batch being read, with the pages around that the system maps
     stream.close()
 
 
