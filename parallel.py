@@ -1,7 +1,7 @@
 """
 What the processes of a run do together: start, add up, agree to stop, notice that one is gone, share a model.
 
-    rank, world_size, device = start("cuda", timeout=10)    # under torchrun; alone: 0, 1, "cuda"
+    device = start("cuda", timeout=10)    # under torchrun: cuda:3, say
     loss, stop = total(device, loss, interrupts.late())
 """
 
@@ -19,23 +19,21 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 
 def start(device, timeout):
-    """Join the other processes, if torchrun has started several; returns this one's rank, their number, its device.
+    """Join the other processes that torchrun has started; returns this one's device.
 
     timeout: minutes after which a process that waits for another gives up
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        on_cuda = device.startswith("cuda")
-        if on_cuda:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        sys.excepthook = lost
-        meeting = (
-            dict(store=meet(rank), rank=rank, world_size=world_size) if "TORCHELASTIC_RUN_ID" in os.environ else {}
-        )
-        limit = datetime.timedelta(minutes=timeout)
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=limit, **meeting)
-    return rank, world_size, device
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_cuda = device.startswith("cuda")
+    if on_cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    sys.excepthook = lost
+    meeting = dict(store=meet(rank), rank=rank, world_size=world_size) if "TORCHELASTIC_RUN_ID" in os.environ else {}
+    limit = datetime.timedelta(minutes=timeout)
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=limit, **meeting)
+    dist.barrier()  # nobody leaves, on an error of its own, before all have come
+    return device
 
 
 def meet(rank):

@@ -109,20 +109,20 @@ if debug:
     globals().update(config)  # from here on config is a snapshot: what follows may change these names
 
 # ---------------------------------------------------------------- system
-interrupts = Interrupts(time_limit)
-try:
-    rank, world_size, device = start(pick_device(device), dist_timeout)
-except ValueError as e:
-    sys.exit(f"error: {e}")
-master, device_type = rank == 0, device.split(":")[0]
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+master = rank == 0
 
 
 def fail(message):
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-        print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)  # of every process: torchrun ends them all when the first is gone
     sys.exit(1) if world_size == 1 else leave(1)
 
 
+try:
+    device = pick_device(device)
+except ValueError as e:
+    fail(e)
+device_type = device.split(":")[0]
 if dtype == "auto":
     dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 if dtype not in ("float32", "bfloat16", "float16"):
@@ -140,6 +140,9 @@ if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
 if gradient_accumulation_steps % world_size:
     multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
     fail(f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can")
+if world_size > 1:
+    device = start(device, dist_timeout)
+interrupts = Interrupts(time_limit)
 # TF32 on cuda; on a CPU oneDNN, which is up to twice as fast as MKL, and float32 too unless there is AMX
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once in a pass, and its casts would be a second copy of the model

@@ -10,7 +10,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # where two processes of tests compete for two cores
+torch.set_num_threads(THREADS)
 
 TINY = "--dim=32 --n_layer=2 --n_head=2 --multiple_of=16 --batch_size=2 --gradient_accumulation_steps=4 --max_iters=6"
 TINY += " --warmup_iters=2 --learning_rate=1e-2 --eval_interval=3 --save_interval=3 --log_interval=1 --ema_decay=0.5"
@@ -110,7 +111,7 @@ def one_thread():
     """For models so small that a second thread only costs."""
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
