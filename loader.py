@@ -35,7 +35,9 @@ class Loader:
         self.n_train, self.n_val = min(subset_size or n, n), len(data["val_cond"])
         self.arrays = {k: v for k, v in data.items() if k.startswith(("train_", "val_"))}
         if preload:
-            self.arrays = {k: np.array(v[: self.n_train if k[0] == "t" else None]) for k, v in self.arrays.items()}
+            files = self.arrays
+            self.arrays = {k: np.array(v[: self.n_train if k[0] == "t" else None]) for k, v in files.items()}
+            self.forget(files.values())
         self.stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
         self.target, self.cond = (
             Normalizer(normalize, self.stats[f"{n}_mean"], self.stats[f"{n}_std"], device) for n in ("target", "cond")
