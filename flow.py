@@ -126,45 +126,64 @@ def convert(out, x_t, t, cfg):
     return d_alpha * x_1 + d_sigma * x_0, x_0, x_1
 
 
-def guided_velocity(model, cond, cfg, guidance=1.0, cond_mask=None):
-    """velocity(x, t) for `integrate`, with classifier-free guidance (Ho and Salimans 2022).
+def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0), cond_mask=None):
+    """velocity(x, t) for `integrate`, with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
 
-    v = v_null + guidance * (v_cond - v_null); at guidance 1 the null branch is not evaluated.
+    v = v_null + guidance * (v_cond - v_null) where interval[0] <= t <= interval[1], v_cond elsewhere (Kynkaanniemi et
+    al. 2024, arXiv 2404.07724); the null branch is evaluated only there, and at guidance 1 never.
     What depends on the condition alone is computed here, once for the trajectory.
     Raises ValueError if guidance is asked of a model trained without condition dropout.
     """
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance={guidance} must be finite")
+    low, high = interval
+    if not (math.isfinite(guidance) and 0 <= low < high <= 1):
+        raise ValueError(f"guidance={guidance} must be finite, and its interval {low} to {high} lie within 0 to 1")
     if guidance != 1 and not cfg.cond_dropout:
         raise ValueError(
             f"guidance={guidance} needs a model trained with cond_dropout > 0; this one has no null condition"
         )
-    contexts = [model.context(cond, cond_mask)]
+    context = model.context(cond, cond_mask)
     if guidance != 1:
-        contexts.append(model.context(model.null_cond.expand(len(cond), 1, -1)))  # one token for all
+        null = model.context(model.null_cond.expand(len(cond), 1, -1))  # one token for all
 
     def velocity(x, t):
-        v = [convert(model(x, t, context=context).float(), x, t, cfg)[0] for context in contexts]
-        return v[0] if guidance == 1 else v[1] + guidance * (v[0] - v[1])
+        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+
+        def v(context):
+            return convert(model(x, times, context=context).float(), x, times, cfg)[0]
+
+        if guidance == 1 or not low <= t <= high:
+            return v(context)
+        v_null = v(null)
+        return v_null + guidance * (v(context) - v_null)
 
     return velocity
 
 
-METHODS = {  # explicit Runge-Kutta: nodes, rows of the matrix, weights (Hairer, Norsett, Wanner, chapter II.1)
+RUNGE_KUTTA = {  # explicit: nodes, rows of the matrix, weights (Hairer, Norsett, Wanner 1993, chapter II.1)
     "euler": ([0], [[]], [1]),
     "midpoint": ([0, 1 / 2], [[], [1 / 2]], [0, 1]),
     "heun": ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
     "rk4": ([0, 1 / 2, 1 / 2, 1], [[], [1 / 2], [0, 1 / 2], [0, 0, 1]], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
 }
+ADAMS_BASHFORTH = {"ab2": (2, "euler"), "ab3": (3, "midpoint")}  # order, and the first step, of one order less
+METHODS = (*RUNGE_KUTTA, *ADAMS_BASHFORTH)
+
+
+def adams_bashforth(times, t, t_next):
+    """Weights of the velocities at `times` in the step from t to t_next: exact if the velocity is a polynomial of
+    degree len(times) - 1 in t (Hairer, Norsett, Wanner 1993, chapter III.5: steps need not be equal)."""
+    nodes = (np.array(times) - t) / (t_next - t)
+    return (t_next - t) * np.linalg.solve(np.vander(nodes, increasing=True).T, 1 / np.arange(1, len(nodes) + 1))
 
 
 @torch.no_grad()
-def integrate(velocity, x, steps, method="midpoint", shift=1.0, trajectory=False):
+def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
     """Solve dx/dt = velocity(x, t) from t = 0 to t = 1.
 
-    velocity: function of x (B, T, D) and t (B,); x: state at t = 0, sigma_max * noise
-    steps: of the solver, uniform in t or, with shift > 1, finer near noise; each takes 1
-        evaluation (euler), 2 (midpoint, heun) or 4 (rk4)
+    velocity: function of x (B, T, D) and of t, a float; x: state at t = 0, sigma_max * noise
+    steps: of the solver, uniform in t or, with shift > 1, finer near noise
+    method: evaluations of the velocity a step: euler 1, midpoint and heun 2, rk4 4; ab2 and ab3, which go on from the
+        evaluations of the steps before, 1 (and ab3 one more in the first)
     Returns x at t = 1, in float32 (float64 if x is); with trajectory the states at all
     steps + 1 times, stacked.
     """
@@ -174,15 +193,21 @@ def integrate(velocity, x, steps, method="midpoint", shift=1.0, trajectory=False
         raise ValueError(f"steps={steps} must be at least 1")
     if not 0 < shift < math.inf:
         raise ValueError(f"shift={shift} must be positive")
-    nodes, matrix, weights = METHODS[method]
+    order, first = ADAMS_BASHFORTH.get(method, (0, method))
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    times, states = [shift_time(i / steps, shift) for i in range(steps + 1)], [x]
-    for t, t_next in zip(times, times[1:]):
+    times, states, past = [shift_time(i / steps, shift) for i in range(steps + 1)], [x], []
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
         h, k = t_next - t, []
+        nodes, matrix, weights = RUNGE_KUTTA["euler" if order and i else first]
         for node, row in zip(nodes, matrix):
             stage = x + h * sum(a * k_i for a, k_i in zip(row, k) if a)
-            k.append(velocity(stage, torch.full((len(x),), t + node * h, dtype=x.dtype, device=x.device)).to(x.dtype))
-        x = x + h * sum(b * k_i for b, k_i in zip(weights, k) if b)
+            k.append(velocity(stage, t + node * h).to(x.dtype))
+        weights = [h * b for b in weights]
+        if order:
+            past = [*past, *((t + node * h, k_i) for node, k_i in zip(nodes, k))][-order:]
+            if i:
+                k, weights = [k_i for _, k_i in past], adams_bashforth([time for time, _ in past], t, t_next)
+        x = x + sum(b * k_i for b, k_i in zip(weights, k) if b)
         if trajectory:
             states.append(x)
     return torch.stack(states) if trajectory else x

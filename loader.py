@@ -7,13 +7,13 @@ Batches of a prepared dataset: which rows they are, and how they get to the devi
 
 import functools
 import itertools
-import mmap
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from flow import Normalizer
+from unpickle import drop_pages
 
 
 class Loader:
@@ -66,8 +66,7 @@ class Loader:
     def forget(self, arrays):
         """Let go of the pages that were read: they stay in the system's cache, but are not this process's memory."""
         for array in arrays:
-            if isinstance(array.base, mmap.mmap):
-                array.base.madvise(mmap.MADV_DONTNEED)
+            drop_pages(array)
 
     def place(self, batch):
         """What read() gave, on the device and normalized; the copy to a GPU is asynchronous."""

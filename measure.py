@@ -29,7 +29,7 @@ class Evaluator:
     that figures compare between iterations, runs, batch sizes and numbers of processes.
 
     size: how many validation samples the loss is taken of, the first ones; samples: of how many conditions, the first
-    ones, targets are generated too, by steps midpoint steps
+    ones, targets are generated too, in so many steps
     autocast: context of the arithmetic; stopping: function that says, on all processes alike, whether to break off
     """
 

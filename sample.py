@@ -3,7 +3,8 @@ Generate embeddings from a checkpoint, score them, save them.
 
     python sample.py --out_dir=out-digits --plot=True            # the validation split, with metrics
     python sample.py --out_dir=out --cond=conditions.npy --save=generated.npy
-    python sample.py --out_dir=out --steps=50 --method=euler --guidance=2.0
+    torchrun --nproc_per_node=8 sample.py --out_dir=out --guidance=2.0 --guidance_interval=0.1,0.8
+    python sample.py --out_dir=out --interpolate=3,8 --plot=True
     python sample.py --help
 
 or from Python:
@@ -14,6 +15,7 @@ or from Python:
 """
 
 import json
+import os
 import pickle
 import sys
 import time
@@ -26,12 +28,13 @@ from tqdm import tqdm
 
 import flow
 import score
-from checkpoint import read_checkpoint, unreadable, weights_by_block
+from checkpoint import read_checkpoint, replace_file, unreadable, weights_by_block
 from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
 from prepare import open_dataset
 from sources import get_rows, items, load_pickle
+from unpickle import drop_pages
 
 # ---- I/O
 out_dir = "out"  # where train.py wrote, or a folder of diffusers' LuminaNextDiT2DModel
@@ -42,16 +45,19 @@ cond_key = "eva_blip3o_embeddings"  # in a .pkl or .pt
 data_dir = ""  # dataset to read conditions and truth from; empty: the one trained on
 split = "val"  # val | train
 subset_size: int | None = None  # the first so many conditions only
-save = ""  # .npy to write; empty: out_dir/generated.npy
-save_draws = False  # also write all draws (B, draws, T, D), as *_draws.npy
+save = ""  # .npy to write (B, T, D); empty: generated.npy, or interpolation.npy, in out_dir
+save_draws = False  # keep all draws (B, draws, T, D), as *_draws.npy
 save_pickle = ""  # .pkl with conditions, truth, generated, captions, keys and metrics
 plot = False  # draw conditions, truth and samples into out_dir/samples.png
 # ---- sampling
-steps = 12  # of the solver; midpoint and heun evaluate the model twice a step, rk4 four times
-method = "midpoint"  # euler | midpoint | heun | rk4
+steps = 10  # of the solver
+method = "ab2"  # evaluations a step: ab2, ab3 (and one more) 1 | euler 1 | midpoint, heun 2 | rk4 4
 shift = 1.0  # > 1: finer steps near noise
 guidance = 1.0  # classifier-free guidance; 1: none
-draws = 4  # samples of each condition where there is truth: the first is saved, their mean scored beside ridge
+guidance_interval = "0,1"  # from this t (noise is 0) to that (data is 1)
+draws: int | None = None  # samples of each condition, the first is saved; None: 4 where there is truth to score, else 1
+trajectory = False  # also write the states of the first draw at all times (B, steps + 1, T, D), as *_trajectory.npy
+interpolate = ""  # i,j or i,j,n: instead, n (8) samples on the way from condition i to condition j, of one noise
 batch_size = 64
 seed = 0
 # ---- system
@@ -70,7 +76,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         map; auto, float32, bfloat16 or float16. Norms, biases and the state are float32.
     grid: (H, W) of a diffusers model; by default square
     Returns a namespace: model, flow (FlowConfig), cond and target (Normalizer), stats (None for a diffusers model, as
-    are data_dir, cond_tokens and config), data_dir, cond_tokens, config (the run's), iter, device, dtype.
+    are data_dir, cond_tokens and config), path, data_dir, cond_tokens, config (the run's), iter, device, dtype.
     Raises ValueError with one line on what is wrong.
     """
     path, device = Path(path), pick_device(device)
@@ -109,7 +115,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
             raise ValueError(unreadable(path, e)) from e
     return SimpleNamespace(
         model=model.eval().requires_grad_(False), flow=flow_config, **normalizers, **ckpt,
-        data_dir=ckpt["config"] and ckpt["config"]["data_dir"], device=device, dtype=dtype,
+        path=path, data_dir=ckpt["config"] and ckpt["config"]["data_dir"], device=device, dtype=dtype,
     )  # fmt: skip
 
 
@@ -117,22 +123,25 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
 def generate(
     loaded,
     cond,
-    steps=12,
-    method="midpoint",
-    guidance=1.0,
-    seed=0,
+    steps=10,
+    method="ab2",
     shift=1.0,
+    guidance=1.0,
+    guidance_interval=(0.0, 1.0),
+    seed=0,
     draw=0,
     first=0,
+    same_noise=False,
     trajectory=False,
-):
+):  # fmt: skip
     """Generate target embeddings for raw conditions.
 
     loaded: from load(); cond: (B, S, C) array or tensor, raw (not normalized)
     steps, method, shift: of the solver, see flow.integrate
-    guidance: classifier-free guidance scale; 1 is none
+    guidance, guidance_interval: classifier-free guidance scale, 1 is none, and from which t to which it acts
     seed, draw, first: sample i starts from noise that is a function of (seed, first + i, draw)
         alone, so neither the batch size nor the number of conditions changes a sample
+    same_noise: all start from that of (seed, first, draw)
     trajectory: return the states at every step, noise first, instead of the last alone
     Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
     Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
@@ -146,30 +155,35 @@ def generate(
     if not cond.isfinite().all():
         bad = (~cond.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         raise ValueError(f"NaN or Inf in {len(bad)} of {len(cond)} conditions, the first is number {first + bad[0]}")
-    rows = range(first, first + len(cond))
+    rows = [first] * len(cond) if same_noise else range(first, first + len(cond))
     x = loaded.flow.sigma_max * flow.sample_noise(rows, (T, model.config.target_dim), seed, draw).to(loaded.device)
     half = loaded.dtype != "float32"
     with torch.autocast(torch.device(loaded.device).type, getattr(torch, loaded.dtype), enabled=half):
-        velocity = flow.guided_velocity(model, loaded.cond.encode(cond.to(loaded.device)), loaded.flow, guidance)
+        cond = loaded.cond.encode(cond.to(loaded.device))
+        velocity = flow.guided_velocity(model, cond, loaded.flow, guidance, guidance_interval)
         states = flow.integrate(velocity, x, steps, method, shift, trajectory=trajectory)
     return loaded.target.decode(states).cpu()
 
 
-def interpolate(loaded, cond_a, cond_b, n=8, **settings):
-    """Targets for n conditions on the line from cond_a (S, C) to cond_b, all from the same noise:
-    (n, T, D). `settings` are generate()'s."""
-    weights = torch.linspace(0, 1, n)
-    a, b = torch.as_tensor(cond_a).float(), torch.as_tensor(cond_b).float()
-    return torch.cat([generate(loaded, torch.lerp(a, b, w)[None], **settings) for w in weights])
+def interpolate_embeddings(loaded, cond_a, cond_b, n=8, **settings):
+    """Targets (n, T, D) for n conditions on the line from cond_a (S, C) to cond_b, all from the same noise.
+    `settings` are generate()'s."""
+    return generate(loaded, line(cond_a, cond_b, n), same_noise=True, **settings)
+
+
+def line(a, b, n):
+    a, b = (torch.from_numpy(np.array(x, np.float32)) for x in (a, b))
+    return torch.lerp(a, b, torch.linspace(0, 1, n)[:, None, None])  # (n, S, C)
 
 
 def read_conditions(path, key):
-    """Array (B, S, C) and items [{key, caption}] of a .npy or, through the safe reader, a .pkl or .pt."""
+    """Conditions (B, S, C), an array or what can be sliced like one, and a function that gives their items
+    [{key, caption}], of a .npy or, through the safe reader, a .pkl or .pt."""
     if str(path).endswith((".pkl", ".pickle", ".pt", ".pth")):
         content = load_pickle(path)
-        array = np.asarray(get_rows(content, key, path))
-        named = {name: content.get(name) or [None] * len(array) for name in ("keys", "captions")}
-        return array, list(items(named, path))
+        rows = get_rows(content, key, path)
+        named = {name: content.get(name) or [None] * len(rows) for name in ("keys", "captions")}
+        return rows, lambda: list(items(named, path))
     if not str(path).endswith(".npy"):
         raise ValueError(f"{path}: conditions are read from .npy, .pkl or .pt files")
     try:
@@ -178,108 +192,200 @@ def read_conditions(path, key):
         raise ValueError(f"{path}: {e}") from e
     if array.ndim != 3 or array.dtype.kind not in "fiu":
         raise ValueError(f"{path}: holds {array.dtype} of shape {array.shape}, not numbers of shape (B, S, C)")
-    return array, [{"key": None, "caption": None}] * len(array)
+    return array, lambda: [{"key": None, "caption": None}] * len(array)
+
+
+class Output:
+    """.npy files that processes fill together, a batch of rows at a time, and that have their names when all is there.
+    Beside them, until then, is noted which batches are: the same run, interrupted, goes on from there.
+
+    files: {path: shape}; n: batches; settings: all that decides their content; wait(): until all processes have come
+
+    Written, not mapped: what is written is not this process's memory, and a full disk is an OSError, not a SIGBUS.
+    """
+
+    def __init__(self, files, n, settings, master, wait):
+        self.partial = {path: path.with_name(path.name + ".partial") for path in files}
+        self.master, self.wait, head = master, wait, json.dumps(settings).encode() + b"\n"
+        self.path, self.start = next(iter(files)).with_suffix(".progress"), len(head)
+        known = self.path.is_file() and all(path.is_file() for path in self.partial.values())
+        if master and not (known and self.path.read_bytes()[: len(head)] == head):
+            self.path.unlink(missing_ok=True)
+            for path, shape in files.items():
+                np.lib.format.open_memmap(self.partial[path], "w+", np.float32, shape)  # a header, then a hole
+            replace_file(self.path, lambda f: f.write(head + b"." * n))
+        wait()
+        done = self.path.read_bytes()[len(head) :]
+        self.due = [i for i in range(n) if done[i : i + 1] == b"."]
+        wait()  # until all have read it
+        self.offset = {path: np.load(partial, mmap_mode="r").offset for path, partial in self.partial.items()}
+
+    def write(self, batch, first, arrays):
+        """Rows `first` and on of each file, {path: array}; then that the batch is done."""
+        for path, array in arrays.items():
+            self.put(self.partial[path], self.offset[path] + first * array[0].nbytes, np.ascontiguousarray(array))
+        self.put(self.path, self.start + batch, b"x")
+
+    def put(self, path, offset, data):
+        with open(path, "r+b") as f:
+            f.seek(offset)
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())  # in this order, also where the power fails
+
+    def close(self):
+        self.wait()
+        if self.master:
+            self.path.unlink()
+            for path, partial in self.partial.items():
+                os.replace(partial, path)
+
+
+def numbers(text, kind, what):
+    try:
+        return tuple(map(kind, text.split(",")))
+    except ValueError as e:
+        raise ValueError(f"{what}={text!r} must be numbers with commas between them") from e
 
 
 def main():
     config = configure(globals())
-    print(" ".join(f"{k}={v}" for k, v in config.items()))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0:
+        print(" ".join(f"{k}={v}" for k, v in config.items()))
+    code = 0
     try:
-        run()
+        run(config, rank, world_size)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        code = 130
+    if world_size > 1:
+        from parallel import leave
+
+        leave(code)
+    sys.exit(code)
 
 
-def run():
+def run(config, rank, world_size):
     torch.set_float32_matmul_precision("medium")  # as in train.py
+    master, place, wait = rank == 0, pick_device(device), lambda: None
+    if world_size > 1:
+        from torch.distributed import barrier as wait
+
+        from parallel import start
+
+        place = start(place, timeout=7 * 24 * 60)  # nobody waits for another before the end
     data = open_dataset(data_dir) if data_dir else None
     path = Path(out_dir) if checkpoint == "ckpt_best.pt" else Path(out_dir) / checkpoint  # or a diffusers model
-    loaded = load(path, device, weights, dtype, data and tuple(data["meta"]["grid"]))
+    loaded = load(path, place, weights, dtype, data and tuple(data["meta"]["grid"]))
     folder = data_dir or loaded.data_dir
     if loaded.stats is None:  # a diffusers model has none
         loaded.stats = data and data["stats"]
     if plot and loaded.stats is None:
         raise ValueError(f"{out_dir} holds no statistics for the picture's colours: add --data_dir=DIR")
-    target = Path(save or Path(out_dir) / "generated.npy")
+    target = Path(save or Path(out_dir) / ("interpolation.npy" if interpolate else "generated.npy"))
     if target.suffix != ".npy":
         raise ValueError(f"save={save!r} must end in .npy")
     for path in (target, Path(save_pickle)):
         if not path.parent.is_dir():
             raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
     if cond:
-        (conditions, items), truth = read_conditions(cond, cond_key), None
+        (conditions, get_items), truth = read_conditions(cond, cond_key), None
     elif folder is None:
         raise ValueError(f"{out_dir} says of no dataset: add --cond=FILE.npy, or --data_dir=DIR for its conditions")
     elif split in ("val", "train"):
         data = data or open_dataset(folder)
         conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
-        items = [json.loads(line) for line in (Path(folder) / f"{split}_items.jsonl").read_text().splitlines()]
+        lines = (Path(folder) / f"{split}_items.jsonl").read_text
+        get_items = lambda: [json.loads(line) for line in lines().splitlines()]  # noqa: E731
     else:
         raise ValueError(f"split={split!r} is unknown; it is one of val, train")
-    H, W = loaded.model.config.grid
-    n = len(conditions) if subset_size is None else min(subset_size, len(conditions))
-    if n < 1 or draws < 1 or batch_size < 1:
-        raise ValueError(f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}")
-    shape = H * W, loaded.model.config.target_dim
+    shape = loaded.model.config.grid[0] * loaded.model.config.grid[1], loaded.model.config.target_dim
     if truth is not None and truth.shape[1:] != shape:
         raise ValueError(f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}")
-    conditions, truth, items = conditions[:n], None if truth is None else truth[:n], items[:n]
+    origin = None  # number of the sample whose noise all have
+    if interpolate:
+        origin, end, count = (*numbers(interpolate, int, "interpolate"), -1, 8)[:3]
+        if not (0 <= origin < len(conditions) and 0 <= end < len(conditions) and count > 1):
+            raise ValueError(
+                f"interpolate={interpolate!r}: i,j or i,j,n, of {len(conditions)} conditions, n at least 2"
+            )
+        conditions = line(*(conditions[i : i + 1][0] for i in (origin, end)), count).numpy()
+        truth, get_items = None, lambda: [{"key": None, "caption": None}] * count  # noqa: E731
+    n = len(conditions) if subset_size is None else min(subset_size, len(conditions))
+    n_draws = draws if draws is not None else 1 if truth is None else 4
+    if n < 1 or n_draws < 1 or batch_size < 1:
+        raise ValueError(f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}")
+    settings = dict(steps=steps, method=method, shift=shift, guidance=guidance, seed=seed, same_noise=bool(interpolate))
+    settings["guidance_interval"] = numbers(guidance_interval, float, "guidance_interval")
+    # one sample in one step: what is wrong shows before a file is made
+    generate(loaded, np.array(conditions[:1]), **settings | {"steps": min(steps, 1)})
 
-    n_draws = draws if truth is not None or save_draws or plot else 1
-    samples = np.empty((n, n_draws, *shape), np.float32)
-    start = time.perf_counter()
-    with tqdm(total=n * n_draws, unit="sample") as bar:
-        for first in range(0, n, batch_size):
-            rows = slice(first, min(first + batch_size, n))
-            batch = np.array(conditions[rows])
+    draws_file, states_file = (target.with_name(f"{target.stem}_{name}.npy") for name in ("draws", "trajectory"))
+    files = {target: (n, *shape)} | ({draws_file: (n, n_draws, *shape)} if n_draws > 1 else {})
+    files |= {states_file: (n, steps + 1, *shape)} if trajectory else {}
+    read = [Path(cond or Path(folder) / f"{split}_cond.npy"), *(sorted(loaded.path.glob("*")) or [loaded.path])]
+    identity = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in read]
+    batches = -(-n // batch_size)
+    output = Output(files, batches, config | {"read": identity}, master, wait)
+    if master and len(output.due) < batches:
+        print(f"{batches - len(output.due)} of {batches} batches were there")
+    calls, clock = [], time.perf_counter()
+    loaded.model.register_forward_hook(lambda *call: calls.append(1))
+    due = output.due[rank::world_size]
+    with tqdm(total=len(due) * n_draws, unit="batch", disable=not master) as bar:
+        for batch in due:
+            first = batch * batch_size
+            rows = np.array(conditions[first : min(first + batch_size, n)])
+            drop_pages(conditions)
+            made = []
             for draw in range(n_draws):
-                samples[rows, draw] = generate(loaded, batch, steps, method, guidance, seed, shift, draw, first)
-                bar.update(len(batch))
-    seconds = time.perf_counter() - start
-    evaluations = steps * len(flow.METHODS[method][2]) * (1 if guidance == 1 else 2)
+                where = dict(draw=draw, first=origin if interpolate else first)
+                made.append(generate(loaded, rows, **settings, **where, trajectory=trajectory and draw == 0).numpy())
+                bar.update()
+            arrays = {states_file: made[0].swapaxes(0, 1)} if trajectory else {}
+            made[0] = made[0][-1] if trajectory else made[0]
+            arrays |= {target: made[0]} | ({draws_file: np.stack(made, 1)} if n_draws > 1 else {})
+            output.write(batch, first, arrays)
+    output.close()
+    seconds, evaluations = time.perf_counter() - clock, len(calls) // max(1, len(due) * n_draws)
+    if not master:
+        return
     print(f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {seconds:.1f} s")
-
-    np.save(target, samples[:, 0])
-    print(f"wrote {target} {samples[:, 0].shape}")
-    if save_draws:
-        np.save(target.with_name(f"{target.stem}_draws.npy"), samples)
-        print(f"wrote {target.with_name(f'{target.stem}_draws.npy')} {samples.shape}")
-    (Path(out_dir) / "metrics.json").unlink(missing_ok=True)  # of an earlier run's samples
-    metrics = None if truth is None else evaluate(loaded, data, conditions, truth, samples)
+    samples = np.load(draws_file if n_draws > 1 else target, mmap_mode="r").reshape(n, n_draws, *shape)
+    if not save_draws and n_draws > 1:
+        files.pop(draws_file)
+        draws_file.unlink()  # what is mapped can still be read
+    for path, shape in files.items():
+        print(f"wrote {path} {shape}")
+    metrics = None
+    if not interpolate:
+        (Path(out_dir) / "metrics.json").unlink(missing_ok=True)  # of an earlier run's samples
+    if truth is not None:
+        metrics, text = score.report(samples, data, split)
+        print(text)
+        replace_file(Path(out_dir) / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     if save_pickle:
+        named = get_items()[:n]
         results = {
-            "eva_embeddings": np.asarray(conditions),
-            "clip_targets": None if truth is None else np.asarray(truth),
-            "generated_clip": samples[:, 0],
-            "captions": [item["caption"] for item in items],
-            "keys": [item["key"] for item in items],
+            "eva_embeddings": np.asarray(conditions[:n]),
+            "clip_targets": None if truth is None else np.asarray(truth[:n]),
+            "generated_clip": np.asarray(samples[:, 0]),
+            "captions": [item["caption"] for item in named],
+            "keys": [item["key"] for item in named],
             "generation_metrics": metrics,
         }
-        Path(save_pickle).write_bytes(pickle.dumps(results, protocol=4))
+        replace_file(save_pickle, lambda f: pickle.dump(results, f, protocol=5))
         print(f"wrote {save_pickle}")
     if plot:
         from plot import draw_samples
 
         picture = Path(out_dir) / "samples.png"
-        draw_samples(picture, conditions, truth, samples, (H, W), loaded.stats, folder)
+        draw_samples(picture, conditions, truth, samples, loaded.model.config.grid, loaded.stats, folder)
         print(f"wrote {picture}")
-
-
-def evaluate(loaded, data, conditions, truth, out):
-    """Score the draws (B, draws, T, D), print a table beside the baselines, write metrics.json."""
-    to_cond, to_target = (
-        score.standardizer(loaded.stats[f"{n}_mean"], loaded.stats[f"{n}_std"]) for n in ("cond", "target")
-    )
-    samples, target = to_target(out), to_target(truth)
-    ridge = score.Ridge(data["train_cond"], data["train_target"], to_cond, to_target)
-    result = score.report(samples[:, 0], target, ridge(conditions))
-    rows = {"generated": result}
-    if out.shape[1] > 1:
-        result["mean_of_draws"] = {"draws": out.shape[1], **score.metrics(samples.mean(1), target)}
-        rows[f"mean of {out.shape[1]}"] = result["mean_of_draws"]
-    print(score.table(rows | result["baselines"]))
-    (Path(out_dir) / "metrics.json").write_text(json.dumps(result, indent=1))
-    return result
 
 
 if __name__ == "__main__":

@@ -10,11 +10,17 @@ explains a share R^2 of the target's variance, one exact draw from p(target | co
 expected cosine near R^2, and the conditional mean, the best any regressor can do, near R.
 
 Baselines: `mean` predicts the training mean; `ridge` regresses a token on the condition's
-token at the same place (or on the pooled condition, if the token counts differ); `shuffled`
-scores the generated samples against the truth of another condition.
+token at the same place (or on the pooled condition, if the token counts differ); `nearest`
+takes the target of the training sample whose pooled condition is nearest; `shuffled` scores
+the generated samples against the truth of another condition; `floor` scores targets of the
+training set, which are exact samples, but of no condition: what the Frechet distance of so
+many perfect samples is.
+
+Of several draws of each condition, it is also measured whether their spread is the truth's.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -31,6 +37,13 @@ METRICS = {  # name: what it says, and which way is better
     "std_ratio": "standard deviation per channel, generated over true, root mean square (near 1)",
     "snr_db": "10 log10 of true power over error power (higher)",
 }
+SPREAD = {  # of several draws of each condition
+    "spread_ratio": "their standard deviation over that of the truth about their mean (1: as it should be)",
+    "energy_score": "distance of draw and true token less half that of two draws (lower; of one prediction its l2)",
+    "coverage": "share of true values between the lowest and the highest draw (near (draws - 1) / (draws + 1))",
+}
+LIMIT = 5000  # samples that are scored, unless told: the first ones
+GROUPS = 20  # of samples, which the bootstrap resamples
 
 
 def cosine(a, b):
@@ -38,55 +51,158 @@ def cosine(a, b):
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-12)
 
 
-def moments(x):
-    """(..., D) -> mean (D,), covariance (D, D), in float64 and in bounded memory."""
-    x = x.flatten(0, -2)
-    mean, cov = x.mean(0, dtype=torch.float64), 0
-    for part in x.split(65536):
-        centred = part.double() - mean
-        cov = cov + centred.T @ centred
-    return mean, cov / max(len(x) - 1, 1)
-
-
-def frechet_distance(a, b):
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets of vectors (..., D), as in
-    FID (Heusel et al. 2017, arXiv 1706.08500), on the tokens themselves."""
-    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two Gaussians, (D,) and (D, D), as in
+    FID (Heusel et al. 2017, arXiv 1706.08500)."""
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace)
 
 
-def retrieval_r1(generated, target):
-    """Share of pooled samples (N, D) whose own target is the nearest by cosine; ties share the hit."""
-    unit = target / target.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    hits = 0.0
+def retrieval_hits(generated, target):
+    """(N,): 1 where of all pooled targets (N, D) a pooled sample's own is the nearest by cosine, 1/k where k tie."""
+    unit, hits = target / target.norm(dim=-1, keepdim=True).clamp(min=1e-12), []
     for start in range(0, len(generated), 1024):
         similarity = generated[start : start + 1024] @ unit.T
         own = similarity[torch.arange(len(similarity)), torch.arange(start, start + len(similarity))][:, None]
-        hits += ((similarity > own).sum(1) == 0).double().div((similarity == own).sum(1)).sum().item()
-    return hits / len(generated)
+        hits.append(((similarity > own).sum(1) == 0).double() / (similarity == own).sum(1))
+    return torch.cat(hits)
+
+
+def add_up(n, groups, measure):
+    """{name: (groups, ...)}: sums in float64 of what measure(rows) returns, {name: value}, over the rows of each
+    group, a chunk at a time. Figures are functions of such sums, so that memory does not grow with n."""
+    totals = []
+    for rows in np.array_split(np.arange(n), groups):
+        total = {}
+        for part in np.array_split(rows, -(-len(rows) // 256)):
+            for name, value in measure(part).items():
+                total[name] = total.get(name, 0) + torch.as_tensor(value, dtype=torch.float64)
+        totals.append(total)
+    return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+
+def bootstrap(sums, values, repeats=50):
+    """{name: half the width of a 95% confidence interval} of values({name: sums over all groups}).
+
+    The bootstrap's standard error (Efron and Tibshirani 1993, chapters 6 and 13) over groups of samples, times 1.96:
+    unlike percentiles it is right for the Frechet distance, which is larger the fewer different samples there are.
+    """
+    rng, groups, results = np.random.default_rng(0), len(next(iter(sums.values()))), []
+    for _ in range(repeats if groups > 1 else 0):
+        weights = torch.from_numpy(np.bincount(rng.integers(groups, size=groups), minlength=groups)).double()
+        results.append(values({name: torch.tensordot(weights, value, 1) for name, value in sums.items()}))
+    spread = {name: np.std([r[name] for r in results], ddof=1) for name in (results[0] if results else ())}
+    return {name: float(1.96 * (groups / (groups - 1)) ** 0.5 * value) for name, value in spread.items()}
+
+
+def measure_set(samples, n, groups=1):
+    """Sums over the groups of n samples, samples(rows) -> (B, T, D), and their means over tokens (n, D)."""
+    pooled = []
+
+    def measure(rows):
+        x = samples(rows)
+        pooled.append(x.mean(1))
+        flat = x.flatten(0, 1).double()
+        return {"tokens": len(flat), "norm": x.norm(dim=-1).sum(), "first": flat.sum(0), "second": flat.T @ flat}
+
+    return add_up(n, groups, measure), torch.cat(pooled)
+
+
+def measure_pairs(samples, truth, pooled, true_pooled, groups=1):
+    """Sums over the groups of what compares each of n samples with its own truth."""
+    hits = retrieval_hits(pooled, true_pooled)
+
+    def measure(rows):
+        x, y = samples(rows), truth(rows)
+        return {
+            "pairs": len(rows),
+            "cosine": cosine(x, y).mean(1).sum(),
+            "pooled_cosine": cosine(pooled[rows], true_pooled[rows]).sum(),
+            "hits": hits[rows].sum(),
+            "distance": (x - y).norm(dim=-1).mean(1).sum(),
+            "error": (x - y).square().sum(),
+        }
+
+    return add_up(len(pooled), groups, measure)
+
+
+def combine(sums):
+    """METRICS of the sums over all samples: `pairs` and so on, and those of the two sets, behind a_ and b_."""
+    moments = {}
+    for side in "ab":
+        n, mean = sums[f"{side}_tokens"], sums[f"{side}_first"] / sums[f"{side}_tokens"]
+        moments[side] = mean, (sums[f"{side}_second"] - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
+    (mean_a, cov_a), (mean_b, cov_b) = moments["a"], moments["b"]
+    pairs = sums["pairs"]
+    return {
+        "token_cosine": float(sums["cosine"] / pairs),
+        "pooled_cosine": float(sums["pooled_cosine"] / pairs),
+        "retrieval_r1": float(sums["hits"] / pairs),
+        "frechet": frechet_distance(mean_a, cov_a, mean_b, cov_b),
+        "l2": float(sums["distance"] / pairs),
+        "norm_ratio": float(sums["a_norm"] / sums["b_norm"]),
+        "std_ratio": float((cov_a.trace() / cov_b.trace()).sqrt()),
+        "snr_db": float(10 * torch.log10(sums["b_second"].trace() / sums["error"].clamp(min=1e-12))),
+    }
+
+
+class Scorer:
+    """METRICS of sets of samples against one truth.
+
+    truth: function of rows -> standardized (B, T, D); n: how many samples it has; groups: of them, for the bootstrap
+    """
+
+    def __init__(self, truth, n, groups=GROUPS):
+        self.truth, self.n, self.groups = truth, n, min(groups, n)
+        self.sums, self.pooled = measure_set(truth, n, self.groups)
+
+    def __call__(self, samples, confidence=False):
+        """(metrics, half-widths of their 95% confidence intervals, {} without `confidence`) of samples(rows)."""
+        sums, pooled = measure_set(samples, self.n, self.groups)
+        pairs = measure_pairs(samples, self.truth, pooled, self.pooled, self.groups)
+        both = pairs | {f"a_{k}": v for k, v in sums.items()} | {f"b_{k}": v for k, v in self.sums.items()}
+        result = combine({name: value.sum(0) for name, value in both.items()})
+        return result, bootstrap(both, combine) if confidence else {}
+
+    def spread(self, draws):
+        """(SPREAD, half-widths) of draws(rows) -> (B, draws, T, D), at least 2 of each condition.
+
+        spread_ratio is the ensemble forecasters' (Fortin et al. 2014, equation 15): if the truth is one more draw,
+        its mean square distance from the mean of M draws is (1 + 1/M) times their variance. The energy score
+        (Gneiting and Raftery 2007, equation 21), here of tokens, is lowest in expectation for the true distribution.
+        """
+
+        def measure(rows):
+            x, y = draws(rows), self.truth(rows)[:, None]
+            M = x.shape[1]
+            to_truth = (x - y).norm(dim=-1).mean((1, 2)).sum()
+            apart = sum((x[:, i] - x[:, j]).norm(dim=-1).mean(1).sum() for i in range(M) for j in range(i))
+            return {
+                "pairs": len(rows),
+                "variance": (1 + 1 / M) * x.var(1).mean((1, 2)).sum(),
+                "error": (x.mean(1) - y[:, 0]).square().mean((1, 2)).sum(),
+                "energy": to_truth - apart / (M * (M - 1)),
+                "inside": ((x.amin(1) <= y[:, 0]) & (y[:, 0] <= x.amax(1))).double().mean((1, 2)).sum(),
+            }
+
+        def values(sums):
+            ratio = (sums["variance"] / sums["error"].clamp(min=1e-12)).sqrt()
+            energy, inside = sums["energy"] / sums["pairs"], sums["inside"] / sums["pairs"]
+            return {"spread_ratio": float(ratio), "energy_score": float(energy), "coverage": float(inside)}
+
+        sums = add_up(self.n, self.groups, measure)
+        return values({name: value.sum(0) for name, value in sums.items()}), bootstrap(sums, values)
 
 
 def metrics(generated, target):
-    """The metrics above, as floats, of two standardized float tensors (N, T, D)."""
+    """METRICS, as floats, of two standardized float tensors (N, T, D)."""
     if generated.shape != target.shape:
         raise ValueError(
             f"generated {tuple(generated.shape)} and true {tuple(target.shape)} embeddings differ in shape"
         )
-    error, pooled, pooled_target = generated - target, generated.mean(1), target.mean(1)
-    flat, flat_target = generated.flatten(0, 1), target.flatten(0, 1)
-    return {
-        "token_cosine": cosine(generated, target).mean().item(),
-        "pooled_cosine": cosine(pooled, pooled_target).mean().item(),
-        "retrieval_r1": retrieval_r1(pooled, pooled_target),
-        "frechet": frechet_distance(generated, target),
-        "l2": error.norm(dim=-1).mean().item(),
-        "norm_ratio": (generated.norm(dim=-1).mean() / target.norm(dim=-1).mean()).item(),
-        "std_ratio": (flat.var(0).mean() / flat_target.var(0).mean()).sqrt().item(),
-        "snr_db": 10 * torch.log10(target.square().mean() / error.square().mean().clamp(min=1e-12)).item(),
-    }
+    return Scorer(target.__getitem__, len(target), groups=1)(generated.__getitem__)[0]
 
 
 class Ridge:
@@ -143,18 +259,81 @@ def standardizer(mean, std):
     """Function from raw (..., D) arrays or tensors to standardized float32 tensors."""
     mean, std = (torch.as_tensor(s, dtype=torch.float32) for s in (mean, std))
     std = std.where(std > 1e-6, 1.0)
-    return lambda x: (torch.as_tensor(np.array(x)).float() - mean) / std
+    return lambda x: ((x if torch.is_tensor(x) else torch.from_numpy(np.array(x))).float() - mean) / std
 
 
-def report(generated, target, ridge=None):
-    """metrics() of standardized `generated` against `target`, with the key `baselines`."""
-    out = metrics(generated, target)
-    out["baselines"] = {"mean": metrics(torch.zeros_like(target), target)}
-    if ridge is not None:
-        out["baselines"]["ridge"] = metrics(ridge, target)
-    if len(target) > 1:
-        out["baselines"]["shuffled"] = metrics(generated.roll(1, 0), target)
-    return out
+def nearest(train_cond, rows, cond, encode):
+    """(N,) of `rows`, of training samples, that whose pooled condition is nearest to that of each of `cond` (N, S, C),
+    by cosine."""
+
+    def pooled(array, rows):
+        return torch.cat([encode(array[part]).mean(1) for part in np.array_split(rows, -(-len(rows) // 256))])
+
+    train, found = pooled(train_cond, rows), []
+    train /= train.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    for part in pooled(cond, np.arange(len(cond))).split(1024):
+        found.append((part @ train.T).argmax(1))
+    return rows[torch.cat(found).numpy()]
+
+
+def baselines(data, split, n):
+    """{name: function of rows -> standardized (B, T, D)} for the first n samples of a split: `truth`, and what to read
+    generated samples against. data: the arrays of a dataset and its `stats`, as prepare.open_dataset gives them"""
+    to_cond, to_target = (
+        standardizer(*(data["stats"][f"{k}_{s}"] for s in ("mean", "std"))) for k in ("cond", "target")
+    )
+    train_cond, train_target, cond, target = (data[f"{s}_{k}"] for s in ("train", split) for k in ("cond", "target"))
+    ridge = Ridge(train_cond, train_target, to_cond, to_target)
+    result = {
+        "truth": lambda rows: to_target(target[rows]),
+        "mean": lambda rows: torch.zeros(len(rows), *target.shape[1:]),
+        "ridge": lambda rows: ridge(cond[rows]),
+    }
+    others = np.arange(n if split == "train" else 0, len(train_cond))  # not the samples themselves
+    if len(others):
+        some = others[np.unique(np.linspace(0, len(others) - 1, 16384).astype(int))]
+        neighbours, spaced = (
+            nearest(train_cond, some, cond[:n], to_cond),
+            others[np.linspace(0, len(others) - 1, n).astype(int)],
+        )
+        result["nearest"] = lambda rows: to_target(train_target[neighbours[rows]])
+        result["floor"] = lambda rows: to_target(train_target[spaced[rows]])
+    return result
+
+
+def report(generated, data, split="val", limit=LIMIT):
+    """Score raw `generated` (N, T, D), or (N, draws, T, D), against the first N samples of a split, at most `limit`.
+
+    Returns {metric: value} of the first draw, with `samples` (how many), `confidence` (half-widths of 95% intervals),
+    `baselines` {name: metrics} and, of several draws, `mean_of_draws` (metrics) and `spread` (SPREAD and how sure);
+    and a text that says it.
+    """
+    n, several = min(len(generated), limit), generated.ndim == 4
+    rows = baselines(data, split, n)
+    encode = standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
+    first = (lambda rows: encode(generated[rows, 0])) if several else (lambda rows: encode(generated[rows]))
+    scorer = Scorer(rows.pop("truth"), n)
+    result, confidence = scorer(first, confidence=True)
+    lines = {"generated": result} | ({"+- (95%)": confidence} if confidence else {})
+    result = result | {"samples": n, "confidence": confidence}
+    if several and generated.shape[1] > 1:
+        M = generated.shape[1]
+        result["mean_of_draws"] = lines[f"mean of {M}"] = scorer(lambda rows: encode(generated[rows]).mean(1))[0]
+        spread, width = scorer.spread(lambda rows: encode(generated[rows]))
+        result["mean_of_draws"] = {"draws": M, **result["mean_of_draws"]}
+        result["spread"] = {"draws": M, **spread, "confidence": width}
+    result["baselines"] = {name: scorer(samples)[0] for name, samples in rows.items()}
+    if n > 1:
+        result["baselines"]["shuffled"] = scorer(lambda rows: first((rows + 1) % n))[0]
+    text = table(lines | result["baselines"])
+    if "spread" in result:
+        l2 = ", ".join(
+            f"{name} {row['l2']:.4f}" for name, row in result["baselines"].items() if name in ("ridge", "mean")
+        )
+        notes = {"spread_ratio": "1", "energy_score": f"l2 of {l2}", "coverage": f"{(M - 1) / (M + 1):.4f}"}
+        values = [f"{name} {spread[name]:.4f} +- {width.get(name, 0):.4f} ({note})" for name, note in notes.items()]
+        text += f"\n{M} draws of each condition: " + ", ".join(values)
+    return result, text
 
 
 def table(rows):
@@ -169,27 +348,35 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("generated", help=".npy of raw embeddings (N, T, D), in the order of the split")
+    parser.add_argument(
+        "generated",
+        help=".npy of raw embeddings in the order of the split, (N, T, D) or, of several draws, (N, draws, T, D)",
+    )
     parser.add_argument("--data_dir", required=True, help="dataset folder written by prepare.py")
     parser.add_argument("--split", default="val", choices=["train", "val"])
+    parser.add_argument("--limit", type=int, help=f"score the first so many samples only; by default at most {LIMIT}")
+    parser.add_argument("--save", help=".json to write")
     args = parser.parse_args()
     folder = Path(args.data_dir)
     try:
-        arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("train_cond", "train_target")}
-        cond, target = (np.load(folder / f"{args.split}_{n}.npy", mmap_mode="r") for n in ("cond", "target"))
+        names = [f"{s}_{k}" for s in {"train", args.split} for k in ("cond", "target")]
+        data = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
         with np.load(folder / "stats.npz") as stats:
-            to_cond, to_target = (standardizer(stats[f"{n}_mean"], stats[f"{n}_std"]) for n in ("cond", "target"))
-        generated = np.load(args.generated)
+            data["stats"] = dict(stats)
+        generated = np.load(args.generated, mmap_mode="r")
     except (OSError, ValueError, EOFError) as e:
         sys.exit(f"error: {e} (--data_dir is a folder that prepare.py wrote)")
-    if not isinstance(generated, np.ndarray) or generated.dtype.kind != "f" or generated.shape != target.shape:
-        held = getattr(generated, "shape", type(generated).__name__), getattr(generated, "dtype", "")
-        sys.exit(f"error: {args.generated} holds {held}; the {args.split} targets are floats of {target.shape}")
-    if not np.isfinite(generated).all():
+    N, T, D = data[f"{args.split}_target"].shape
+    n = args.limit or min(N, LIMIT)
+    held = generated.shape if isinstance(generated, np.ndarray) and generated.dtype.kind == "f" else ()
+    if len(held) not in (3, 4) or held[-2:] != (T, D) or not (held[0] == N or args.limit and n <= held[0] <= N):
+        sys.exit(f"error: {args.generated} holds {held or 'no floats'}; the {args.split} targets are {(N, T, D)}")
+    if not all(np.isfinite(generated[i : i + 256]).all() for i in range(0, n, 256)):
         sys.exit(f"error: {args.generated} holds NaN or Inf")
-    ridge = Ridge(arrays["train_cond"], arrays["train_target"], to_cond, to_target)
-    result = report(to_target(generated), to_target(target), ridge(cond))
-    print(table({"generated": result, **result["baselines"]}))
+    result, text = report(generated, data, args.split, n)
+    print(text)
+    if args.save:
+        Path(args.save).write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -103,9 +103,21 @@ class Rows:
         self.source = np.dtype("f4") if pieces[0].dtype == unpickle.BFLOAT16 else pieces[0].dtype.newbyteorder("=")
         self.dtype = self.source if dtype == "source" else np.dtype(dtype)
         self.layout = [self.tokens, self.channels, self.dtype.name]
+        self.ends = np.cumsum([len(piece) for piece in pieces])
 
     def __len__(self):
-        return sum(map(len, self.pieces))
+        return int(self.ends[-1])
+
+    def __getitem__(self, rows):
+        """The samples of a slice, (n, tokens, channels), a copy of which nothing but itself stays in memory."""
+        first, stop, _ = rows.indices(len(self))
+        pieces = range(np.searchsorted(self.ends, first, "right"), np.searchsorted(self.ends, stop) + 1)
+        starts = [self.ends[i] - len(self.pieces[i]) for i in pieces]
+        parts = [self.convert(self.pieces[i][max(first - s, 0) : stop - s]) for i, s in zip(pieces, starts)]
+        samples = np.concatenate(parts)
+        for i in pieces:
+            unpickle.drop_pages(self.pieces[i])
+        return samples
 
     @property
     def nbytes(self):

@@ -57,7 +57,7 @@ preload = False  # read the arrays into memory at the start (each process its ow
 eval_batch_size = 64
 eval_size = 2048  # validation samples in an evaluation, the first ones
 eval_samples = 64  # of them, how many are also generated and scored
-eval_sample_steps = 10  # midpoint steps for these
+eval_sample_steps = 10  # of the solver, for these
 # ---- model
 dim = 1792
 n_layer = 24

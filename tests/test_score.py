@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import score
 from conftest import refused, run
+from prepare import open_dataset
 
 
 def test_metrics_on_cases_with_known_values():
@@ -28,15 +31,19 @@ def test_metrics_on_cases_with_known_values():
     assert zero["retrieval_r1"] == pytest.approx(1 / 400)  # all tied: chance, not luck
 
 
+def frechet(a, b):
+    return score.metrics(a, b)["frechet"]
+
+
 def test_frechet_distance_of_known_gaussians():
     """Between N(m, diag(a^2)) and N(0, diag(b^2)) it is |m|^2 + sum (a - b)^2; a rotation of both changes nothing."""
     g = torch.Generator().manual_seed(0)
     a, b, m = torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 1, 3]), torch.tensor([1.0, 0, 2])
     rotation = torch.linalg.qr(torch.randn(3, 3, generator=g))[0]
-    x = torch.randn(200_000, 1, 3, generator=g) * a + m
-    y = torch.randn(200_000, 1, 3, generator=g) * b
-    assert score.frechet_distance(x, y) == pytest.approx(5 + 2, rel=0.02)
-    assert score.frechet_distance(x @ rotation, y @ rotation) == pytest.approx(score.frechet_distance(x, y), rel=1e-3)
+    x = torch.randn(2000, 100, 3, generator=g) * a + m
+    y = torch.randn(2000, 100, 3, generator=g) * b
+    assert frechet(x, y) == pytest.approx(5 + 2, rel=0.02)
+    assert frechet(x @ rotation, y @ rotation) == pytest.approx(frechet(x, y), rel=1e-3)
 
 
 def test_an_exact_draw_has_cosine_r2_and_the_mean_r():
@@ -75,16 +82,149 @@ def test_ridge_equals_scikit_learns(tokens):
     )
 
 
+def test_metrics_equal_other_peoples():
+    """Those of scipy, scikit-learn and numpy, on sets of different means, covariances and sizes of vectors."""
+    from scipy.linalg import sqrtm
+    from scipy.spatial.distance import cosine
+    from sklearn.metrics.pairwise import cosine_similarity
+
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((2, 8, 8))
+    y = rng.standard_normal((300, 4, 8)) @ mix[0] + 1
+    x = 0.7 * y + rng.standard_normal((300, 4, 8)) @ mix[1] - 0.5
+    ours = score.metrics(torch.from_numpy(x), torch.from_numpy(y))
+    flat_x, flat_y, pooled_x, pooled_y = x.reshape(-1, 8), y.reshape(-1, 8), x.mean(1), y.mean(1)
+    cov_x, cov_y = np.cov(flat_x.T), np.cov(flat_y.T)
+    expected = {
+        "token_cosine": np.mean([1 - cosine(a, b) for a, b in zip(flat_x, flat_y)]),
+        "pooled_cosine": np.diag(cosine_similarity(pooled_x, pooled_y)).mean(),
+        "retrieval_r1": (cosine_similarity(pooled_x, pooled_y).argmax(1) == np.arange(300)).mean(),
+        "frechet": ((flat_x.mean(0) - flat_y.mean(0)) ** 2).sum()
+        + np.trace(cov_x + cov_y - 2 * sqrtm(cov_x @ cov_y).real),
+        "l2": np.linalg.norm(x - y, axis=-1).mean(),
+        "norm_ratio": np.linalg.norm(x, axis=-1).mean() / np.linalg.norm(y, axis=-1).mean(),
+        "std_ratio": np.sqrt(np.trace(cov_x) / np.trace(cov_y)),
+        "snr_db": 10 * np.log10((y**2).mean() / ((x - y) ** 2).mean()),
+    }
+    assert ours == pytest.approx(expected, rel=1e-6) and 0.03 < ours["retrieval_r1"] < 0.9
+    assert score.Scorer(torch.from_numpy(y).__getitem__, 300)(torch.from_numpy(x).__getitem__)[0] == pytest.approx(ours)
+
+
+def test_confidence_intervals():
+    """Of a mean they hold the truth in about 95% of cases, as scipy's bootstrap does, and are as wide; of the Frechet
+    distance they are as wide as it varies between data sets."""
+    from scipy.stats import bootstrap
+
+    rng = np.random.default_rng(0)
+
+    def interval(values):
+        parts = np.array_split(values, score.GROUPS)
+        sums = {"n": torch.tensor([len(p) for p in parts]).double(), "x": torch.tensor([p.sum() for p in parts])}
+        return score.bootstrap(sums, lambda total: {"mean": float(total["x"] / total["n"])})["mean"]
+
+    sets = rng.exponential(size=(300, 150))
+    widths = np.array([interval(values) for values in sets])
+    assert 0.89 < (np.abs(sets.mean(1) - 1) < widths).mean() < 0.99
+    theirs = [bootstrap((values,), np.mean, n_resamples=200, method="percentile", rng=rng) for values in sets[:50]]
+    their_width = np.mean([t.confidence_interval.high - t.confidence_interval.low for t in theirs]) / 2
+    assert widths.mean() == pytest.approx(their_width, rel=0.1)
+
+    g = torch.Generator().manual_seed(0)
+    results = []
+    for _ in range(40):
+        x, y = 1.3 * torch.randn(100, 4, 3, generator=g), torch.randn(100, 4, 3, generator=g)
+        values, width = score.Scorer(y.__getitem__, 100)(x.__getitem__, confidence=True)
+        results.append((values["frechet"], width["frechet"]))
+    values, widths = np.array(results).T
+    assert widths.mean() == pytest.approx(1.96 * values.std(), rel=0.25)
+
+
+def posterior(scale, draws=4, n=500, D=3):
+    """Truth and draws (N, draws, T, D) of a conditional distribution of known mean and standard deviation; that of the
+    draws is `scale` times as large."""
+    g = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(n, 4, D, generator=g), torch.rand(n, 4, D, generator=g) + 0.5
+    truth = mean + std * torch.randn(n, 4, D, generator=g)
+    return truth, mean[:, None] + scale * std[:, None] * torch.randn(n, draws, 4, D, generator=g)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("draws", [2, 8])
+def test_spread_of_a_known_posterior(scale, draws):
+    truth, x = posterior(scale, draws)
+    values, width = score.Scorer(truth.__getitem__, 500).spread(x.__getitem__)
+    exact = ((1 + 1 / draws) * scale**2 / (1 + scale**2 / draws)) ** 0.5  # of variances, by the law of large numbers
+    assert values["spread_ratio"] == pytest.approx(exact, rel=0.03) and 0.005 < width["spread_ratio"] / exact < 0.1
+    inside = (draws - 1) / (draws + 1)
+    if scale == 1:
+        assert exact == 1 and values["coverage"] == pytest.approx(inside, abs=0.02)
+    else:
+        assert (values["coverage"] > inside + 0.02) == (scale > 1)
+
+
+def test_energy_score():
+    """By scipy's distances; in expectation lowest for the truth, and of a standard normal one its closed form."""
+    from scipy.spatial.distance import cdist, pdist
+
+    truth, x = posterior(1.0)
+    ours = score.Scorer(truth.__getitem__, 500).spread(x.__getitem__)[0]["energy_score"]
+    pairs = [(x[i, :, t].numpy(), truth[i, None, t].numpy()) for i in range(500) for t in range(4)]
+    assert ours == pytest.approx(np.mean([cdist(a, b).mean() - pdist(a).mean() / 2 for a, b in pairs]), rel=1e-5)
+    for scale in (0.5, 2.0):
+        truth, wrong = posterior(scale)
+        assert score.Scorer(truth.__getitem__, 500).spread(wrong.__getitem__)[0]["energy_score"] > 1.02 * ours
+    g = torch.Generator().manual_seed(0)
+    y, x = torch.randn(2000, 4, 1, generator=g), torch.randn(2000, 4, 4, 1, generator=g)
+    normal = score.Scorer(y.__getitem__, 2000).spread(x.__getitem__)[0]["energy_score"]
+    assert normal == pytest.approx(np.pi**-0.5, rel=0.03)  # E|X - Y| / 2
+
+
+def test_nearest_is_scikit_learns():
+    from sklearn.neighbors import NearestNeighbors
+
+    rng = np.random.default_rng(0)
+    train, cond, rows = rng.standard_normal((300, 4, 8)), rng.standard_normal((50, 4, 8)), np.arange(0, 300, 2)
+    theirs = NearestNeighbors(n_neighbors=1, metric="cosine").fit(train[rows].mean(1)).kneighbors(cond.mean(1))[1][:, 0]
+    assert np.array_equal(score.nearest(train, rows, cond, torch.from_numpy), rows[theirs])
+
+
+def test_baselines(dataset):
+    """Perfect samples of no condition are at the floor; of the training split no sample is its own baseline."""
+    data = open_dataset(dataset)
+    result, _ = score.report(data["val_target"], data)
+    assert result["samples"] == 10 and result["token_cosine"] == pytest.approx(1)
+    assert result["baselines"].keys() == {"mean", "ridge", "nearest", "floor", "shuffled"}
+    standardize = score.standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
+    rows = np.linspace(0, 29, 10).astype(int)
+    floor = score.metrics(standardize(data["train_target"][rows]), standardize(data["val_target"]))
+    assert result["baselines"]["floor"] == pytest.approx(floor)
+    result, _ = score.report(data["train_target"], data, "train", limit=20)
+    assert result["samples"] == 20 and result["baselines"]["floor"]["token_cosine"] < 0.5
+    assert result["baselines"]["nearest"]["token_cosine"] < 0.99
+    result, _ = score.report(data["train_target"], data, "train")  # none is left to compare with
+    assert result["baselines"].keys() == {"mean", "ridge", "shuffled"}
+
+
 def test_command_line_scores_a_file(dataset, tmp_path):
-    np.save(tmp_path / "truth.npy", np.load(dataset / "val_target.npy"))
-    table = run("score.py", tmp_path / "truth.npy", f"--data_dir={dataset}").stdout.splitlines()
+    truth = np.load(dataset / "val_target.npy")
+    np.save(tmp_path / "truth.npy", truth)
+    table = run(
+        "score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", f"--save={tmp_path}/a.json"
+    ).stdout.splitlines()
     assert table[0].split() == list(score.METRICS)
-    rows = {line.split()[0]: dict(zip(score.METRICS, map(float, line.split()[1:]))) for line in table[1:]}
-    assert rows.keys() == {"generated", "mean", "ridge", "shuffled"}
+    rows = {line.split()[0]: dict(zip(score.METRICS, map(float, line.split()[-8:]))) for line in table[1:]}
+    assert rows.keys() == {"generated", "+-", "mean", "ridge", "nearest", "floor", "shuffled"}
     assert rows["generated"]["token_cosine"] == 1 and rows["mean"]["token_cosine"] == 0
     assert rows["ridge"]["token_cosine"] > 0.8 > 0.3 > rows["shuffled"]["token_cosine"]
-    np.save(tmp_path / "short.npy", np.load(dataset / "val_target.npy")[:3])
+    saved = json.loads((tmp_path / "a.json").read_text())
+    assert saved["baselines"]["ridge"]["l2"] == pytest.approx(rows["ridge"]["l2"], abs=1e-4)
+    np.save(tmp_path / "draws.npy", truth[:6, None] + np.array([-0.1, 0, 0.1], np.float32)[:, None, None])
+    done = run("score.py", tmp_path / "draws.npy", f"--data_dir={dataset}", "--limit=6")
+    mean = next(line for line in done.stdout.splitlines() if line.startswith("mean of 3"))
+    assert mean.split()[3] == "1.0000" and "coverage 1.0000" in done.stdout
+    np.save(tmp_path / "short.npy", truth[:3])
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}")
+    assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4")
     np.save(tmp_path / "nan.npy", np.full((10, 4, 5), np.nan, np.float32))
     assert "holds NaN" in refused("score.py", tmp_path / "nan.npy", f"--data_dir={dataset}")
     assert "nowhere" in refused("score.py", tmp_path / "nowhere.npy", f"--data_dir={dataset}")
