@@ -1,6 +1,6 @@
 """
-A run's folder, and checkpoints in it: tensors and plain Python values, written whole or not at all, read through a
-memory map.
+A run's folder, and what is in it: checkpoints, tensors and plain Python values, written whole or not at all, read
+through a memory map; and samples, written as they come.
 
     save_checkpoint("out/ckpt_last.pt", state)
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -37,6 +38,52 @@ def replace_file(path, write):
         partial.unlink(missing_ok=True)
         reason = e.__context__ if isinstance(e.__context__, OSError) else e  # torch's writer hides the first by another
         raise OSError(str(reason).partition("\n")[0]) from e
+
+
+class Output:
+    """.npy files that processes fill together, a batch of rows at a time, and that have their names when all is there.
+    Beside them, until then, is noted which batches are: the same run, interrupted, goes on from there.
+
+    files: {path: shape}; n: batches; settings: all that decides their content; wait(): until all processes have come
+
+    Written, not mapped: what is written is not this process's memory, and a full disk is an OSError, not a SIGBUS.
+    """
+
+    def __init__(self, files, n, settings, master, wait):
+        self.partial = {path: path.with_name(path.name + ".partial") for path in files}
+        self.master, self.wait, head = master, wait, json.dumps(settings).encode() + b"\n"
+        self.path, self.start = next(iter(files)).with_suffix(".progress"), len(head)
+        known = self.path.is_file() and all(path.is_file() for path in self.partial.values())
+        if master and not (known and self.path.read_bytes()[: len(head)] == head):
+            self.path.unlink(missing_ok=True)
+            for path, shape in files.items():
+                np.lib.format.open_memmap(self.partial[path], "w+", np.float32, shape)  # a header, then a hole
+            replace_file(self.path, lambda f: f.write(head + b"." * n))
+        wait()
+        done = self.path.read_bytes()[len(head) :]
+        self.due = [i for i in range(n) if done[i : i + 1] == b"."]
+        wait()  # until all have read it
+        self.offset = {path: np.load(partial, mmap_mode="r").offset for path, partial in self.partial.items()}
+
+    def write(self, batch, first, arrays):
+        """Rows `first` and on of each file, {path: array}; then that the batch is done."""
+        for path, array in arrays.items():
+            self.put(self.partial[path], self.offset[path] + first * array[0].nbytes, np.ascontiguousarray(array))
+        self.put(self.path, self.start + batch, b"x")
+
+    def put(self, path, offset, data):
+        with open(path, "r+b") as f:
+            f.seek(offset)
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())  # in this order, also where the power fails
+
+    def close(self):
+        self.wait()
+        if self.master:
+            self.path.unlink()
+            for path, partial in self.partial.items():
+                os.replace(partial, path)
 
 
 def open_folder(out_dir, config, step, resume):

@@ -1,8 +1,8 @@
 """
 The pictures of runs.
 
-    python plot.py out-a out-b                              # the curves of one or several runs -> out-a/curves.png
-    python sample.py --out_dir=out-digits --plot=True       # samples, by draw_samples
+    python plot.py out-a out-b                                             # curves of runs -> out-a/curves.png
+    python plot.py samples out-a/generated.npy --data_dir=data/mine        # samples -> out-a/samples.png
 
 Token grids are shown as images: decoded to pixels where the dataset has a decoder.npz (as the
 digits do), otherwise with their first three principal components as red, green and blue.
@@ -14,6 +14,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
+import score
+from prepare import open_dataset
+
+HISTOGRAM = 500  # samples in the histogram of cosines, the first ones
 
 
 def pyplot():
@@ -45,59 +50,102 @@ def principal_colours(reference, mean, std):
     return lambda tokens: np.clip((flat(tokens) @ axes - low) / (high - low), 0, 1)
 
 
-def draw_samples(path, cond, truth, samples, grid, stats, data_dir, n=12, blocks=2):
-    """Write a PNG: for n conditions the condition, the truth (if known), the draws and, of several, their mean.
+def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None, n=None):
+    """Write a PNG: for n conditions the condition, the truth, draws and their mean, and how near the first is to the
+    truth, token by token; then, of all samples, which truth they are nearest to, and how near beside the baselines.
 
     cond (N, S, C), truth (N, T, D) or None, samples (N, draws, T, D), all raw; grid (H, W) of T
+    stats: cond_mean and so on; folder: of the dataset, whose decoder.npz, if it has one, shows tokens as pixels
+    rows: score.baselines of the first N samples or fewer; needed where there is truth
     """
-    plt = pyplot()
-    n, cond, truth = min(n, len(cond)), np.asarray(cond), None if truth is None else np.asarray(truth)
-    decoder = Path(data_dir) / "decoder.npz"
-    if decoder.is_file():
-        with np.load(decoder) as weights:
-            show_cond, show_target = (lambda x, w=weights[name]: decoded(x, w) for name in ("cond", "target"))
-    else:
-        stats = {name: np.asarray(value) for name, value in stats.items()}
-        show_cond = principal_colours(cond, stats["cond_mean"], stats["cond_std"])
-        show_target = principal_colours(samples if truth is None else truth, stats["target_mean"], stats["target_std"])
-
+    decoder = Path(folder or "") / "decoder.npz"
+    plt, n, M = pyplot(), min(n or (8 if decoder.is_file() else 10), len(samples)), samples.shape[1]
+    stats = {name: np.asarray(value) for name, value in stats.items()}
     side = round(cond.shape[1] ** 0.5)  # the condition's grid: the target's, else square, else one row
     cond_grid = (
         grid if cond.shape[1] == grid[0] * grid[1] else (side, side) if side**2 == cond.shape[1] else (1, cond.shape[1])
     )
-    columns = [("condition", show_cond(cond[:n]), cond_grid)]
+    tokens = {"condition": np.array(cond[:n])} | ({} if truth is None else {"truth": np.array(truth[:n])})
+    tokens |= {f"sample {i + 1}": np.array(samples[:n, i]) for i in range(min(M, 3))}
+    tokens |= {f"mean of {M}": np.array(samples[:n]).mean(1)} if M > 1 else {}
+    many = np.array(samples[:256, 0] if truth is None else truth[:256])
+    colours = {
+        "condition": principal_colours(np.array(cond[:256]), stats["cond_mean"], stats["cond_std"]),
+        "target": principal_colours(many, stats["target_mean"], stats["target_std"]),
+    }
+    columns = []  # (title, images (n, H, W) or (n, H, W, 3), options of imshow)
+    for shows in ("decoded", "colours") if decoder.is_file() else ("colours",):
+        for title, x in tokens.items():
+            kind = "condition" if title == "condition" else "target"
+            if shows == "decoded":
+                with np.load(decoder) as weights:
+                    images = decoded(x, weights["cond" if kind == "condition" else "target"])
+            elif decoder.is_file() and title in ("sample 2", "sample 3"):
+                continue  # no room
+            else:
+                images = colours[kind](x)
+            images = images.reshape(n, *(cond_grid if kind == "condition" else grid), *images.shape[2:])
+            pixels = dict(cmap="gray", vmin=0, vmax=1, interpolation="bicubic" if shows == "decoded" else "nearest")
+            columns.append((title, images, pixels))
     if truth is not None:
-        columns.append(("truth", show_target(truth[:n]), grid))
-    columns += [(f"sample {i + 1}", show_target(samples[:n, i]), grid) for i in range(min(samples.shape[1], 4))]
-    if samples.shape[1] > 1:
-        columns.append((f"mean of {samples.shape[1]}", show_target(samples[:n].mean(1)), grid))
+        encode = score.standardizer(stats["target_mean"], stats["target_std"])
+        near = score.cosine(encode(tokens["sample 1"]), encode(tokens["truth"])).numpy()
+        limit = np.abs(near).max() or 1
+        columns.append(("cosine", near.reshape(n, *grid), dict(cmap="coolwarm_r", vmin=-limit, vmax=limit)))
 
-    rows = -(-n // blocks)
-    ratios = ([1] * len(columns) + [0.35]) * blocks  # a gap after each block
-    fig, axes = plt.subplots(
-        rows,
-        len(ratios) - 1,
-        figsize=(12, 12 * rows / sum(ratios) + 0.3),
-        squeeze=False,
-        width_ratios=ratios[:-1],
-        layout="constrained",
-    )
+    blocks = 1 if decoder.is_file() else 2
+    height = -(-n // blocks)  # in images
+    ratios = ([1] * len(columns) + [0.3]) * blocks  # a gap after each block
+    cell = 12 / (sum(ratios) + 0.5)
+    parts = [cell * height * 1.03 + 0.4] + ([4] if truth is not None else [])  # inches
+    fig = plt.figure(figsize=(12, sum(parts)), layout="constrained")
+    top, *bottom = fig.subfigures(len(parts), 1, height_ratios=parts, squeeze=False)[:, 0]
+    axes = top.subplots(height, len(ratios) - 1, squeeze=False, width_ratios=ratios[:-1])
     for ax in axes.flat:
         ax.axis("off")
     for i in range(n):
-        for j, (title, images, (H, W)) in enumerate(columns):
-            ax = axes[i % rows, i // rows * (len(columns) + 1) + j]
-            ax.imshow(
-                images[i].reshape(H, W, *images.shape[2:]),
-                cmap="gray",
-                vmin=0,
-                vmax=1,
-                interpolation="bicubic" if decoder.is_file() else "nearest",
-            )
-            if i % rows == 0:
-                ax.set_title(title, fontsize=9)
+        for j, (title, images, options) in enumerate(columns):
+            ax = axes[i % height, i // height * (len(columns) + 1) + j]
+            shown = ax.imshow(images[i], **options)
+            if i % height == 0:
+                ax.set_title(title, fontsize=11)
+    if truth is not None:
+        top.colorbar(shown, ax=axes, shrink=0.5, pad=0.01, aspect=40).ax.tick_params(labelsize=9)
+        draw_scores(bottom[0], samples, encode, rows)
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def draw_scores(fig, samples, encode, rows, n=HISTOGRAM, shown=40):
+    """The retrieval matrix of the first samples, and the histogram of cosines of the first n beside the baselines."""
+    n = min(n, len(samples))
+    shown, index = min(shown, n), np.arange(n)
+    truth, first = rows["truth"](index), encode(samples[:n, 0])
+    left, right = fig.subplots(1, 2, width_ratios=[1, 1.9])
+    pooled, true_pooled = first[:shown].mean(1), truth[:shown].mean(1)
+    image = left.imshow(score.cosine(pooled[:, None], true_pooled[None]), cmap="viridis")
+    hits = score.retrieval_hits(first.mean(1), truth.mean(1)).mean()
+    left.set_title(f"pooled cosine (R@1 {hits:.0%} of {n})", fontsize=11)
+    left.set_xlabel("truth", fontsize=10)
+    left.set_ylabel("sample", fontsize=10)
+    fig.colorbar(image, ax=left, shrink=0.85).ax.tick_params(labelsize=9)
+
+    cosines = {"samples": first}
+    if samples.shape[1] > 1:
+        cosines[f"mean of {samples.shape[1]}"] = encode(samples[:n]).mean(1)
+    cosines |= {name: rows[name](index) for name in ("ridge", "nearest") if name in rows}
+    cosines["shuffled"] = first.roll(1, 0)
+    cosines = {name: score.cosine(x, truth).mean(1).numpy() for name, x in cosines.items()}
+    low, high = min(map(np.min, cosines.values())), max(map(np.max, cosines.values()))
+    for i, (name, values) in enumerate(cosines.items()):
+        style = dict(bins=np.linspace(low, high, 41), color=f"C{i}", label=f"{name} ({values.mean():.3f})")
+        right.hist(values, histtype="stepfilled", alpha=0.15, **style | {"label": None})
+        right.hist(values, histtype="step", lw=1.6, **style)
+    right.set_title(f"token cosine of {n} samples with their truth (mean)", fontsize=11)
+    right.tick_params(labelsize=9)
+    right.set_yticks([])
+    right.spines[["top", "right", "left"]].set_visible(False)
+    right.legend(fontsize=10)
 
 
 def read_log(out_dir):
@@ -172,14 +220,35 @@ def draw_curves(path, out_dirs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="their folders")
-    parser.add_argument("--save", help="PNG to write; by default curves.png in the first folder")
-    args = parser.parse_args()
-    path = Path(args.save or Path(args.runs[0]) / "curves.png")
+    if sys.argv[1:2] == ["samples"]:
+        parser = argparse.ArgumentParser(prog="plot.py samples", description="Draw samples.", allow_abbrev=False)
+        parser.add_argument("generated", help=".npy of embeddings (N, T, D) or (N, draws, T, D), in a split's order")
+        parser.add_argument("--data_dir", required=True, help="dataset folder written by prepare.py")
+        parser.add_argument("--split", default="val", choices=["train", "val"])
+        parser.add_argument("--save", help="PNG to write; by default samples.png beside the .npy")
+        args = parser.parse_args(sys.argv[2:])
+        path = Path(args.save or Path(args.generated).with_name("samples.png"))
+    else:
+        parser = argparse.ArgumentParser(
+            description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("runs", nargs="+", help="folders of runs")
+        parser.add_argument("--save", help="PNG to write; by default curves.png in the first folder")
+        args = parser.parse_args()
+        path = Path(args.save or Path(args.runs[0]) / "curves.png")
     try:
-        draw_curves(path, args.runs)
-    except (OSError, ValueError) as e:
+        if hasattr(args, "runs"):
+            draw_curves(path, args.runs)
+        else:
+            data, samples = open_dataset(args.data_dir), np.load(args.generated, mmap_mode="r")
+            truth = data[f"{args.split}_target"]
+            samples = samples if samples.ndim == 4 else samples[:, None]
+            if samples.ndim != 4 or samples.shape[2:] != truth.shape[1:] or not 0 < len(samples) <= len(truth):
+                raise ValueError(f"{args.generated} has shape {samples.shape}; the truth has {truth.shape}")
+            rows = score.baselines(data, args.split, min(len(samples), HISTOGRAM))
+            given = data[f"{args.split}_cond"], truth, samples, data["meta"]["grid"], data["stats"], args.data_dir
+            draw_samples(path, *given, rows)
+    except (OSError, ValueError, EOFError) as e:
         sys.exit(f"error: {e}")
     print(f"wrote {path}")
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import flow
 import score
-from checkpoint import read_checkpoint, replace_file, unreadable, weights_by_block
+from checkpoint import Output, read_checkpoint, replace_file, unreadable, weights_by_block
 from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
@@ -48,7 +48,7 @@ subset_size: int | None = None  # the first so many conditions only
 save = ""  # .npy to write (B, T, D); empty: generated.npy, or interpolation.npy, in out_dir
 save_draws = False  # keep all draws (B, draws, T, D), as *_draws.npy
 save_pickle = ""  # .pkl with conditions, truth, generated, captions, keys and metrics
-plot = False  # draw conditions, truth and samples into out_dir/samples.png
+plot = False  # draw conditions, truth and samples into out_dir/samples.png (or interpolation.png)
 # ---- sampling
 steps = 10  # of the solver
 method = "ab2"  # evaluations a step: ab2, ab3 (and one more) 1 | euler 1 | midpoint, heun 2 | rk4 4
@@ -58,7 +58,7 @@ guidance_interval = "0,1"  # from this t (noise is 0) to that (data is 1)
 draws: int | None = None  # samples of each condition, the first is saved; None: 4 where there is truth to score, else 1
 trajectory = False  # also write the states of the first draw at all times (B, steps + 1, T, D), as *_trajectory.npy
 interpolate = ""  # i,j or i,j,n: instead, n (8) samples on the way from condition i to condition j, of one noise
-batch_size = 64
+batch_size = 32  # conditions at a time; larger for a small model on a GPU
 seed = 0
 # ---- system
 device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
@@ -86,6 +86,9 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
+
+    if device == "cpu":  # a large piece that is freed teaches glibc to keep memory, not to fetch it anew at every step
+        torch.empty(33_000_000, dtype=torch.uint8)
 
     def cast(p):  # what is left as it is stays a view of the map, and keeps all that was read of it in memory
         return p.to(device, getattr(torch, dtype) if p.dim() > 1 else torch.float32, copy=dtype != "float32")
@@ -133,6 +136,7 @@ def generate(
     first=0,
     same_noise=False,
     trajectory=False,
+    batch_size=32,
 ):  # fmt: skip
     """Generate target embeddings for raw conditions.
 
@@ -143,6 +147,7 @@ def generate(
         alone, so neither the batch size nor the number of conditions changes a sample
     same_noise: all start from that of (seed, first, draw)
     trajectory: return the states at every step, noise first, instead of the last alone
+    batch_size: how many conditions at a time
     Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
     Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
     """
@@ -152,6 +157,11 @@ def generate(
     if cond.dim() != 3 or 0 in cond.shape or cond.shape[1:] != (tokens, model.config.cond_dim):
         expected = f"(B, {loaded.cond_tokens or 'any'}, {model.config.cond_dim})"
         raise ValueError(f"conditions have shape {tuple(cond.shape)}; this model was trained on {expected}")
+    if len(cond) > batch_size:
+        shared = (steps, method, shift, guidance, guidance_interval, seed, draw)
+        firsts = [first if same_noise else first + i for i in range(0, len(cond), batch_size)]
+        parts = zip(cond.split(batch_size), firsts)
+        return torch.cat([generate(loaded, c, *shared, i, same_noise, trajectory, batch_size) for c, i in parts], -3)
     if not cond.isfinite().all():
         bad = (~cond.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         raise ValueError(f"NaN or Inf in {len(bad)} of {len(cond)} conditions, the first is number {first + bad[0]}")
@@ -193,52 +203,6 @@ def read_conditions(path, key):
     if array.ndim != 3 or array.dtype.kind not in "fiu":
         raise ValueError(f"{path}: holds {array.dtype} of shape {array.shape}, not numbers of shape (B, S, C)")
     return array, lambda: [{"key": None, "caption": None}] * len(array)
-
-
-class Output:
-    """.npy files that processes fill together, a batch of rows at a time, and that have their names when all is there.
-    Beside them, until then, is noted which batches are: the same run, interrupted, goes on from there.
-
-    files: {path: shape}; n: batches; settings: all that decides their content; wait(): until all processes have come
-
-    Written, not mapped: what is written is not this process's memory, and a full disk is an OSError, not a SIGBUS.
-    """
-
-    def __init__(self, files, n, settings, master, wait):
-        self.partial = {path: path.with_name(path.name + ".partial") for path in files}
-        self.master, self.wait, head = master, wait, json.dumps(settings).encode() + b"\n"
-        self.path, self.start = next(iter(files)).with_suffix(".progress"), len(head)
-        known = self.path.is_file() and all(path.is_file() for path in self.partial.values())
-        if master and not (known and self.path.read_bytes()[: len(head)] == head):
-            self.path.unlink(missing_ok=True)
-            for path, shape in files.items():
-                np.lib.format.open_memmap(self.partial[path], "w+", np.float32, shape)  # a header, then a hole
-            replace_file(self.path, lambda f: f.write(head + b"." * n))
-        wait()
-        done = self.path.read_bytes()[len(head) :]
-        self.due = [i for i in range(n) if done[i : i + 1] == b"."]
-        wait()  # until all have read it
-        self.offset = {path: np.load(partial, mmap_mode="r").offset for path, partial in self.partial.items()}
-
-    def write(self, batch, first, arrays):
-        """Rows `first` and on of each file, {path: array}; then that the batch is done."""
-        for path, array in arrays.items():
-            self.put(self.partial[path], self.offset[path] + first * array[0].nbytes, np.ascontiguousarray(array))
-        self.put(self.path, self.start + batch, b"x")
-
-    def put(self, path, offset, data):
-        with open(path, "r+b") as f:
-            f.seek(offset)
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())  # in this order, also where the power fails
-
-    def close(self):
-        self.wait()
-        if self.master:
-            self.path.unlink()
-            for path, partial in self.partial.items():
-                os.replace(partial, path)
 
 
 def numbers(text, kind, what):
@@ -308,7 +272,8 @@ def run(config, rank, world_size):
         raise ValueError(f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}")
     origin = None  # number of the sample whose noise all have
     if interpolate:
-        origin, end, count = (*numbers(interpolate, int, "interpolate"), -1, 8)[:3]
+        given = numbers(interpolate, int, "interpolate")
+        origin, end, count = (*given, 8)[:3] if len(given) in (2, 3) else (-1, -1, 8)
         if not (0 <= origin < len(conditions) and 0 <= end < len(conditions) and count > 1):
             raise ValueError(
                 f"interpolate={interpolate!r}: i,j or i,j,n, of {len(conditions)} conditions, n at least 2"
@@ -319,7 +284,8 @@ def run(config, rank, world_size):
     n_draws = draws if draws is not None else 1 if truth is None else 4
     if n < 1 or n_draws < 1 or batch_size < 1:
         raise ValueError(f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}")
-    settings = dict(steps=steps, method=method, shift=shift, guidance=guidance, seed=seed, same_noise=bool(interpolate))
+    settings = dict(steps=steps, method=method, shift=shift, guidance=guidance, seed=seed, batch_size=batch_size)
+    settings["same_noise"] = bool(interpolate)
     settings["guidance_interval"] = numbers(guidance_interval, float, "guidance_interval")
     # one sample in one step: what is wrong shows before a file is made
     generate(loaded, np.array(conditions[:1]), **settings | {"steps": min(steps, 1)})
@@ -361,11 +327,12 @@ def run(config, rank, world_size):
         draws_file.unlink()  # what is mapped can still be read
     for path, shape in files.items():
         print(f"wrote {path} {shape}")
-    metrics = None
+    metrics = rows = None
     if not interpolate:
         (Path(out_dir) / "metrics.json").unlink(missing_ok=True)  # of an earlier run's samples
     if truth is not None:
-        metrics, text = score.report(samples, data, split)
+        rows = score.baselines(data, split, min(n, score.LIMIT))
+        metrics, text = score.report(samples, data, split, rows=rows)
         print(text)
         replace_file(Path(out_dir) / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     if save_pickle:
@@ -383,8 +350,8 @@ def run(config, rank, world_size):
     if plot:
         from plot import draw_samples
 
-        picture = Path(out_dir) / "samples.png"
-        draw_samples(picture, conditions, truth, samples, loaded.model.config.grid, loaded.stats, folder)
+        picture = target.with_suffix(".png") if interpolate else Path(out_dir) / "samples.png"
+        draw_samples(picture, conditions, truth, samples, loaded.model.config.grid, loaded.stats, folder, rows)
         print(f"wrote {picture}")
 
 

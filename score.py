@@ -301,15 +301,16 @@ def baselines(data, split, n):
     return result
 
 
-def report(generated, data, split="val", limit=LIMIT):
+def report(generated, data, split="val", limit=LIMIT, rows=None):
     """Score raw `generated` (N, T, D), or (N, draws, T, D), against the first N samples of a split, at most `limit`.
+    rows: from baselines(), if they are there already
 
     Returns {metric: value} of the first draw, with `samples` (how many), `confidence` (half-widths of 95% intervals),
     `baselines` {name: metrics} and, of several draws, `mean_of_draws` (metrics) and `spread` (SPREAD and how sure);
     and a text that says it.
     """
     n, several = min(len(generated), limit), generated.ndim == 4
-    rows = baselines(data, split, n)
+    rows = dict(rows or baselines(data, split, n))
     encode = standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
     first = (lambda rows: encode(generated[rows, 0])) if several else (lambda rows: encode(generated[rows]))
     scorer = Scorer(rows.pop("truth"), n)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import sample
 import score
 from checkpoint import read_checkpoint, save_checkpoint, weights_by_block
-from conftest import ROOT, make_pickle, refused, run
+from conftest import ROOT, TORCHRUN, make_pickle, refused, run, start
 from model import NextDiT, NextDiTConfig
 
 
@@ -39,6 +40,8 @@ def test_a_sample_depends_on_its_own_noise_only(loaded, dataset):
     together = sample.generate(loaded, cond, steps=3)
     alone = torch.cat([sample.generate(loaded, cond[i : i + 1], steps=3, first=i) for i in range(10)])
     assert torch.allclose(together, alone, atol=1e-5)
+    states = sample.generate(loaded, cond, steps=3, batch_size=4, trajectory=True)
+    assert states.shape == (4, 10, 4, 5) and torch.allclose(states[-1], together, atol=1e-5)
     assert (together - sample.generate(loaded, cond, steps=3, draw=1)).abs().mean() > 0.1
     assert (together - sample.generate(loaded, cond, steps=3, seed=1)).abs().mean() > 0.1
     assert torch.equal(together, sample.generate(loaded, cond, steps=3))
@@ -52,7 +55,7 @@ def test_guidance_trajectory_and_interpolation(loaded, dataset):
     assert states.shape == (5, 10, 4, 5) and torch.equal(states[-1], plain)
     noise = loaded.target.encode(states[0])
     assert abs(noise.std() - 1) < 0.2 and abs(noise.mean()) < 0.2
-    path = sample.interpolate(loaded, cond[0], cond[1], n=3, steps=4)
+    path = sample.interpolate_embeddings(loaded, cond[0], cond[1], n=3, steps=4)
     assert torch.allclose(path[0], plain[0], atol=1e-5) and path.shape == (3, 4, 5)
     assert torch.allclose(path[2], sample.generate(loaded, cond[1:2], steps=4)[0], atol=1e-5)
     assert torch.allclose(path[1], sample.generate(loaded, (cond[:1] + cond[1:2]) / 2, steps=4)[0], atol=1e-5)
@@ -61,15 +64,17 @@ def test_guidance_trajectory_and_interpolation(loaded, dataset):
 def test_command_line_scores_and_saves_a_split(run_dir, dataset):
     args = ["--steps=4", "--draws=3", "--batch_size=3", "--plot=True", "--save_draws=True"]
     done = run("sample.py", f"--out_dir={run_dir}", *args, f"--save_pickle={run_dir / 'results.pkl'}")
-    assert "10 conditions, 3 draws, 8 model evaluations a sample" in done.stdout
+    assert "10 conditions, 3 draws, 4 model evaluations a sample" in done.stdout
     generated, draws = np.load(run_dir / "generated.npy"), np.load(run_dir / "generated_draws.npy")
     assert generated.shape == (10, 4, 5) and draws.shape == (10, 3, 4, 5) and np.array_equal(draws[:, 0], generated)
     assert np.allclose(
         generated, sample.generate(sample.load(run_dir), np.load(dataset / "val_cond.npy"), steps=4), atol=1e-5
     )
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert metrics.keys() == {*score.METRICS, "baselines", "mean_of_draws"}
-    assert metrics["baselines"].keys() == {"mean", "ridge", "shuffled"} and metrics["mean_of_draws"]["draws"] == 3
+    assert metrics.keys() == {*score.METRICS, "baselines", "mean_of_draws", "spread", "samples", "confidence"}
+    assert metrics["baselines"].keys() == {"mean", "ridge", "nearest", "floor", "shuffled"}
+    assert metrics["mean_of_draws"]["draws"] == metrics["spread"]["draws"] == 3
+    assert metrics["confidence"].keys() == set(score.METRICS) and score.SPREAD.keys() < metrics["spread"].keys()
     for row in metrics["baselines"].values():
         assert row.keys() == set(score.METRICS)
     stats = np.load(dataset / "stats.npz")
@@ -80,7 +85,7 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
         [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*(s.reshape(-1, 5) for s in standardized))]
     )
     assert metrics["token_cosine"] == pytest.approx(cosine, abs=1e-5)
-    for row in ("generated", "mean of 3", "mean", "ridge", "shuffled"):
+    for row in ("generated", "mean of 3", "mean", "ridge", "nearest", "floor", "shuffled"):
         assert any(line.startswith(row + " ") for line in done.stdout.splitlines())
     assert (run_dir / "samples.png").read_bytes()[:4] == b"\x89PNG"
     results = pickle.loads((run_dir / "results.pkl").read_bytes())
@@ -92,6 +97,7 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
         "keys",
         "generation_metrics",
     }
+    assert not (run_dir / "generated.progress").exists() and not list(run_dir.glob("*.partial"))
     items = [json.loads(line) for line in (dataset / "val_items.jsonl").read_text().splitlines()]
     assert results["keys"] == [i["key"] for i in items] and np.array_equal(results["generated_clip"], generated)
     assert results["generation_metrics"]["token_cosine"] == metrics["token_cosine"]
@@ -177,11 +183,18 @@ def test_bad_input(run_dir, dataset, tmp_path):
     np.save(tmp_path / "wide.npy", np.zeros((3, 4, 9), np.float32))
     np.save(tmp_path / "long.npy", np.zeros((3, 5, 6), np.float32))
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 6), np.float32))
-    assert "(3, 4, 9); this model was trained on (B, 4, 6)" in refused(*args, f"--cond={tmp_path}/wide.npy")
-    assert "(3, 5, 6); this model was trained on (B, 4, 6)" in refused(*args, f"--cond={tmp_path}/long.npy")
+    assert "(1, 4, 9); this model was trained on (B, 4, 6)" in refused(*args, f"--cond={tmp_path}/wide.npy")
+    assert "(1, 5, 6); this model was trained on (B, 4, 6)" in refused(*args, f"--cond={tmp_path}/long.npy")
     np.save(tmp_path / "nan.npy", np.full((3, 4, 6), np.nan, np.float32))
     np.save(tmp_path / "flat.npy", np.zeros((3, 6), np.float32))
-    assert "NaN or Inf in 3 of 3" in refused(*args, f"--cond={tmp_path}/nan.npy")
+    assert "NaN or Inf in 1 of 1" in refused(*args, f"--cond={tmp_path}/nan.npy")
+    late = np.zeros((3, 4, 6), np.float32)
+    late[2] = np.inf
+    np.save(tmp_path / "late.npy", late)
+    assert "1 of 3 conditions, the first is number 2" in refused(*args, f"--cond={tmp_path}/late.npy")
+    assert "interpolate='1,10'" in refused(*args, "--interpolate=1,10")
+    assert "interpolate='1;2'" in refused(*args, "--interpolate=1;2")
+    assert "interval 0.5 to 0.2" in refused(*args, "--guidance=2.0", "--guidance_interval=0.5,0.2")
     assert "shape (3, 6)" in refused(*args, f"--cond={tmp_path}/flat.npy")
     assert "device='tpu'" in refused(*args, "--device=tpu")
     assert "0 conditions" in refused(*args, f"--cond={tmp_path}/none.npy")
@@ -197,3 +210,143 @@ def test_bad_input(run_dir, dataset, tmp_path):
     assert "dataset 'nowhere' does not exist" in refused(*args, "--data_dir=nowhere")
     (run_dir / "ckpt_best.pt").write_bytes((run_dir / "ckpt_best.pt").read_bytes()[:5000])
     assert "cannot be read as a checkpoint" in refused(*args)
+
+
+def cut(text, first, second):
+    """The integer between two words of a text."""
+    return int(text.split(first)[1].split(second)[0])
+
+
+@pytest.fixture
+def conditions(tmp_path):
+    """A .npy of conditions that the tiny model takes some seconds for."""
+    np.save(tmp_path / "cond.npy", np.random.default_rng(0).standard_normal((600, 4, 6)).astype(np.float32))
+    return tmp_path / "cond.npy"
+
+
+def test_an_interrupted_run_goes_on(run_dir, conditions, tmp_path):
+    args = [
+        "sample.py",
+        f"--out_dir={run_dir}",
+        f"--cond={conditions}",
+        "--batch_size=5",
+        "--draws=2",
+        "--save_draws=True",
+    ]
+    run(*args, f"--save={tmp_path}/whole.npy")
+    for end, n in ((signal.SIGKILL, 20), (signal.SIGINT, 50)):
+        process = start(*args, f"--save={tmp_path}/cut.npy")
+        progress = tmp_path / "cut.progress"
+        while not progress.exists() or progress.read_bytes().count(b"x", progress.read_bytes().index(b"\n")) < n:
+            assert process.poll() is None
+        process.send_signal(end)
+        assert process.wait() != 0 and not (tmp_path / "cut.npy").exists()
+    done = run(*args, f"--save={tmp_path}/cut.npy").stdout
+    assert 50 <= cut(done, "dtype=auto\n", " of 120 batches were there") < 120
+    for name in ("", "_draws"):
+        assert (tmp_path / f"cut{name}.npy").read_bytes() == (tmp_path / f"whole{name}.npy").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("cut*")) == ["cut.npy", "cut_draws.npy"]
+
+
+def test_other_settings_start_anew(run_dir, conditions, tmp_path):
+    args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}", "--batch_size=300", f"--save={tmp_path}/a.npy"]
+    spoilt = np.load(conditions)
+    spoilt[400] = np.nan
+    np.save(conditions, spoilt)
+    assert "number 400" in refused(*args)
+    assert (tmp_path / "a.progress").read_bytes().endswith(b"\nx.")
+    assert "number 400" in refused(*args, "--seed=1")  # not what seed 0 has made
+    np.save(conditions, np.nan_to_num(spoilt))
+    assert "were there" not in run(*args, "--seed=1").stdout  # nor what was made of other conditions
+    expected = sample.generate(sample.load(run_dir), np.nan_to_num(spoilt), seed=1)
+    assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
+
+
+def test_a_full_disk_is_an_error_that_one_goes_on_from(run_dir, conditions, tmp_path, monkeypatch):
+    """The disk is full after two batches: os.fsync, which every write ends with, says so."""
+    code = """import errno, os, runpy, sys
+calls, fsync = [], os.fsync
+def full(f):
+    calls.append(f)
+    if len(calls) > 6:  # two for the file of progress, two a batch
+        raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(f)
+os.fsync = full
+sys.path.insert(0, ".")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}", "--batch_size=150", f"--save={tmp_path}/a.npy"]
+    assert "No space left on device" in refused("-c", code, *args)
+    assert "2 of 4 batches were there" in run(*args).stdout
+    expected = sample.generate(sample.load(run_dir), np.load(conditions))
+    assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
+
+
+def test_several_processes_write_the_same_file(run_dir, dataset, tmp_path):
+    args = [f"--out_dir={run_dir}", "--batch_size=3", "--draws=2", "--save_draws=True", "--trajectory=True"]
+    run("sample.py", *args, f"--save={tmp_path}/one.npy")
+    metrics = (run_dir / "metrics.json").read_text()
+    done = run(*TORCHRUN, "--standalone", "--nproc_per_node=2", "sample.py", *args, f"--save={tmp_path}/two.npy")
+    assert done.stdout.count("10 conditions, 2 draws") == done.stdout.count("energy_score") == 1
+    assert (run_dir / "metrics.json").read_text() == metrics
+    for name in ("", "_draws", "_trajectory"):
+        assert (tmp_path / f"one{name}.npy").read_bytes() == (tmp_path / f"two{name}.npy").read_bytes()
+
+
+def test_trajectory_and_interpolation_of_the_command_line(run_dir, dataset, tmp_path):
+    args = ["sample.py", f"--out_dir={run_dir}", "--steps=4", "--batch_size=3"]
+    run(*args, "--draws=1", "--trajectory=True", f"--save={tmp_path}/a.npy")
+    states, last = np.load(tmp_path / "a_trajectory.npy"), np.load(tmp_path / "a.npy")
+    assert states.shape == (10, 5, 4, 5) and np.array_equal(states[:, -1], last)
+    cond, loaded = np.load(dataset / "val_cond.npy"), sample.load(run_dir)
+    assert np.allclose(states.swapaxes(0, 1), sample.generate(loaded, cond, steps=4, trajectory=True), atol=1e-5)
+    metrics = (run_dir / "metrics.json").read_text()
+    run(*args, "--interpolate=7,2,5", "--plot=True")
+    path = np.load(run_dir / "interpolation.npy")
+    assert path.shape == (5, 4, 5) and np.allclose(path[0], last[7], atol=1e-5)
+    assert np.allclose(path, sample.interpolate_embeddings(loaded, cond[7], cond[2], 5, steps=4, first=7), atol=1e-5)
+    assert (run_dir / "metrics.json").read_text() == metrics and (run_dir / "interpolation.png").stat().st_size > 1000
+
+
+def test_guidance_of_the_command_line(run_dir, tmp_path):
+    """It costs a second evaluation of the model where it acts, and needs a model with a null condition."""
+    args = ["sample.py", f"--out_dir={run_dir}", "--steps=10", "--draws=1", f"--save={tmp_path}/a.npy"]
+    for guidance, interval, evaluations in ((1, "0,1", 10), (2, "0,1", 20), (2, "0.25,0.75", 15)):
+        done = run(*args, f"--guidance={guidance}", f"--guidance_interval={interval}")
+        assert f"{evaluations} model evaluations a sample" in done.stdout
+    ckpt = torch.load(run_dir / "ckpt_best.pt", weights_only=True)
+    ckpt["flow"]["cond_dropout"] = 0.0
+    save_checkpoint(run_dir / "ckpt_best.pt", ckpt)
+    assert "trained with cond_dropout > 0" in refused(*args, "--guidance=2")
+    assert "10 model evaluations" in run(*args).stdout
+
+
+PEAK = """import runpy, sys
+from pathlib import Path
+sys.path.insert(0, ".")
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as e:
+    assert not e.code, e
+print("peak", int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024)"""
+
+
+@pytest.mark.parametrize("kind", ["npy", "pkl"])
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, kind):
+    """400 and 3200 samples of (16, 512) from conditions of (16, 512): 13 and 105 MB each."""
+    config = NextDiTConfig(grid=(4, 4), target_dim=512, cond_dim=512, dim=8, n_layer=1, n_head=2, multiple_of=8)
+    model = NextDiT(config)
+    stats = {f"{n}_{m}": torch.ones(512) for n in ("cond", "target") for m in ("mean", "std")}
+    state = dict(model=model.state_dict(), ema=model.state_dict(), model_args=dataclasses.asdict(config), stats=stats)
+    state |= dict(flow={}, normalize="none", config={"data_dir": ""}, iter=0, cond_tokens=16)
+    save_checkpoint(tmp_path / "ckpt_best.pt", state)
+    peaks = []
+    for n in (400, 3200):
+        cond = np.random.default_rng(0).standard_normal((n, 16, 512)).astype(np.float32)
+        np.save(tmp_path / "cond.npy", cond)
+        (tmp_path / "cond.pkl").write_bytes(pickle.dumps({"eva_blip3o_embeddings": cond}))
+        args = ["sample.py", f"--out_dir={tmp_path}", f"--cond={tmp_path}/cond.{kind}", "--steps=1", "--batch_size=100"]
+        peaks.append(cut(run("-c", PEAK, *args, MALLOC_MMAP_THRESHOLD_="1048576").stdout, "peak", "\n"))
+        assert np.load(tmp_path / "generated.npy").shape == (n, 16, 512)
+    assert peaks[1] < peaks[0] + 25, peaks
