@@ -19,6 +19,7 @@ import os
 import pickle
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -293,7 +294,10 @@ def run(config, rank, world_size):
     draws_file, states_file = (target.with_name(f"{target.stem}_{name}.npy") for name in ("draws", "trajectory"))
     files = {target: (n, *shape)} | ({draws_file: (n, n_draws, *shape)} if n_draws > 1 else {})
     files |= {states_file: (n, steps + 1, *shape)} if trajectory else {}
-    read = [Path(cond or Path(folder) / f"{split}_cond.npy"), *(sorted(loaded.path.glob("*")) or [loaded.path])]
+    read = [
+        Path(cond or Path(folder) / f"{split}_cond.npy"),
+        *(sorted(loaded.path.glob("*.safetensors")) or [loaded.path]),
+    ]
     identity = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in read]
     batches = -(-n // batch_size)
     output = Output(files, batches, config | {"read": identity}, master, wait)
@@ -302,7 +306,8 @@ def run(config, rank, world_size):
     calls, clock = [], time.perf_counter()
     loaded.model.register_forward_hook(lambda *call: calls.append(1))
     due = output.due[rank::world_size]
-    with tqdm(total=len(due) * n_draws, unit="batch", disable=not master) as bar:
+    with tqdm(total=len(due) * n_draws, unit="batch", disable=not master) as bar, ThreadPoolExecutor(1) as writer:
+        written = None  # the batch before, while the device is busy with this one
         for batch in due:
             first = batch * batch_size
             rows = np.array(conditions[first : min(first + batch_size, n)])
@@ -315,7 +320,11 @@ def run(config, rank, world_size):
             arrays = {states_file: made[0].swapaxes(0, 1)} if trajectory else {}
             made[0] = made[0][-1] if trajectory else made[0]
             arrays |= {target: made[0]} | ({draws_file: np.stack(made, 1)} if n_draws > 1 else {})
-            output.write(batch, first, arrays)
+            if written:
+                written.result()
+            written = writer.submit(output.write, batch, first, arrays)
+        if written:
+            written.result()
     output.close()
     seconds, evaluations = time.perf_counter() - clock, len(calls) // max(1, len(due) * n_draws)
     if not master:

@@ -331,9 +331,11 @@ def report(generated, data, split="val", limit=LIMIT, rows=None):
         l2 = ", ".join(
             f"{name} {row['l2']:.4f}" for name, row in result["baselines"].items() if name in ("ridge", "mean")
         )
-        notes = {"spread_ratio": "1", "energy_score": f"l2 of {l2}", "coverage": f"{(M - 1) / (M + 1):.4f}"}
-        values = [f"{name} {spread[name]:.4f} +- {width.get(name, 0):.4f} ({note})" for name, note in notes.items()]
-        text += f"\n{M} draws of each condition: " + ", ".join(values)
+        exact = {"spread_ratio": "1", "coverage": f"{(M - 1) / (M + 1):.4f}"}
+        notes = {name: f"exact draws: {value}" for name, value in exact.items()} | {"energy_score": f"l2: {l2}"}
+        text += f"\n{M} draws of each condition:"
+        for name in SPREAD:
+            text += f"\n  {name:<14}{spread[name]:8.4f} +- {width.get(name, 0):.4f}  ({notes[name]})"
     return result, text
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conftest import refused, run
-from plot import read_log, smooth
+from plot import principal_colours, read_log, smooth
 
 
 def test_smooth_is_the_mean_of_a_window():
@@ -31,3 +31,40 @@ def test_curves(tmp_path, trained):
     assert "cannot be read as a run's log" in refused("plot.py", tmp_path)
     (other / "log.jsonl").write_text("[1]\n")
     assert "cannot be read as a run's log" in refused("plot.py", other)
+
+
+def test_colours_are_principal_components():
+    """As scikit-learn finds them in standardized tokens, each spread over [0, 1], up to its sign."""
+    from sklearn.decomposition import PCA
+
+    rng = np.random.default_rng(0)
+    tokens = (rng.standard_normal((50, 6, 8)) @ rng.standard_normal((8, 8)) + 3).astype(np.float32)
+    mean, std = tokens.mean((0, 1)), tokens.std((0, 1))
+    components = PCA(3).fit_transform(((tokens - mean) / std).reshape(-1, 8))
+    low, high = np.percentile(components, [1, 99], axis=0)
+    expected = np.clip((components - low) / (high - low), 0, 1).reshape(50, 6, 3)
+    colours = principal_colours(tokens, mean, std)(tokens)
+    for i in range(3):
+        errors = [np.abs(colours[..., i] - x).max() for x in (expected[..., i], 1 - expected[..., i])]
+        assert min(errors) < 1e-3 < max(errors)
+
+
+def test_samples(tmp_path, dataset):
+    """Perfect samples, three draws of them: grids, retrieval and histogram; in the order of the split."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    truth = np.load(dataset / "val_target.npy")
+    np.save(tmp_path / "a.npy", truth)
+    np.save(tmp_path / "b.npy", truth[:, None].repeat(3, 1)[:5])
+    sizes = []
+    for name in "ab":
+        run("plot.py", "samples", tmp_path / f"{name}.npy", f"--data_dir={dataset}")
+        image = plt.imread(tmp_path / "samples.png")
+        sizes.append(image.shape[0])
+        blue = np.array([59, 76, 192]) / 255  # the map's colour for a cosine of 1
+        assert image.shape[1] == 1200 and (np.abs(image[..., :3] - blue).max(-1) < 0.02).mean() > 0.02
+        assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 500
+    assert sizes[0] > sizes[1] > 500  # 10 conditions and 5
+    np.save(tmp_path / "wide.npy", truth[..., :3])
+    assert "(10, 1, 4, 3); the truth has (10, 4, 5)" in refused(
+        "plot.py", "samples", tmp_path / "wide.npy", f"--data_dir={dataset}"
+    )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import prepare
+import sources
 from conftest import ROOT, make_pickle, refused, run
 
 COND, TARGET = "eva_blip3o_embeddings", "clip_blip3o_embeddings"
@@ -475,3 +476,17 @@ def test_verify_finds_what_is_wrong(tmp_path):
         "'array': array (3, 4, 5) float32; 3 samples"
         in run("prepare.py", tmp_path / "one.npy", "--inspect=True").stdout
     )
+
+
+def test_rows_of_a_file_are_sliced(tmp_path):
+    """Over the borders of the arrays that hold them."""
+    pieces = [np.random.default_rng(i).standard_normal((n, 4, 6)).astype(np.float32) for i, n in enumerate((3, 1, 4))]
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"cond": pieces}))
+    rows, whole = (
+        sources.get_rows(sources.load_pickle(tmp_path / "a.pkl"), "cond", tmp_path / "a.pkl"),
+        np.concatenate(pieces),
+    )
+    assert len(rows) == 8 and np.array_equal(np.asarray(rows), whole)
+    for first in range(8):
+        for stop in (*range(first + 1, 9), 20):
+            assert np.array_equal(rows[first:stop], whole[first:stop])

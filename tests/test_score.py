@@ -221,7 +221,7 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     np.save(tmp_path / "draws.npy", truth[:6, None] + np.array([-0.1, 0, 0.1], np.float32)[:, None, None])
     done = run("score.py", tmp_path / "draws.npy", f"--data_dir={dataset}", "--limit=6")
     mean = next(line for line in done.stdout.splitlines() if line.startswith("mean of 3"))
-    assert mean.split()[3] == "1.0000" and "coverage 1.0000" in done.stdout
+    assert mean.split()[3] == "1.0000" and "coverage        1.0000" in done.stdout
     np.save(tmp_path / "short.npy", truth[:3])
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}")
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4")
