@@ -55,7 +55,9 @@ class Output:
         self.path, self.start = next(iter(files)).with_suffix(".progress"), len(head)
         known = self.path.is_file() and all(path.is_file() for path in self.partial.values())
         if master and not (known and self.path.read_bytes()[: len(head)] == head):
-            self.path.unlink(missing_ok=True)
+            if self.path.exists():
+                print(f"{self.path} is of other settings, weights or conditions: starting anew")
+                self.path.unlink()
             for path, shape in files.items():
                 np.lib.format.open_memmap(self.partial[path], "w+", np.float32, shape)  # a header, then a hole
             replace_file(self.path, lambda f: f.write(head + b"." * n))

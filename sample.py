@@ -298,9 +298,10 @@ def run(config, rank, world_size):
         Path(cond or Path(folder) / f"{split}_cond.npy"),
         *(sorted(loaded.path.glob("*.safetensors")) or [loaded.path]),
     ]
-    identity = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in read]
+    decisive = {k: v for k, v in config.items() if k not in ("plot", "save_pickle", "save_draws")}
+    decisive["read"] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in read]
     batches = -(-n // batch_size)
-    output = Output(files, batches, config | {"read": identity}, master, wait)
+    output = Output(files, batches, decisive, master, wait)
     if master and len(output.due) < batches:
         print(f"{batches - len(output.due)} of {batches} batches were there")
     calls, clock = [], time.perf_counter()

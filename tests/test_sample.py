@@ -3,6 +3,7 @@ import json
 import pickle
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -178,38 +179,57 @@ def test_a_checkpoint_replaced_while_it_is_read(trained, tmp_path):
         list(blocks)
 
 
-def test_bad_input(run_dir, dataset, tmp_path):
-    args = ["sample.py", f"--out_dir={run_dir}"]
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """refused(), but in this process, which has torch already."""
+
+    def refuse(*args):
+        precision = torch.get_float32_matmul_precision()
+        monkeypatch.setattr(sys, "argv", ["sample.py", *args])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            sample.main()
+        torch.set_float32_matmul_precision(precision)
+        printed = capsys.readouterr().err or end.value.code  # a text is printed by Python, which then ends with code 1
+        lines = [line for line in printed.splitlines() if line.strip() and "batch/s" not in line]
+        assert end.value.code in (1, printed) and len(lines) == 1 and lines[0].startswith("error: ")
+        return lines[0]
+
+    return refuse
+
+
+def test_bad_input(run_dir, refuse, dataset, tmp_path):
+    args = [f"--out_dir={run_dir}"]
     np.save(tmp_path / "wide.npy", np.zeros((3, 4, 9), np.float32))
     np.save(tmp_path / "long.npy", np.zeros((3, 5, 6), np.float32))
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 6), np.float32))
-    assert "(1, 4, 9); this model was trained on (B, 4, 6)" in refused(*args, f"--cond={tmp_path}/wide.npy")
-    assert "(1, 5, 6); this model was trained on (B, 4, 6)" in refused(*args, f"--cond={tmp_path}/long.npy")
+    assert "(1, 4, 9); this model was trained on (B, 4, 6)" in refuse(*args, f"--cond={tmp_path}/wide.npy")
+    assert "(1, 5, 6); this model was trained on (B, 4, 6)" in refuse(*args, f"--cond={tmp_path}/long.npy")
     np.save(tmp_path / "nan.npy", np.full((3, 4, 6), np.nan, np.float32))
     np.save(tmp_path / "flat.npy", np.zeros((3, 6), np.float32))
-    assert "NaN or Inf in 1 of 1" in refused(*args, f"--cond={tmp_path}/nan.npy")
+    assert "NaN or Inf in 1 of 1" in refuse(*args, f"--cond={tmp_path}/nan.npy")
     late = np.zeros((3, 4, 6), np.float32)
     late[2] = np.inf
     np.save(tmp_path / "late.npy", late)
-    assert "1 of 3 conditions, the first is number 2" in refused(*args, f"--cond={tmp_path}/late.npy")
-    assert "interpolate='1,10'" in refused(*args, "--interpolate=1,10")
-    assert "interpolate='1;2'" in refused(*args, "--interpolate=1;2")
-    assert "interval 0.5 to 0.2" in refused(*args, "--guidance=2.0", "--guidance_interval=0.5,0.2")
-    assert "shape (3, 6)" in refused(*args, f"--cond={tmp_path}/flat.npy")
-    assert "device='tpu'" in refused(*args, "--device=tpu")
-    assert "0 conditions" in refused(*args, f"--cond={tmp_path}/none.npy")
-    assert "No such file" in refused(*args, f"--cond={tmp_path}/nowhere.npy")
-    assert "method='rk5'" in refused(*args, "--method=rk5")
-    assert "steps=0" in refused(*args, "--steps=0")
-    assert "shift=0" in refused(*args, "--shift=0")
-    assert "must end in .npy" in refused(*args, "--save=foo")
-    assert "no folder 'no'" in refused(*args, "--save=no/x.npy")
-    assert "did you mean 'steps'" in refused(*args, "--step=3")
-    assert "no checkpoint" in refused(*args, "--checkpoint=ckpt_lsat.pt")
-    assert "train one with" in refused("sample.py", f"--out_dir={tmp_path}/nowhere")
-    assert "dataset 'nowhere' does not exist" in refused(*args, "--data_dir=nowhere")
+    assert "1 of 3 conditions, the first is number 2" in refuse(*args, f"--cond={tmp_path}/late.npy")
+    assert "interpolate='1,10'" in refuse(*args, "--interpolate=1,10")
+    assert "interpolate='1;2'" in refuse(*args, "--interpolate=1;2")
+    assert "interval 0.5 to 0.2" in refuse(*args, "--guidance=2.0", "--guidance_interval=0.5,0.2")
+    assert "shape (3, 6)" in refuse(*args, f"--cond={tmp_path}/flat.npy")
+    assert "device='tpu'" in refuse(*args, "--device=tpu")
+    assert "0 conditions" in refuse(*args, f"--cond={tmp_path}/none.npy")
+    assert "No such file" in refuse(*args, f"--cond={tmp_path}/nowhere.npy")
+    assert "method='rk5'" in refuse(*args, "--method=rk5")
+    assert "steps=0" in refuse(*args, "--steps=0")
+    assert "shift=0" in refuse(*args, "--shift=0")
+    assert "must end in .npy" in refuse(*args, "--save=foo")
+    assert "no folder 'no'" in refuse(*args, "--save=no/x.npy")
+    assert "did you mean 'steps'" in refuse(*args, "--step=3")
+    assert "no checkpoint" in refuse(*args, "--checkpoint=ckpt_lsat.pt")
+    assert "train one with" in refuse(f"--out_dir={tmp_path}/nowhere")
+    assert "dataset 'nowhere' does not exist" in refuse(*args, "--data_dir=nowhere")
     (run_dir / "ckpt_best.pt").write_bytes((run_dir / "ckpt_best.pt").read_bytes()[:5000])
-    assert "cannot be read as a checkpoint" in refused(*args)
+    assert "cannot be read as a checkpoint" in refuse(*args)
 
 
 def cut(text, first, second):
@@ -257,7 +277,8 @@ def test_other_settings_start_anew(run_dir, conditions, tmp_path):
     assert (tmp_path / "a.progress").read_bytes().endswith(b"\nx.")
     assert "number 400" in refused(*args, "--seed=1")  # not what seed 0 has made
     np.save(conditions, np.nan_to_num(spoilt))
-    assert "were there" not in run(*args, "--seed=1").stdout  # nor what was made of other conditions
+    done = run(*args, "--seed=1").stdout  # nor what was made of other conditions
+    assert "were there" not in done and "of other settings, weights or conditions" in done
     expected = sample.generate(sample.load(run_dir), np.nan_to_num(spoilt), seed=1)
     assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
 
