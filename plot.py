@@ -124,7 +124,7 @@ def draw_scores(fig, samples, encode, rows, n=HISTOGRAM, shown=40):
     left, right = fig.subplots(1, 2, width_ratios=[1, 1.9])
     pooled, true_pooled = first[:shown].mean(1), truth[:shown].mean(1)
     image = left.imshow(score.cosine(pooled[:, None], true_pooled[None]), cmap="viridis")
-    hits = score.retrieval_hits(first.mean(1), truth.mean(1)).mean()
+    hits = score.retrieval_hits(first.mean(1), index, truth.mean(1)).mean()
     left.set_title(f"pooled cosine (R@1 {hits:.0%} of {n})", fontsize=11)
     left.set_xlabel("truth", fontsize=10)
     left.set_ylabel("sample", fontsize=10)

@@ -60,14 +60,12 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace)
 
 
-def retrieval_hits(generated, target):
-    """(N,): 1 where of all pooled targets (N, D) a pooled sample's own is the nearest by cosine, 1/k where k tie."""
-    unit, hits = target / target.norm(dim=-1, keepdim=True).clamp(min=1e-12), []
-    for start in range(0, len(generated), 1024):
-        similarity = generated[start : start + 1024] @ unit.T
-        own = similarity[torch.arange(len(similarity)), torch.arange(start, start + len(similarity))][:, None]
-        hits.append(((similarity > own).sum(1) == 0).double() / (similarity == own).sum(1))
-    return torch.cat(hits)
+def retrieval_hits(pooled, rows, target):
+    """(B,) of pooled samples (B, D): 1 where of all pooled targets (N, D) the nearest by cosine is the sample's own,
+    which is in row rows[i]; 1/k where k are as near."""
+    similarity = pooled @ (target / target.norm(dim=-1, keepdim=True).clamp(min=1e-12)).T
+    own = similarity[torch.arange(len(rows)), torch.as_tensor(rows)][:, None]
+    return ((similarity > own).sum(1) == 0).double() / (similarity == own).sum(1)
 
 
 def add_up(n, groups, measure):
@@ -97,44 +95,23 @@ def bootstrap(sums, values, repeats=50):
     return {name: float(1.96 * (groups / (groups - 1)) ** 0.5 * value) for name, value in spread.items()}
 
 
-def measure_set(samples, n, groups=1):
-    """Sums over the groups of n samples, samples(rows) -> (B, T, D), and their means over tokens (n, D)."""
-    pooled = []
-
-    def measure(rows):
-        x = samples(rows)
-        pooled.append(x.mean(1))
-        flat = x.flatten(0, 1).double()
-        return {"tokens": len(flat), "norm": x.norm(dim=-1).sum(), "first": flat.sum(0), "second": flat.T @ flat}
-
-    return add_up(n, groups, measure), torch.cat(pooled)
-
-
-def measure_pairs(samples, truth, pooled, true_pooled, groups=1):
-    """Sums over the groups of what compares each of n samples with its own truth."""
-    hits = retrieval_hits(pooled, true_pooled)
-
-    def measure(rows):
-        x, y = samples(rows), truth(rows)
-        return {
-            "pairs": len(rows),
-            "cosine": cosine(x, y).mean(1).sum(),
-            "pooled_cosine": cosine(pooled[rows], true_pooled[rows]).sum(),
-            "hits": hits[rows].sum(),
-            "distance": (x - y).norm(dim=-1).mean(1).sum(),
-            "error": (x - y).square().sum(),
-        }
-
-    return add_up(len(pooled), groups, measure)
+def moments(side, x):
+    """Sums over the tokens of x (B, T, D), their names behind the side's."""
+    flat = x.flatten(0, 1).double()
+    sums = {"tokens": len(flat), "norm": x.norm(dim=-1).sum(), "first": flat.sum(0), "second": flat.T @ flat}
+    return {f"{side}_{name}": value for name, value in sums.items()}
 
 
 def combine(sums):
-    """METRICS of the sums over all samples: `pairs` and so on, and those of the two sets, behind a_ and b_."""
-    moments = {}
-    for side in "ab":
-        n, mean = sums[f"{side}_tokens"], sums[f"{side}_first"] / sums[f"{side}_tokens"]
-        moments[side] = mean, (sums[f"{side}_second"] - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
-    (mean_a, cov_a), (mean_b, cov_b) = moments["a"], moments["b"]
+    """METRICS of the sums that a Scorer makes."""
+
+    def gaussian(n, first, second):
+        mean = first / n
+        return mean, (second - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
+
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        gaussian(*(sums[f"{side}_{name}"] for name in ("tokens", "first", "second"))) for side in "ab"
+    )
     pairs = sums["pairs"]
     return {
         "token_cosine": float(sums["cosine"] / pairs),
@@ -155,16 +132,33 @@ class Scorer:
     """
 
     def __init__(self, truth, n, groups=GROUPS):
-        self.truth, self.n, self.groups = truth, n, min(groups, n)
-        self.sums, self.pooled = measure_set(truth, n, self.groups)
+        self.truth, self.n, self.groups, pooled = truth, n, min(groups, n), []
+
+        def measure(rows):
+            y = truth(rows)
+            pooled.append(y.mean(1))
+            return moments("b", y)
+
+        self.sums, self.pooled = add_up(n, self.groups, measure), torch.cat(pooled)
 
     def __call__(self, samples, confidence=False):
         """(metrics, half-widths of their 95% confidence intervals, {} without `confidence`) of samples(rows)."""
-        sums, pooled = measure_set(samples, self.n, self.groups)
-        pairs = measure_pairs(samples, self.truth, pooled, self.pooled, self.groups)
-        both = pairs | {f"a_{k}": v for k, v in sums.items()} | {f"b_{k}": v for k, v in self.sums.items()}
-        result = combine({name: value.sum(0) for name, value in both.items()})
-        return result, bootstrap(both, combine) if confidence else {}
+
+        def measure(rows):
+            x, y = samples(rows), self.truth(rows)
+            pooled = x.mean(1)
+            return moments("a", x) | {
+                "pairs": len(rows),
+                "cosine": cosine(x, y).mean(1).sum(),
+                "pooled_cosine": cosine(pooled, self.pooled[rows]).sum(),
+                "hits": retrieval_hits(pooled, rows, self.pooled).sum(),
+                "distance": (x - y).norm(dim=-1).mean(1).sum(),
+                "error": (x - y).square().sum(),
+            }
+
+        sums = add_up(self.n, self.groups, measure) | self.sums
+        result = combine({name: value.sum(0) for name, value in sums.items()})
+        return result, bootstrap(sums, combine) if confidence else {}
 
     def spread(self, draws):
         """(SPREAD, half-widths) of draws(rows) -> (B, draws, T, D), at least 2 of each condition.
@@ -292,10 +286,8 @@ def baselines(data, split, n):
     others = np.arange(n if split == "train" else 0, len(train_cond))  # not the samples themselves
     if len(others):
         some = others[np.unique(np.linspace(0, len(others) - 1, 16384).astype(int))]
-        neighbours, spaced = (
-            nearest(train_cond, some, cond[:n], to_cond),
-            others[np.linspace(0, len(others) - 1, n).astype(int)],
-        )
+        neighbours = nearest(train_cond, some, cond[:n], to_cond)
+        spaced = others[np.linspace(0, len(others) - 1, n).astype(int)]
         result["nearest"] = lambda rows: to_target(train_target[neighbours[rows]])
         result["floor"] = lambda rows: to_target(train_target[spaced[rows]])
     return result
@@ -328,9 +320,7 @@ def report(generated, data, split="val", limit=LIMIT, rows=None):
         result["baselines"]["shuffled"] = scorer(lambda rows: first((rows + 1) % n))[0]
     text = table(lines | result["baselines"])
     if "spread" in result:
-        l2 = ", ".join(
-            f"{name} {row['l2']:.4f}" for name, row in result["baselines"].items() if name in ("ridge", "mean")
-        )
+        l2 = ", ".join(f"{name} {result['baselines'][name]['l2']:.4f}" for name in ("mean", "ridge"))
         exact = {"spread_ratio": "1", "coverage": f"{(M - 1) / (M + 1):.4f}"}
         notes = {name: f"exact draws: {value}" for name, value in exact.items()} | {"energy_score": f"l2: {l2}"}
         text += f"\n{M} draws of each condition:"
@@ -370,11 +360,14 @@ def main():
     except (OSError, ValueError, EOFError) as e:
         sys.exit(f"error: {e} (--data_dir is a folder that prepare.py wrote)")
     N, T, D = data[f"{args.split}_target"].shape
-    n = args.limit or min(N, LIMIT)
+    n = min(N, LIMIT) if args.limit is None else args.limit
+    if not 1 <= n <= N:
+        sys.exit(f"error: --limit={n}: the {args.split} split has {N} samples")
     held = generated.shape if isinstance(generated, np.ndarray) and generated.dtype.kind == "f" else ()
-    if len(held) not in (3, 4) or held[-2:] != (T, D) or not (held[0] == N or args.limit and n <= held[0] <= N):
+    complete = held[:1] == (N,) or held and args.limit and n <= held[0] <= N
+    if len(held) not in (3, 4) or held[-2:] != (T, D) or not complete:
         sys.exit(f"error: {args.generated} holds {held or 'no floats'}; the {args.split} targets are {(N, T, D)}")
-    if not all(np.isfinite(generated[i : i + 256]).all() for i in range(0, n, 256)):
+    if not all(np.isfinite(generated[i : min(i + 256, n)]).all() for i in range(0, n, 256)):
         sys.exit(f"error: {args.generated} holds NaN or Inf")
     result, text = report(generated, data, args.split, n)
     print(text)

@@ -225,6 +225,7 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     np.save(tmp_path / "short.npy", truth[:3])
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}")
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4")
+    assert "limit=11" in refused("score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--limit=11")
     np.save(tmp_path / "nan.npy", np.full((10, 4, 5), np.nan, np.float32))
     assert "holds NaN" in refused("score.py", tmp_path / "nan.npy", f"--data_dir={dataset}")
     assert "nowhere" in refused("score.py", tmp_path / "nowhere.npy", f"--data_dir={dataset}")
