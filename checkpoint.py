@@ -6,6 +6,7 @@ through a memory map; and samples, written as they come.
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
 """
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -42,30 +43,46 @@ def replace_file(path, write):
 
 class Output:
     """.npy files that processes fill together, a batch of rows at a time, and that have their names when all is there.
-    Beside them, until then, is noted which batches are: the same run, interrupted, goes on from there.
+    Beside them is noted which batches are, until finish(): the same run, interrupted, goes on from there.
 
-    files: {path: shape}; n: batches; settings: all that decides their content; wait(): until all processes have come
+    files: {path: shape}; stale: paths that would be of another run, and go; n: batches
+    settings: all that decides the content; wait(): until all processes have come
+    Raises ValueError where another process is at it.
 
     Written, not mapped: what is written is not this process's memory, and a full disk is an OSError, not a SIGBUS.
     """
 
-    def __init__(self, files, n, settings, master, wait):
+    def __init__(self, files, stale, n, settings, master, wait):
+        self.master, self.wait, self.stale, head = master, wait, stale, json.dumps(settings).encode() + b"\n"
         self.partial = {path: path.with_name(path.name + ".partial") for path in files}
-        self.master, self.wait, head = master, wait, json.dumps(settings).encode() + b"\n"
         self.path, self.start = next(iter(files)).with_suffix(".progress"), len(head)
-        known = self.path.is_file() and all(path.is_file() for path in self.partial.values())
-        if master and not (known and self.path.read_bytes()[: len(head)] == head):
-            if self.path.exists():
-                print(f"{self.path} is of other settings, weights or conditions: starting anew")
-                self.path.unlink()
-            for path, shape in files.items():
-                np.lib.format.open_memmap(self.partial[path], "w+", np.float32, shape)  # a header, then a hole
-            replace_file(self.path, lambda f: f.write(head + b"." * n))
+        if master:
+            self.lock = open(self.path, "a+b")  # for as long as this process lives
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise ValueError(f"{self.path}: another process is writing these files") from e
+            known = self.path.read_bytes()
+            if known[: len(head)] != head or not all(p.is_file() for p in self.where().values()):
+                if known:
+                    print(f"{self.path} is of other settings, weights or conditions: starting anew")
+                self.lock.truncate(0)
+                for path in stale:
+                    path.with_name(path.name + ".partial").unlink(missing_ok=True)
+                for path, shape in files.items():
+                    np.lib.format.open_memmap(self.partial[path], "w+", np.float32, shape)  # a header, then a hole
+                self.lock.write(head + b"." * n)
+                self.lock.flush()
+                os.fsync(self.lock.fileno())
         wait()
         done = self.path.read_bytes()[len(head) :]
         self.due = [i for i in range(n) if done[i : i + 1] == b"."]
         wait()  # until all have read it
-        self.offset = {path: np.load(partial, mmap_mode="r").offset for path, partial in self.partial.items()}
+        self.offset = {path: np.load(place, mmap_mode="r").offset for path, place in self.where().items()}
+
+    def where(self):
+        """{path: the file that it is now}."""
+        return {path: partial if partial.exists() else path for path, partial in self.partial.items()}
 
     def write(self, batch, first, arrays):
         """Rows `first` and on of each file, {path: array}; then that the batch is done."""
@@ -81,11 +98,19 @@ class Output:
             os.fsync(f.fileno())  # in this order, also where the power fails
 
     def close(self):
+        """All is written: let the files have their names."""
         self.wait()
         if self.master:
-            self.path.unlink()
-            for path, partial in self.partial.items():
-                os.replace(partial, path)
+            for path, place in self.where().items():
+                os.replace(place, path)
+            for path in self.stale:
+                path.unlink(missing_ok=True)
+
+    def finish(self, transient):
+        """What was to be done with the files is done."""
+        for path in transient:
+            path.unlink()
+        self.path.unlink()
 
 
 def open_folder(out_dir, config, step, resume):

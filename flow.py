@@ -134,6 +134,8 @@ def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0), cond_ma
     What depends on the condition alone is computed here, once for the trajectory.
     Raises ValueError if guidance is asked of a model trained without condition dropout.
     """
+    if len(interval) != 2:
+        raise ValueError(f"guidance_interval={interval!r}: two times, from which and to which guidance acts")
     low, high = interval
     if not (math.isfinite(guidance) and 0 <= low < high <= 1):
         raise ValueError(f"guidance={guidance} must be finite, and its interval {low} to {high} lie within 0 to 1")
@@ -189,13 +191,13 @@ def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; it is one of {', '.join(METHODS)}")
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
+    if steps < 1 or steps != int(steps):
+        raise ValueError(f"steps={steps} must be a whole number, at least 1")
     if not 0 < shift < math.inf:
         raise ValueError(f"shift={shift} must be positive")
     order, first = ADAMS_BASHFORTH.get(method, (0, method))
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    times, states, past = [shift_time(i / steps, shift) for i in range(steps + 1)], [x], []
+    times, states, past = [shift_time(i / steps, shift) for i in range(int(steps) + 1)], [x], []
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         h, k = t_next - t, []
         nodes, matrix, weights = RUNGE_KUTTA["euler" if order and i else first]
@@ -223,9 +225,10 @@ def mix(stream, *numbers):
 
 def sample_noise(indices, shape, seed, draw=0):
     """(B, *shape) standard normal noise; row i is a function of (seed, indices[i], draw) alone."""
-    if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")
-    seeds = [mix(SAMPLING, seed, int(i), draw) for i in indices]
+    try:
+        seeds = [mix(SAMPLING, seed, i, draw) for i in indices]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"seed={seed}, draw={draw} and a sample's number must be integers of 0 or more") from e
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 

@@ -45,9 +45,16 @@ def principal_colours(reference, mean, std):
         return (tokens.astype(np.float32) - mean) / np.where(std > 1e-6, std, 1)
 
     x = flat(reference).reshape(-1, reference.shape[-1])
-    axes = np.linalg.eigh(np.cov(x.T))[1][:, :-4:-1]
+    axes = np.linalg.eigh(np.atleast_2d(np.cov(x.T)))[1][:, :-4:-1]
     low, high = np.percentile(x @ axes, [1, 99], axis=0)
-    return lambda tokens: np.clip((flat(tokens) @ axes - low) / (high - low), 0, 1)
+
+    def colours(tokens):
+        some = np.clip((flat(tokens) @ axes - low) / np.maximum(high - low, 1e-12), 0, 1)
+        return np.concatenate(
+            [some, np.full((*some.shape[:-1], 3 - some.shape[-1]), 0.5)], -1
+        )  # of one or two channels
+
+    return colours
 
 
 def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None, n=None):
@@ -93,7 +100,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None
         limit = np.abs(near).max() or 1
         columns.append(("cosine", near.reshape(n, *grid), dict(cmap="coolwarm_r", vmin=-limit, vmax=limit)))
 
-    blocks = 1 if decoder.is_file() else 2
+    blocks = max(1, min(n, round(14 / len(columns))))
     height = -(-n // blocks)  # in images
     ratios = ([1] * len(columns) + [0.3]) * blocks  # a gap after each block
     cell = 12 / (sum(ratios) + 0.5)
@@ -105,15 +112,26 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None
         ax.axis("off")
     for i in range(n):
         for j, (title, images, options) in enumerate(columns):
-            ax = axes[i % height, i // height * (len(columns) + 1) + j]
+            ax = axes[i // blocks, i % blocks * (len(columns) + 1) + j]
             shown = ax.imshow(images[i], **options)
-            if i % height == 0:
+            if i < blocks:
                 ax.set_title(title, fontsize=11)
     if truth is not None:
         top.colorbar(shown, ax=axes, shrink=0.5, pad=0.01, aspect=40).ax.tick_params(labelsize=9)
         draw_scores(bottom[0], samples, encode, rows)
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def token_cosines(samples, encode, rows, n):
+    """{name: (n,)}: mean cosine of tokens with the truth, of n samples, the mean of draws and baselines."""
+    index, first = np.arange(n), encode(samples[:n, 0])
+    compared = {"samples": first}
+    if samples.shape[1] > 1:
+        compared[f"mean of {samples.shape[1]}"] = encode(samples[:n]).mean(1)
+    compared |= {name: rows[name](index) for name in ("ridge", "nearest") if name in rows}
+    compared["shuffled"] = first.roll(1, 0)
+    return {name: score.cosine(x, rows["truth"](index)).mean(1).numpy() for name, x in compared.items()}
 
 
 def draw_scores(fig, samples, encode, rows, n=HISTOGRAM, shown=40):
@@ -130,12 +148,7 @@ def draw_scores(fig, samples, encode, rows, n=HISTOGRAM, shown=40):
     left.set_ylabel("sample", fontsize=10)
     fig.colorbar(image, ax=left, shrink=0.85).ax.tick_params(labelsize=9)
 
-    cosines = {"samples": first}
-    if samples.shape[1] > 1:
-        cosines[f"mean of {samples.shape[1]}"] = encode(samples[:n]).mean(1)
-    cosines |= {name: rows[name](index) for name in ("ridge", "nearest") if name in rows}
-    cosines["shuffled"] = first.roll(1, 0)
-    cosines = {name: score.cosine(x, truth).mean(1).numpy() for name, x in cosines.items()}
+    cosines = token_cosines(samples, encode, rows, n)
     low, high = min(map(np.min, cosines.values())), max(map(np.max, cosines.values()))
     for i, (name, values) in enumerate(cosines.items()):
         style = dict(bins=np.linspace(low, high, 41), color=f"C{i}", label=f"{name} ({values.mean():.3f})")
@@ -225,6 +238,7 @@ def main():
         parser.add_argument("generated", help=".npy of embeddings (N, T, D) or (N, draws, T, D), in a split's order")
         parser.add_argument("--data_dir", required=True, help="dataset folder written by prepare.py")
         parser.add_argument("--split", default="val", choices=["train", "val"])
+        parser.add_argument("--limit", type=int, help="for a file of fewer than all samples: the first so many")
         parser.add_argument("--save", help="PNG to write; by default samples.png beside the .npy")
         args = parser.parse_args(sys.argv[2:])
         path = Path(args.save or Path(args.generated).with_name("samples.png"))
@@ -240,11 +254,10 @@ def main():
         if hasattr(args, "runs"):
             draw_curves(path, args.runs)
         else:
-            data, samples = open_dataset(args.data_dir), np.load(args.generated, mmap_mode="r")
+            data = open_dataset(args.data_dir)
             truth = data[f"{args.split}_target"]
+            samples = score.read_generated(args.generated, truth, args.limit)
             samples = samples if samples.ndim == 4 else samples[:, None]
-            if samples.ndim != 4 or samples.shape[2:] != truth.shape[1:] or not 0 < len(samples) <= len(truth):
-                raise ValueError(f"{args.generated} has shape {samples.shape}; the truth has {truth.shape}")
             rows = score.baselines(data, args.split, min(len(samples), HISTOGRAM))
             given = data[f"{args.split}_cond"], truth, samples, data["meta"]["grid"], data["stats"], args.data_dir
             draw_samples(path, *given, rows)

@@ -20,6 +20,7 @@ import pickle
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ from configurator import configure
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, pick_device
 from prepare import open_dataset
-from sources import get_rows, items, load_pickle
+from sources import no_items, read_conditions, read_items
 from unpickle import drop_pages
 
 # ---- I/O
@@ -153,7 +154,9 @@ def generate(
     Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
     """
     model, T = loaded.model, loaded.model.config.grid[0] * loaded.model.config.grid[1]
-    cond = torch.as_tensor(cond)
+    cond = as_tensor(cond)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     tokens = loaded.cond_tokens or (*cond.shape, 0, 0)[1]  # a diffusers model does not say how many
     if cond.dim() != 3 or 0 in cond.shape or cond.shape[1:] != (tokens, model.config.cond_dim):
         expected = f"(B, {loaded.cond_tokens or 'any'}, {model.config.cond_dim})"
@@ -173,7 +176,12 @@ def generate(
         cond = loaded.cond.encode(cond.to(loaded.device))
         velocity = flow.guided_velocity(model, cond, loaded.flow, guidance, guidance_interval)
         states = flow.integrate(velocity, x, steps, method, shift, trajectory=trajectory)
-    return loaded.target.decode(states).cpu()
+    states = loaded.target.decode(states).cpu()
+    if not states.isfinite().all():
+        raise ValueError(
+            f"the samples are not finite, with guidance={guidance} and conditions up to {cond.abs().max():g}"
+        )
+    return states
 
 
 def interpolate_embeddings(loaded, cond_a, cond_b, n=8, **settings):
@@ -182,35 +190,30 @@ def interpolate_embeddings(loaded, cond_a, cond_b, n=8, **settings):
     return generate(loaded, line(cond_a, cond_b, n), same_noise=True, **settings)
 
 
+def as_tensor(x):
+    """An array or tensor of any real type as a float32 tensor on the CPU."""
+    with np.errstate(over="ignore"):  # what is too large is Inf, and refused
+        return (
+            x.detach().cpu().float().contiguous()
+            if torch.is_tensor(x)
+            else torch.from_numpy(np.array(x, np.float32, order="C"))
+        )
+
+
 def line(a, b, n):
-    a, b = (torch.from_numpy(np.array(x, np.float32)) for x in (a, b))
+    a, b = as_tensor(a), as_tensor(b)
+    if a.shape != b.shape or a.dim() != 2 or n < 2:
+        raise ValueError(
+            f"no line of {n} from {tuple(a.shape)} to {tuple(b.shape)}: two conditions (S, C), n at least 2"
+        )
     return torch.lerp(a, b, torch.linspace(0, 1, n)[:, None, None])  # (n, S, C)
-
-
-def read_conditions(path, key):
-    """Conditions (B, S, C), an array or what can be sliced like one, and a function that gives their items
-    [{key, caption}], of a .npy or, through the safe reader, a .pkl or .pt."""
-    if str(path).endswith((".pkl", ".pickle", ".pt", ".pth")):
-        content = load_pickle(path)
-        rows = get_rows(content, key, path)
-        named = {name: content.get(name) or [None] * len(rows) for name in ("keys", "captions")}
-        return rows, lambda: list(items(named, path))
-    if not str(path).endswith(".npy"):
-        raise ValueError(f"{path}: conditions are read from .npy, .pkl or .pt files")
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as e:
-        raise ValueError(f"{path}: {e}") from e
-    if array.ndim != 3 or array.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: holds {array.dtype} of shape {array.shape}, not numbers of shape (B, S, C)")
-    return array, lambda: [{"key": None, "caption": None}] * len(array)
 
 
 def numbers(text, kind, what):
     try:
         return tuple(map(kind, text.split(",")))
     except ValueError as e:
-        raise ValueError(f"{what}={text!r} must be numbers with commas between them") from e
+        raise ValueError(f"{what}={text!r}: {kind.__name__} numbers with commas between them") from e
 
 
 def main():
@@ -255,7 +258,7 @@ def run(config, rank, world_size):
     if target.suffix != ".npy":
         raise ValueError(f"save={save!r} must end in .npy")
     for path in (target, Path(save_pickle)):
-        if not path.parent.is_dir():
+        if not path.parent.is_dir() or save_pickle and Path(save_pickle).is_dir():
             raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
     if cond:
         (conditions, get_items), truth = read_conditions(cond, cond_key), None
@@ -264,8 +267,7 @@ def run(config, rank, world_size):
     elif split in ("val", "train"):
         data = data or open_dataset(folder)
         conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
-        lines = (Path(folder) / f"{split}_items.jsonl").read_text
-        get_items = lambda: [json.loads(line) for line in lines().splitlines()]  # noqa: E731
+        get_items = partial(read_items, Path(folder) / f"{split}_items.jsonl")
     else:
         raise ValueError(f"split={split!r} is unknown; it is one of val, train")
     shape = loaded.model.config.grid[0] * loaded.model.config.grid[1], loaded.model.config.target_dim
@@ -274,83 +276,85 @@ def run(config, rank, world_size):
     origin = None  # number of the sample whose noise all have
     if interpolate:
         given = numbers(interpolate, int, "interpolate")
-        origin, end, count = (*given, 8)[:3] if len(given) in (2, 3) else (-1, -1, 8)
-        if not (0 <= origin < len(conditions) and 0 <= end < len(conditions) and count > 1):
-            raise ValueError(
-                f"interpolate={interpolate!r}: i,j or i,j,n, of {len(conditions)} conditions, n at least 2"
-            )
+        origin, end, count = (*given, 8)[:3] if len(given) in (2, 3) else (-1, -1, 0)
+        if not (0 <= min(origin, end) <= max(origin, end) < len(conditions) and count > 1):
+            raise ValueError(f"interpolate={interpolate!r}: i,j or i,j,n of {len(conditions)} conditions, n above 1")
         conditions = line(*(conditions[i : i + 1][0] for i in (origin, end)), count).numpy()
-        truth, get_items = None, lambda: [{"key": None, "caption": None}] * count  # noqa: E731
-    n = len(conditions) if subset_size is None else min(subset_size, len(conditions))
+        truth, get_items = None, partial(no_items, count)
+    n = len(conditions) if subset_size is None or interpolate else min(subset_size, len(conditions))
     n_draws = draws if draws is not None else 1 if truth is None else 4
+    n_several = n if draws is not None or save_draws else min(n, score.LIMIT)  # of which there are several draws
     if n < 1 or n_draws < 1 or batch_size < 1:
         raise ValueError(f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}")
     settings = dict(steps=steps, method=method, shift=shift, guidance=guidance, seed=seed, batch_size=batch_size)
     settings["same_noise"] = bool(interpolate)
     settings["guidance_interval"] = numbers(guidance_interval, float, "guidance_interval")
     # one sample in one step: what is wrong shows before a file is made
-    generate(loaded, np.array(conditions[:1]), **settings | {"steps": min(steps, 1)})
+    generate(loaded, conditions[:1], **settings | {"steps": min(steps, 1)})
+    named = get_items()[:n] if save_pickle else None
 
     draws_file, states_file = (target.with_name(f"{target.stem}_{name}.npy") for name in ("draws", "trajectory"))
-    files = {target: (n, *shape)} | ({draws_file: (n, n_draws, *shape)} if n_draws > 1 else {})
-    files |= {states_file: (n, steps + 1, *shape)} if trajectory else {}
-    read = [
-        Path(cond or Path(folder) / f"{split}_cond.npy"),
-        *(sorted(loaded.path.glob("*.safetensors")) or [loaded.path]),
-    ]
-    decisive = {k: v for k, v in config.items() if k not in ("plot", "save_pickle", "save_draws")}
+    files = {target: (n, *shape)} | ({states_file: (n, steps + 1, *shape)} if trajectory else {})
+    files |= {draws_file: (n_several, n_draws, *shape)} if n_draws > 1 or save_draws else {}
+    read = [Path(cond)] if cond else sorted(Path(folder).glob("*.npy"))
+    for path in (*files, Path(save_pickle)):
+        if path.is_file() and any(path.samefile(other) for other in read) or Path(save_pickle) == target:
+            raise ValueError(f"{path} is read, or written twice: save to another file")
+    decisive = {k: v for k, v in config.items() if k not in ("plot", "save_pickle", "save_draws", "device", "dtype")}
+    decisive |= {"files": {str(path): shape for path, shape in files.items()}, "arithmetic": [place[:4], loaded.dtype]}
+    read += sorted(loaded.path.glob("*.safetensors")) or [loaded.path]
     decisive["read"] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in read]
-    batches = -(-n // batch_size)
-    output = Output(files, batches, decisive, master, wait)
+    batches, stale = -(-n // batch_size), [path for path in (draws_file, states_file) if path not in files]
+    output = Output(files, stale, batches, decisive, master, wait)
     if master and len(output.due) < batches:
         print(f"{batches - len(output.due)} of {batches} batches were there")
     calls, clock = [], time.perf_counter()
     loaded.model.register_forward_hook(lambda *call: calls.append(1))
-    due = output.due[rank::world_size]
-    with tqdm(total=len(due) * n_draws, unit="batch", disable=not master) as bar, ThreadPoolExecutor(1) as writer:
+    due, made = output.due[rank::world_size], 0
+    with tqdm(total=len(due), unit="batch", disable=not master) as bar, ThreadPoolExecutor(1) as writer:
         written = None  # the batch before, while the device is busy with this one
         for batch in due:
             first = batch * batch_size
             rows = np.array(conditions[first : min(first + batch_size, n)])
             drop_pages(conditions)
-            made = []
-            for draw in range(n_draws):
+            samples = []
+            for draw in range(n_draws if first < n_several else 1):
                 where = dict(draw=draw, first=origin if interpolate else first)
-                made.append(generate(loaded, rows, **settings, **where, trajectory=trajectory and draw == 0).numpy())
-                bar.update()
-            arrays = {states_file: made[0].swapaxes(0, 1)} if trajectory else {}
-            made[0] = made[0][-1] if trajectory else made[0]
-            arrays |= {target: made[0]} | ({draws_file: np.stack(made, 1)} if n_draws > 1 else {})
+                samples.append(generate(loaded, rows, **settings, **where, trajectory=trajectory and draw == 0).numpy())
+            arrays, made = {}, made + len(samples)
+            if trajectory:
+                arrays[states_file], samples[0] = samples[0].swapaxes(0, 1), samples[0][-1]
+            arrays[target] = samples[0]
+            if draws_file in files and first < n_several:
+                arrays[draws_file] = np.stack(samples, 1)[: n_several - first]
             if written:
                 written.result()
             written = writer.submit(output.write, batch, first, arrays)
+            bar.update()
         if written:
             written.result()
     output.close()
-    seconds, evaluations = time.perf_counter() - clock, len(calls) // max(1, len(due) * n_draws)
     if not master:
         return
-    print(f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {seconds:.1f} s")
-    samples = np.load(draws_file if n_draws > 1 else target, mmap_mode="r").reshape(n, n_draws, *shape)
-    if not save_draws and n_draws > 1:
-        files.pop(draws_file)
-        draws_file.unlink()  # what is mapped can still be read
-    for path, shape in files.items():
-        print(f"wrote {path} {shape}")
+    if made:
+        seconds, evaluations = time.perf_counter() - clock, len(calls) // made
+        print(f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {seconds:.1f} s")
+    generated = np.load(target, mmap_mode="r")
+    samples = np.load(draws_file, mmap_mode="r") if draws_file in files else generated[:, None]
     metrics = rows = None
-    if not interpolate:
-        (Path(out_dir) / "metrics.json").unlink(missing_ok=True)  # of an earlier run's samples
     if truth is not None:
-        rows = score.baselines(data, split, min(n, score.LIMIT))
+        rows = score.baselines(data, split, min(len(samples), score.LIMIT))
         metrics, text = score.report(samples, data, split, rows=rows)
         print(text)
-        replace_file(Path(out_dir) / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+        record = json.dumps({"generated": str(target)} | metrics, indent=1)
+        replace_file(Path(out_dir) / "metrics.json", lambda f: f.write(record.encode()))
+    elif target == Path(out_dir) / "generated.npy":
+        (Path(out_dir) / "metrics.json").unlink(missing_ok=True)  # of the samples that were there
     if save_pickle:
-        named = get_items()[:n]
         results = {
             "eva_embeddings": np.asarray(conditions[:n]),
             "clip_targets": None if truth is None else np.asarray(truth[:n]),
-            "generated_clip": np.asarray(samples[:, 0]),
+            "generated_clip": np.asarray(generated),
             "captions": [item["caption"] for item in named],
             "keys": [item["key"] for item in named],
             "generation_metrics": metrics,
@@ -360,9 +364,16 @@ def run(config, rank, world_size):
     if plot:
         from plot import draw_samples
 
-        picture = target.with_suffix(".png") if interpolate else Path(out_dir) / "samples.png"
+        picture = target.with_suffix(".png") if save or interpolate else Path(out_dir) / "samples.png"
+        if interpolate:  # from end to end
+            some = np.linspace(0, n - 1, min(n, 12)).astype(int)
+            conditions, samples = conditions[some], samples[some]
         draw_samples(picture, conditions, truth, samples, loaded.model.config.grid, loaded.stats, folder, rows)
         print(f"wrote {picture}")
+    transient = [draws_file] if draws_file in files and not save_draws else []
+    output.finish(transient)
+    for path in files.keys() - set(transient):
+        print(f"wrote {path} {files[path]}")
 
 
 if __name__ == "__main__":

@@ -81,12 +81,18 @@ def add_up(n, groups, measure):
     return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
 
 
-def bootstrap(sums, values, repeats=50):
-    """{name: half the width of a 95% confidence interval} of values({name: sums over all groups}).
+def jackknife(sums, values):
+    """bootstrap(), by leaving out one group after the other (Efron and Tibshirani 1993, chapter 11): for the Frechet
+    distance, which is larger the fewer different samples there are, as in a bootstrap's sets they are."""
+    groups, total = len(next(iter(sums.values()))), {name: value.sum(0) for name, value in sums.items()}
+    results = [values({k: total[k] - v[g] for k, v in sums.items()}) for g in range(groups if groups > 1 else 0)]
+    names = results[0] if results else ()
+    return {name: float(1.96 * ((groups - 1) * np.var([r[name] for r in results])) ** 0.5) for name in names}
 
-    The bootstrap's standard error (Efron and Tibshirani 1993, chapters 6 and 13) over groups of samples, times 1.96:
-    unlike percentiles it is right for the Frechet distance, which is larger the fewer different samples there are.
-    """
+
+def bootstrap(sums, values, repeats=200):
+    """{name: half the width of a 95% confidence interval} of values({name: sums over all groups}): 1.96 times the
+    standard error by resampling groups of samples (Efron and Tibshirani 1993, chapter 6)."""
     rng, groups, results = np.random.default_rng(0), len(next(iter(sums.values()))), []
     for _ in range(repeats if groups > 1 else 0):
         weights = torch.from_numpy(np.bincount(rng.integers(groups, size=groups), minlength=groups)).double()
@@ -102,25 +108,23 @@ def moments(side, x):
     return {f"{side}_{name}": value for name, value in sums.items()}
 
 
-def combine(sums):
-    """METRICS of the sums that a Scorer makes."""
+def combine(sums, distance=True):
+    """METRICS, with or without the Frechet distance, of the sums that a Scorer makes."""
 
     def gaussian(n, first, second):
         mean = first / n
         return mean, (second - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
 
-    (mean_a, cov_a), (mean_b, cov_b) = (
-        gaussian(*(sums[f"{side}_{name}"] for name in ("tokens", "first", "second"))) for side in "ab"
-    )
+    a, b = (gaussian(*(sums[f"{side}_{name}"] for name in ("tokens", "first", "second"))) for side in "ab")
     pairs = sums["pairs"]
     return {
         "token_cosine": float(sums["cosine"] / pairs),
         "pooled_cosine": float(sums["pooled_cosine"] / pairs),
         "retrieval_r1": float(sums["hits"] / pairs),
-        "frechet": frechet_distance(mean_a, cov_a, mean_b, cov_b),
+        **({"frechet": frechet_distance(*a, *b)} if distance else {}),
         "l2": float(sums["distance"] / pairs),
         "norm_ratio": float(sums["a_norm"] / sums["b_norm"]),
-        "std_ratio": float((cov_a.trace() / cov_b.trace()).sqrt()),
+        "std_ratio": float((a[1].trace() / b[1].trace()).sqrt()),
         "snr_db": float(10 * torch.log10(sums["b_second"].trace() / sums["error"].clamp(min=1e-12))),
     }
 
@@ -156,9 +160,12 @@ class Scorer:
                 "error": (x - y).square().sum(),
             }
 
-        sums = add_up(self.n, self.groups, measure) | self.sums
+        sums = add_up(self.n, self.groups if confidence else 1, measure) | self.sums
         result = combine({name: value.sum(0) for name, value in sums.items()})
-        return result, bootstrap(sums, combine) if confidence else {}
+        if not confidence:
+            return result, {}
+        width = jackknife(sums, combine) | bootstrap(sums, lambda sums: combine(sums, distance=False))
+        return result, {name: width[name] for name in METRICS if name in width}
 
     def spread(self, draws):
         """(SPREAD, half-widths) of draws(rows) -> (B, draws, T, D), at least 2 of each condition.
@@ -253,7 +260,7 @@ def standardizer(mean, std):
     """Function from raw (..., D) arrays or tensors to standardized float32 tensors."""
     mean, std = (torch.as_tensor(s, dtype=torch.float32) for s in (mean, std))
     std = std.where(std > 1e-6, 1.0)
-    return lambda x: ((x if torch.is_tensor(x) else torch.from_numpy(np.array(x))).float() - mean) / std
+    return lambda x: ((x.float() if torch.is_tensor(x) else torch.from_numpy(np.array(x, np.float32))) - mean) / std
 
 
 def nearest(train_cond, rows, cond, encode):
@@ -272,7 +279,10 @@ def nearest(train_cond, rows, cond, encode):
 
 def baselines(data, split, n):
     """{name: function of rows -> standardized (B, T, D)} for the first n samples of a split: `truth`, and what to read
-    generated samples against. data: the arrays of a dataset and its `stats`, as prepare.open_dataset gives them"""
+    generated samples against. Of the training split, `ridge` has seen the samples; the others have not.
+
+    data: the arrays of a dataset and its `stats`, as prepare.open_dataset gives them
+    """
     to_cond, to_target = (
         standardizer(*(data["stats"][f"{k}_{s}"] for s in ("mean", "std"))) for k in ("cond", "target")
     )
@@ -325,8 +335,27 @@ def report(generated, data, split="val", limit=LIMIT, rows=None):
         notes = {name: f"exact draws: {value}" for name, value in exact.items()} | {"energy_score": f"l2: {l2}"}
         text += f"\n{M} draws of each condition:"
         for name in SPREAD:
-            text += f"\n  {name:<14}{spread[name]:8.4f} +- {width.get(name, 0):.4f}  ({notes[name]})"
+            sure = f"+- {width[name]:.4f}" if name in width else ""
+            text += f"\n  {name:<14}{spread[name]:8.4f} {sure:<10} ({notes[name]})"
     return result, text
+
+
+def read_generated(path, target, limit=None):
+    """Embeddings in a .npy, (N, T, D) or (N, draws, T, D), for `target` (N, T, D), or of its first samples, at least
+    `limit`. Raises ValueError with one line where they are not, or those that count are not finite."""
+    N, T, D = target.shape
+    n = min(N, LIMIT) if limit is None else limit
+    if not 1 <= n <= N:
+        raise ValueError(f"limit={limit}: there are {N} samples")
+    generated = np.load(path, mmap_mode="r")
+    held = generated.shape if isinstance(generated, np.ndarray) and generated.dtype.kind in "fiu" else ()
+    complete = held[:1] == (N,) or held and limit and n <= held[0] <= N
+    if len(held) not in (3, 4) or 0 in held or held[-2:] != (T, D) or not complete:
+        raise ValueError(f"{path} holds {held or 'no numbers'}; the targets are {(N, T, D)}")
+    for part in np.array_split(np.arange(n), -(-n // 256)):
+        if not np.abs(generated[part].astype(np.float64)).max() < 1e15:  # beyond, squares leave float32
+            raise ValueError(f"{path} holds NaN, Inf or numbers above 1e15")
+    return generated
 
 
 def table(rows):
@@ -341,10 +370,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "generated",
-        help=".npy of raw embeddings in the order of the split, (N, T, D) or, of several draws, (N, draws, T, D)",
-    )
+    parser.add_argument("generated", help=".npy of raw embeddings, (N, T, D) or (N, draws, T, D), in a split's order")
     parser.add_argument("--data_dir", required=True, help="dataset folder written by prepare.py")
     parser.add_argument("--split", default="val", choices=["train", "val"])
     parser.add_argument("--limit", type=int, help=f"score the first so many samples only; by default at most {LIMIT}")
@@ -356,20 +382,12 @@ def main():
         data = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
         with np.load(folder / "stats.npz") as stats:
             data["stats"] = dict(stats)
-        generated = np.load(args.generated, mmap_mode="r")
+        generated = read_generated(args.generated, data[f"{args.split}_target"], args.limit)
+        if args.save and not Path(args.save).absolute().parent.is_dir():
+            raise ValueError(f"there is no folder to write {args.save} into")
     except (OSError, ValueError, EOFError) as e:
-        sys.exit(f"error: {e} (--data_dir is a folder that prepare.py wrote)")
-    N, T, D = data[f"{args.split}_target"].shape
-    n = min(N, LIMIT) if args.limit is None else args.limit
-    if not 1 <= n <= N:
-        sys.exit(f"error: --limit={n}: the {args.split} split has {N} samples")
-    held = generated.shape if isinstance(generated, np.ndarray) and generated.dtype.kind == "f" else ()
-    complete = held[:1] == (N,) or held and args.limit and n <= held[0] <= N
-    if len(held) not in (3, 4) or held[-2:] != (T, D) or not complete:
-        sys.exit(f"error: {args.generated} holds {held or 'no floats'}; the {args.split} targets are {(N, T, D)}")
-    if not all(np.isfinite(generated[i : min(i + 256, n)]).all() for i in range(0, n, 256)):
-        sys.exit(f"error: {args.generated} holds NaN or Inf")
-    result, text = report(generated, data, args.split, n)
+        sys.exit(f"error: {e}")
+    result, text = report(generated, data, args.split, args.limit or LIMIT)
     print(text)
     if args.save:
         Path(args.save).write_text(json.dumps(result, indent=1))

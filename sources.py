@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,38 @@ def items(shard, path):
             if not isinstance(value, (str, int, type(None))):
                 raise DataError(f"{path}: {name} is not a list of strings or integers")
         yield dict(zip(("key", "caption"), pair))
+
+
+def read_conditions(path, key):
+    """Conditions (B, S, C), an array or what can be sliced like one, and a function that gives their items
+    [{key, caption}], of a .npy or, through the safe reader, a .pkl or .pt."""
+    if str(path).endswith((".pkl", ".pickle", ".pt", ".pth")):
+        content = load_pickle(path)
+        rows = get_rows(content, key, path)
+        named = {n: [None] * len(rows) if content.get(n) is None else content[n] for n in ("keys", "captions")}
+        for name, values in named.items():
+            if not hasattr(values, "__len__") or len(values) != len(rows):
+                raise DataError(f"{path}: {name} is not a list of {len(rows)}, as many as there are conditions")
+        return rows, lambda: list(items(named, path))
+    if not str(path).endswith(".npy"):
+        raise DataError(f"{path}: conditions are read from .npy, .pkl or .pt files")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(f"{path}: {e}") from e
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: holds several arrays; conditions are one, of shape (B, S, C)")
+    if array.ndim != 3 or array.dtype.kind not in "fiu":
+        raise DataError(f"{path}: holds {array.dtype} of shape {array.shape}, not numbers of shape (B, S, C)")
+    return array, partial(no_items, len(array))
+
+
+def read_items(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def no_items(n):
+    return [{"key": None, "caption": None}] * n
 
 
 def find_files(sources):

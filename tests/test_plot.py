@@ -2,9 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+import score
 from conftest import refused, run
-from plot import principal_colours, read_log, smooth
+from plot import principal_colours, read_log, smooth, token_cosines
+from prepare import open_dataset
 
 
 def test_smooth_is_the_mean_of_a_window():
@@ -57,14 +60,46 @@ def test_samples(tmp_path, dataset):
     np.save(tmp_path / "b.npy", truth[:, None].repeat(3, 1)[:5])
     sizes = []
     for name in "ab":
-        run("plot.py", "samples", tmp_path / f"{name}.npy", f"--data_dir={dataset}")
+        limit = ["--limit=5"] if name == "b" else []
+        run("plot.py", "samples", tmp_path / f"{name}.npy", f"--data_dir={dataset}", *limit)
         image = plt.imread(tmp_path / "samples.png")
         sizes.append(image.shape[0])
         blue = np.array([59, 76, 192]) / 255  # the map's colour for a cosine of 1
         assert image.shape[1] == 1200 and (np.abs(image[..., :3] - blue).max(-1) < 0.02).mean() > 0.02
+        yellow = np.array([253, 231, 37]) / 255  # the largest of the retrieval matrix: its diagonal
+        assert (np.abs(image[..., :3] - yellow).max(-1) < 0.02).mean() > 0.001
         assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 500
-    assert sizes[0] > sizes[1] > 500  # 10 conditions and 5
+    assert min(sizes) > 500
+    np.save(tmp_path / "c.npy", np.stack([truth, truth[::-1], truth], 1)[:5])
+    run("plot.py", "samples", tmp_path / "c.npy", f"--data_dir={dataset}", "--limit=5")
+    other = plt.imread(tmp_path / "samples.png")[: image.shape[0] // 3]
+    moved = np.flatnonzero(np.abs(other - image[: image.shape[0] // 3]).max((0, 2)) > 0.02)
+    assert 0 < len(moved) < 0.5 * 1200  # sample 2 and the mean, in both blocks
     np.save(tmp_path / "wide.npy", truth[..., :3])
-    assert "(10, 1, 4, 3); the truth has (10, 4, 5)" in refused(
+    assert "(10, 4, 3); the targets are (10, 4, 5)" in refused(
         "plot.py", "samples", tmp_path / "wide.npy", f"--data_dir={dataset}"
     )
+
+
+def test_cosines_of_the_histogram(dataset):
+    data = open_dataset(dataset)
+    rows, encode = (
+        score.baselines(data, "val", 10),
+        score.standardizer(*(data["stats"][f"target_{s}"] for s in ("mean", "std"))),
+    )
+    rng = np.random.default_rng(0)
+    samples = rng.standard_normal((10, 3, 4, 5)).astype(np.float32)
+    ours = token_cosines(samples, encode, rows, 8)
+    x, y = encode(samples)[:8], encode(data["val_target"])[:8]
+    by_hand = {"samples": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[[7, 0, 1, 2, 3, 4, 5, 6], 0]}
+    assert ours.keys() == by_hand.keys() | {"ridge", "nearest"}
+    for name, z in by_hand.items():
+        assert ours[name] == pytest.approx(torch.cosine_similarity(z, y, -1).mean(1).numpy(), abs=1e-5)
+    assert ours["ridge"].mean() > 0.8
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_colours_of_few_channels(channels):
+    tokens = np.random.default_rng(0).standard_normal((20, 4, channels)).astype(np.float32)
+    colours = principal_colours(tokens, np.zeros(channels), np.ones(channels))(tokens)
+    assert colours.shape == (20, 4, 3) and colours.min() == 0 and colours.max() == 1

@@ -45,6 +45,7 @@ def test_a_sample_depends_on_its_own_noise_only(loaded, dataset):
     assert states.shape == (4, 10, 4, 5) and torch.allclose(states[-1], together, atol=1e-5)
     assert (together - sample.generate(loaded, cond, steps=3, draw=1)).abs().mean() > 0.1
     assert (together - sample.generate(loaded, cond, steps=3, seed=1)).abs().mean() > 0.1
+    assert (together - sample.generate(loaded, cond, steps=3, shift=3.0)).abs().max() > 1e-3
     assert torch.equal(together, sample.generate(loaded, cond, steps=3))
 
 
@@ -68,11 +69,19 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
     assert "10 conditions, 3 draws, 4 model evaluations a sample" in done.stdout
     generated, draws = np.load(run_dir / "generated.npy"), np.load(run_dir / "generated_draws.npy")
     assert generated.shape == (10, 4, 5) and draws.shape == (10, 3, 4, 5) and np.array_equal(draws[:, 0], generated)
-    assert np.allclose(
-        generated, sample.generate(sample.load(run_dir), np.load(dataset / "val_cond.npy"), steps=4), atol=1e-5
-    )
+    conditions, loaded = np.load(dataset / "val_cond.npy"), sample.load(run_dir)
+    for draw in range(3):
+        assert np.allclose(draws[:, draw], sample.generate(loaded, conditions, steps=4, draw=draw), atol=1e-5)
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert metrics.keys() == {*score.METRICS, "baselines", "mean_of_draws", "spread", "samples", "confidence"}
+    assert metrics.keys() == {
+        *score.METRICS,
+        "generated",
+        "baselines",
+        "mean_of_draws",
+        "spread",
+        "samples",
+        "confidence",
+    }
     assert metrics["baselines"].keys() == {"mean", "ridge", "nearest", "floor", "shuffled"}
     assert metrics["mean_of_draws"]["draws"] == metrics["spread"]["draws"] == 3
     assert metrics["confidence"].keys() == set(score.METRICS) and score.SPREAD.keys() < metrics["spread"].keys()
@@ -100,6 +109,8 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
     }
     assert not (run_dir / "generated.progress").exists() and not list(run_dir.glob("*.partial"))
     items = [json.loads(line) for line in (dataset / "val_items.jsonl").read_text().splitlines()]
+    assert np.array_equal(results["eva_embeddings"], conditions)
+    assert np.array_equal(results["clip_targets"], np.load(dataset / "val_target.npy"))
     assert results["keys"] == [i["key"] for i in items] and np.array_equal(results["generated_clip"], generated)
     assert results["generation_metrics"]["token_cosine"] == metrics["token_cosine"]
 
@@ -108,6 +119,7 @@ def test_conditions_from_files(run_dir, dataset, tmp_path):
     content = make_pickle(tmp_path / "new.pkl", n=5, seed=5)
     np.save(tmp_path / "new.npy", content["eva_blip3o_embeddings"].numpy())
     args = ["sample.py", f"--out_dir={run_dir}", "--steps=2", "--method=euler", "--subset_size=4"]
+    (run_dir / "metrics.json").write_text("{}")  # of generated.npy, which stays as it is
     for kind in ("npy", "pkl"):
         done = run(
             *args,
@@ -118,7 +130,7 @@ def test_conditions_from_files(run_dir, dataset, tmp_path):
         assert "4 conditions, 1 draws, 2 model evaluations" in done.stdout and "ridge" not in done.stdout
     assert pickle.loads((tmp_path / "pkl.out").read_bytes())["keys"] == content["keys"][:4]
     a, b = np.load(tmp_path / "npy.npy"), np.load(tmp_path / "pkl.npy")
-    assert a.shape == (4, 4, 5) and np.array_equal(a, b) and not (run_dir / "metrics.json").exists()
+    assert a.shape == (4, 4, 5) and np.array_equal(a, b)
 
 
 def test_raw_weights_and_best_checkpoint(trained):
@@ -212,6 +224,13 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     late[2] = np.inf
     np.save(tmp_path / "late.npy", late)
     assert "1 of 3 conditions, the first is number 2" in refuse(*args, f"--cond={tmp_path}/late.npy")
+    assert "is read, or written twice" in refuse(*args, f"--save={dataset}/val_target.npy")
+    assert "is read, or written twice" in refuse(*args, f"--save={tmp_path}/x.npy", f"--save_pickle={tmp_path}/x.npy")
+    np.savez(tmp_path / "several.npz", a=np.zeros(3))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    assert "several arrays" in refuse(*args, f"--cond={tmp_path}/several.npy")
+    make_pickle(tmp_path / "short.pkl", n=5, keys=["a"])
+    assert "keys is not a list of 5" in refuse(*args, f"--cond={tmp_path}/short.pkl")
     assert "interpolate='1,10'" in refuse(*args, "--interpolate=1,10")
     assert "interpolate='1;2'" in refuse(*args, "--interpolate=1;2")
     assert "interval 0.5 to 0.2" in refuse(*args, "--guidance=2.0", "--guidance_interval=0.5,0.2")
@@ -257,7 +276,7 @@ def test_an_interrupted_run_goes_on(run_dir, conditions, tmp_path):
     for end, n in ((signal.SIGKILL, 20), (signal.SIGINT, 50)):
         process = start(*args, f"--save={tmp_path}/cut.npy")
         progress = tmp_path / "cut.progress"
-        while not progress.exists() or progress.read_bytes().count(b"x", progress.read_bytes().index(b"\n")) < n:
+        while not progress.exists() or progress.read_bytes().partition(b"\n")[2].count(b"x") < n:
             assert process.poll() is None
         process.send_signal(end)
         assert process.wait() != 0 and not (tmp_path / "cut.npy").exists()
@@ -281,6 +300,85 @@ def test_other_settings_start_anew(run_dir, conditions, tmp_path):
     assert "were there" not in done and "of other settings, weights or conditions" in done
     expected = sample.generate(sample.load(run_dir), np.nan_to_num(spoilt), seed=1)
     assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
+    np.save(conditions, spoilt)
+    assert "number 400" in refused(*args, "--trajectory=True")
+    for change in ("touch", "trajectory"):
+        assert "number 400" in refused(*args, *(["--trajectory=True"] if change == "touch" else []))
+        (run_dir / "ckpt_best.pt").touch()  # a checkpoint that was written anew
+    assert not (tmp_path / "a_trajectory.npy.partial").exists()
+    assert "starting anew" in run(*args, "--subset_size=300").stdout
+
+
+def test_what_follows_sampling_can_be_repeated(run_dir, tmp_path):
+    """A run that ends while it scores or draws has its samples when it comes again."""
+    args = ["sample.py", f"--out_dir={run_dir}", "--draws=2", "--steps=2", f"--save={tmp_path}/a.npy"]
+    broken = "import sys, runpy; sys.path.insert(0, '.'); import score; score.table = None; sys.argv = sys.argv[1:]; "
+    assert run("-c", broken + "runpy.run_path('sample.py', run_name='__main__')", *args, check=False).returncode == 1
+    assert (tmp_path / "a.npy").exists() and (tmp_path / "a.progress").exists()
+    done = run(*args, "--plot=True").stdout
+    assert "1 of 1 batches were there" in done and "generated" in done and (tmp_path / "a.png").exists()
+    assert sorted(path.name for path in tmp_path.glob("a*")) == ["a.npy", "a.png"]
+
+
+def test_two_runs_do_not_mix(run_dir, conditions, tmp_path):
+    args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}", "--batch_size=2", f"--save={tmp_path}/a.npy"]
+    process = start(*args)
+    while not (tmp_path / "a.progress").exists() or not (tmp_path / "a.progress").read_bytes():
+        assert process.poll() is None
+    assert "another process is writing" in refused(*args, "--seed=1")
+    assert process.wait() == 0
+    expected = sample.generate(sample.load(run_dir), np.load(conditions))
+    assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
+
+
+def test_weights_dtype_and_split_of_the_command_line(run_dir, dataset, tmp_path):
+    args = ["sample.py", f"--out_dir={run_dir}", "--split=train", "--draws=1", "--steps=2", f"--save={tmp_path}/a.npy"]
+    run(*args, "--weights=model", "--dtype=bfloat16")
+    cond, truth = (np.load(dataset / f"train_{n}.npy") for n in ("cond", "target"))
+    made = torch.from_numpy(np.load(tmp_path / "a.npy"))
+    assert torch.allclose(
+        made, sample.generate(sample.load(run_dir, weights="model", dtype="bfloat16"), cond, 2), atol=1e-3
+    )
+    assert (made - sample.generate(sample.load(run_dir, weights="model"), cond, 2)).abs().max() > 2e-3
+    stats = np.load(dataset / "stats.npz")
+    standardize = score.standardizer(stats["target_mean"], stats["target_std"])
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["l2"] == pytest.approx(score.metrics(standardize(made), standardize(truth))["l2"], rel=1e-4)
+
+
+def test_further_draws_are_of_what_is_scored(run_dir, dataset, tmp_path):
+    code = "import sys, runpy; sys.path.insert(0, '.'); import score; score.LIMIT = 4; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path('sample.py', run_name='__main__')"
+    args = ["sample.py", f"--out_dir={run_dir}", "--steps=2", "--batch_size=3", f"--save={tmp_path}/a.npy"]
+    done = run("-c", code, *args).stdout
+    assert "2 model evaluations" in done and json.loads((run_dir / "metrics.json").read_text())["spread"]["draws"] == 4
+    assert json.loads((run_dir / "metrics.json").read_text())["samples"] == 4
+    expected = sample.generate(sample.load(run_dir), np.load(dataset / "val_cond.npy"), steps=2)
+    assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
+
+
+def test_any_array_of_numbers_is_taken(loaded, dataset):
+    cond = np.load(dataset / "val_cond.npy")
+    expected = sample.generate(loaded, cond, steps=2)
+    for same in (
+        cond.astype(">f4"),
+        cond.astype(np.longdouble),
+        np.asfortranarray(cond),
+        cond[::-1][::-1],
+        torch.tensor(cond),
+    ):
+        assert torch.equal(sample.generate(loaded, same, steps=2), expected)
+    for bad, words in (
+        (dict(batch_size=0), "batch_size=0"), (dict(steps=2.5), "steps=2.5"), (dict(seed=-1), "seed=-1"),
+        (dict(first=-1), "integers of 0 or more"), (dict(seed=1.5), "seed=1.5"), (dict(guidance=1e38), "not finite"),
+        (dict(guidance_interval=(0, 1, 2)), "two times"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            sample.generate(loaded, cond, **dict(steps=2) | bad)
+    with pytest.raises(ValueError, match="NaN or Inf in 10 of 10"):
+        sample.generate(loaded, np.full(cond.shape, 1e300))
+    with pytest.raises(ValueError, match="no line of 8"):
+        sample.interpolate_embeddings(loaded, cond[0], cond[0, :2])
 
 
 def test_a_full_disk_is_an_error_that_one_goes_on_from(run_dir, conditions, tmp_path, monkeypatch):
@@ -289,7 +387,7 @@ def test_a_full_disk_is_an_error_that_one_goes_on_from(run_dir, conditions, tmp_
 calls, fsync = [], os.fsync
 def full(f):
     calls.append(f)
-    if len(calls) > 6:  # two for the file of progress, two a batch
+    if len(calls) > 5:  # one for the file of progress, two a batch
         raise OSError(errno.ENOSPC, "No space left on device")
     fsync(f)
 os.fsync = full
@@ -306,8 +404,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 def test_several_processes_write_the_same_file(run_dir, dataset, tmp_path):
     args = [f"--out_dir={run_dir}", "--batch_size=3", "--draws=2", "--save_draws=True", "--trajectory=True"]
     run("sample.py", *args, f"--save={tmp_path}/one.npy")
-    metrics = (run_dir / "metrics.json").read_text()
+    metrics = (run_dir / "metrics.json").read_text().replace("one.npy", "two.npy")
     done = run(*TORCHRUN, "--standalone", "--nproc_per_node=2", "sample.py", *args, f"--save={tmp_path}/two.npy")
+    assert "2/2" in done.stderr and "4/4" not in done.stderr  # of four batches, two are the first process's
     assert done.stdout.count("10 conditions, 2 draws") == done.stdout.count("energy_score") == 1
     assert (run_dir / "metrics.json").read_text() == metrics
     for name in ("", "_draws", "_trajectory"):

@@ -130,13 +130,14 @@ def test_confidence_intervals():
     assert widths.mean() == pytest.approx(their_width, rel=0.1)
 
     g = torch.Generator().manual_seed(0)
-    results = []
-    for _ in range(40):
-        x, y = 1.3 * torch.randn(100, 4, 3, generator=g), torch.randn(100, 4, 3, generator=g)
-        values, width = score.Scorer(y.__getitem__, 100)(x.__getitem__, confidence=True)
-        results.append((values["frechet"], width["frechet"]))
-    values, widths = np.array(results).T
-    assert widths.mean() == pytest.approx(1.96 * values.std(), rel=0.25)
+    for D in (3, 48):
+        results = []
+        for _ in range(40):
+            x, y = 1.3 * torch.randn(100, 4, D, generator=g), torch.randn(100, 4, D, generator=g)
+            values, width = score.Scorer(y.__getitem__, 100)(x.__getitem__, confidence=True)
+            results.append((values["frechet"], width["frechet"]))
+        values, widths = np.array(results).T
+        assert 0.75 < widths.mean() / (1.96 * values.std()) < 1.6
 
 
 def posterior(scale, draws=4, n=500, D=3):
@@ -226,6 +227,11 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}")
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4")
     assert "limit=11" in refused("score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--limit=11")
+    assert "no folder" in refused("score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--save=no/a.json")
+    np.save(tmp_path / "huge.npy", truth.astype(">f8") * 1e20)
+    assert "above 1e15" in refused("score.py", tmp_path / "huge.npy", f"--data_dir={dataset}")
+    np.save(tmp_path / "big.npy", truth.astype(">f8"))
+    assert run("score.py", tmp_path / "big.npy", f"--data_dir={dataset}").stdout.splitlines() == table
     np.save(tmp_path / "nan.npy", np.full((10, 4, 5), np.nan, np.float32))
     assert "holds NaN" in refused("score.py", tmp_path / "nan.npy", f"--data_dir={dataset}")
     assert "nowhere" in refused("score.py", tmp_path / "nowhere.npy", f"--data_dir={dataset}")
