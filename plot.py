@@ -57,24 +57,27 @@ def principal_colours(reference, mean, std):
     return colours
 
 
-def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None, n=None):
+def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None, shown=None):
     """Write a PNG: for n conditions the condition, the truth, draws and their mean, and how near the first is to the
     truth, token by token; then, of all samples, which truth they are nearest to, and how near beside the baselines.
 
     cond (N, S, C), truth (N, T, D) or None, samples (N, draws, T, D), all raw; grid (H, W) of T
     stats: cond_mean and so on; folder: of the dataset, whose decoder.npz, if it has one, shows tokens as pixels
     rows: score.baselines of the first N samples or fewer; needed where there is truth
+    shown: which samples; by default the first
     """
     decoder = Path(folder or "") / "decoder.npz"
-    plt, n, M = pyplot(), min(n or (8 if decoder.is_file() else 10), len(samples)), samples.shape[1]
+    plt, M = pyplot(), samples.shape[1]
+    shown = np.arange(min(8 if decoder.is_file() else 10, len(samples))) if shown is None else shown
+    n = len(shown)
     stats = {name: np.asarray(value) for name, value in stats.items()}
     side = round(cond.shape[1] ** 0.5)  # the condition's grid: the target's, else square, else one row
     cond_grid = (
         grid if cond.shape[1] == grid[0] * grid[1] else (side, side) if side**2 == cond.shape[1] else (1, cond.shape[1])
     )
-    tokens = {"condition": np.array(cond[:n])} | ({} if truth is None else {"truth": np.array(truth[:n])})
-    tokens |= {f"sample {i + 1}": np.array(samples[:n, i]) for i in range(min(M, 3))}
-    tokens |= {f"mean of {M}": np.array(samples[:n]).mean(1)} if M > 1 else {}
+    tokens = {"condition": np.array(cond[shown])} | ({} if truth is None else {"truth": np.array(truth[shown])})
+    tokens |= {f"sample {i + 1}": np.array(samples[shown, i]) for i in range(min(M, 3))}
+    tokens |= {f"mean of {M}": np.array(samples[shown]).mean(1)} if M > 1 else {}
     many = np.array(samples[:256, 0] if truth is None else truth[:256])
     colours = {
         "condition": principal_colours(np.array(cond[:256]), stats["cond_mean"], stats["cond_std"]),
@@ -100,7 +103,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None
         limit = np.abs(near).max() or 1
         columns.append(("cosine", near.reshape(n, *grid), dict(cmap="coolwarm_r", vmin=-limit, vmax=limit)))
 
-    blocks = max(1, min(n, round(14 / len(columns))))
+    blocks = max(1, min(n, round(11 / len(columns))))
     height = -(-n // blocks)  # in images
     ratios = ([1] * len(columns) + [0.3]) * blocks  # a gap after each block
     cell = 12 / (sum(ratios) + 0.5)
@@ -113,11 +116,11 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None
     for i in range(n):
         for j, (title, images, options) in enumerate(columns):
             ax = axes[i // blocks, i % blocks * (len(columns) + 1) + j]
-            shown = ax.imshow(images[i], **options)
+            picture = ax.imshow(images[i], **options)
             if i < blocks:
                 ax.set_title(title, fontsize=11)
     if truth is not None:
-        top.colorbar(shown, ax=axes, shrink=0.5, pad=0.01, aspect=40).ax.tick_params(labelsize=9)
+        top.colorbar(picture, ax=axes, shrink=0.5, pad=0.01, aspect=40).ax.tick_params(labelsize=9)
         draw_scores(bottom[0], samples, encode, rows)
     fig.savefig(path, dpi=100)
     plt.close(fig)

@@ -365,10 +365,9 @@ def run(config, rank, world_size):
         from plot import draw_samples
 
         picture = target.with_suffix(".png") if save or interpolate else Path(out_dir) / "samples.png"
-        if interpolate:  # from end to end
-            some = np.linspace(0, n - 1, min(n, 12)).astype(int)
-            conditions, samples = conditions[some], samples[some]
-        draw_samples(picture, conditions, truth, samples, loaded.model.config.grid, loaded.stats, folder, rows)
+        shown = np.linspace(0, n - 1, min(n, 12)).astype(int) if interpolate else None  # from end to end
+        some = conditions if interpolate else conditions[:256]
+        draw_samples(picture, some, truth, samples, loaded.model.config.grid, loaded.stats, folder, rows, shown)
         print(f"wrote {picture}")
     transient = [draws_file] if draws_file in files and not save_draws else []
     output.finish(transient)

@@ -126,6 +126,7 @@ def test_conditions_from_files(run_dir, dataset, tmp_path):
             f"--cond={tmp_path}/new.{kind}",
             f"--save={tmp_path}/{kind}.npy",
             f"--save_pickle={tmp_path}/{kind}.out",
+            "--plot=True",
         )
         assert "4 conditions, 1 draws, 2 model evaluations" in done.stdout and "ridge" not in done.stdout
     assert pickle.loads((tmp_path / "pkl.out").read_bytes())["keys"] == content["keys"][:4]
