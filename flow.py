@@ -34,6 +34,15 @@ class FlowConfig:
     cond_dropout: float = 0.1  # share of samples that train the null condition, for guidance
     l2_weight: float = 0.0  # weight of mean(output^2) in the loss
 
+    @classmethod
+    def of(cls, settings, tokens, channels):
+        """From train.py's settings and the size of the data: the larger, the more noise hides it, and a t_shift of
+        None becomes sqrt(tokens * channels / 4096), at least 1 (Zheng et al. 2025, arXiv 2510.11690)."""
+        chosen = {name: settings[name] for name in cls.__dataclass_fields__}
+        if chosen["t_shift"] is None:
+            chosen["t_shift"] = max(1.0, math.sqrt(tokens * channels / 4096))
+        return cls(**chosen)
+
     def __post_init__(self):
         choices = {"path": PATHS, "prediction": ("v", "epsilon", "x"), "loss_space": ("native", "v")}
         for name, known in (choices | {"t_sampling": ("uniform", "logit_normal")}).items():

@@ -63,6 +63,14 @@ class Loader:
         self.forget(arrays)
         return [x.pin_memory() for x in batch] if self.cuda else batch
 
+    def target_tokens(self, n=65536):
+        """(n, D) of the model's targets, or all that there are, from samples evenly spaced over the training split."""
+        array = self.arrays["train_target"]
+        rows = np.linspace(0, self.n_train - 1, min(self.n_train, -(-n // array.shape[1]))).astype(int)
+        tokens = self.target.encode(torch.from_numpy(array[rows]).to(self.device)).flatten(0, 1)
+        self.forget([array])
+        return tokens
+
     def forget(self, arrays):
         """Let go of the pages that were read: they stay in the system's cache, but are not this process's memory."""
         for array in arrays:

@@ -9,15 +9,13 @@ Per block: RMSNorm before and after each sublayer (sandwich), scale and tanh gat
 and pooled condition (adaLN), self-attention with 2D RoPE and QK-norm whose output is summed
 with that of a gated cross-attention to the condition, and a SwiGLU feed-forward. Structure
 and initialization are those of diffusers' LuminaNextDiT2DModel; projections that read the
-same input are fused into one matrix. Shapes: B batch, T target tokens, S condition tokens.
+same input are fused into one matrix. What train.py has by default besides (`conditioning="aligned"`,
+`conv`, `prior`) each earned its place in RECORDS.md. Shapes: B batch, T target tokens, S condition tokens.
 """
 
-import itertools
-import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -35,6 +33,9 @@ def pick_device(name):
     return name
 
 
+ROPE = {"lumina": (1.0, 10000.0), "grid": (3.0, 10.0)}  # highest frequency, radians a token, and theta
+
+
 @dataclass
 class NextDiTConfig:
     grid: tuple[int, int]  # (H, W) of the target tokens, T = H * W
@@ -48,6 +49,10 @@ class NextDiTConfig:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     qk_norm: bool = True
+    conditioning: str = "cross"  # cross: attention to the condition | aligned: its token i is added to token i
+    conv: bool = False  # a depthwise 3x3 convolution of the grid before each block
+    rope: str = "lumina"  # RoPE's frequencies: lumina, as in texts | grid, for a few rows and columns
+    prior: bool = False  # see Prior; the output is then the velocity on the linear path
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
@@ -57,6 +62,9 @@ class NextDiTConfig:
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
         self.grid = tuple(self.grid)
+        for name, known in dict(conditioning=("cross", "aligned"), rope=ROPE).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it is one of {', '.join(known)}")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps={self.norm_eps} must be between 0 and 1")
         if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < math.inf:
@@ -68,6 +76,21 @@ class NextDiTConfig:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
 
+    @classmethod
+    def of(cls, settings, data):
+        """From train.py's settings and the arrays of a dataset (prepare.open_dataset), which decide what is open."""
+        S, T = (data[f"train_{name}"].shape[1] for name in ("cond", "target"))
+        chosen = {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
+        chosen |= {f"{name}_dim": data[f"train_{name}"].shape[2] for name in ("cond", "target")}
+        if chosen["conditioning"] == "auto":
+            chosen["conditioning"] = "aligned" if S == T else "cross"
+        linear = [settings[name] for name in ("path", "prediction", "sigma_min", "sigma_max")] == ["linear", "v", 0, 1]
+        if chosen["prior"] is None:
+            chosen["prior"] = linear
+        elif chosen["prior"] and not linear:
+            raise ValueError("prior=True needs path=linear, prediction=v, sigma_min=0 and sigma_max=1")
+        return cls(**chosen, grid=tuple(data["meta"]["grid"]))
+
     @property
     def ffn_dim(self):
         hidden = int(8 * self.dim / 3)  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
@@ -75,14 +98,14 @@ class NextDiTConfig:
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
-def rope_2d(head_dim, grid, device=None, theta=10000.0):
+def rope_2d(head_dim, grid, device=None, kind="lumina"):
     """2D rotary embedding (Su et al. 2021, per axis as in Lumina-Next): (T, head_dim / 2, 2) cosines and sines.
 
     The pair of channels (2j, 2j + 1) turns with the row for even j and with the column for odd j, both at
-    frequency theta^(-4k / head_dim), k = j // 2.
+    frequency highest * theta^(-4k / head_dim), k = j // 2.
     """
-    H, W = grid
-    freqs = 1 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2))
+    (H, W), (highest, theta) = grid, ROPE[kind]
+    freqs = highest / theta ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2))
     rows = torch.arange(H, device=device).repeat_interleave(W)
     cols = torch.arange(W, device=device).repeat(H)
     angles = torch.stack([rows[:, None] * freqs, cols[:, None] * freqs], dim=-1).flatten(1)
@@ -146,21 +169,24 @@ class Block(nn.Module):
         super().__init__()
         dim, C, self.eps = config.dim, config.cond_dim, config.norm_eps
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, dim // config.n_head
-        kv_dim = self.n_kv_head * self.head_dim
-        self.split = (dim, kv_dim, kv_dim, dim)
+        kv_dim, self.grid = self.n_kv_head * self.head_dim, config.grid
+        self.cross = config.conditioning == "cross"
+        self.split = (dim, kv_dim, kv_dim, dim)[: 4 if self.cross else 3]
         self.ada = nn.Linear(min(dim, 1024), 4 * dim)
         self.norm1, self.norm2 = RMSNorm(dim, self.eps), RMSNorm(dim, self.eps)
         self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, self.eps), RMSNorm(dim, self.eps)
-        self.cond_scale = nn.Parameter(torch.empty(C))  # of the condition's RMSNorm
-        # queries, keys and values of self-attention and the queries of cross-attention
-        self.qkvq = nn.Linear(dim, sum(self.split), bias=False)
-        self.cond_kv = nn.Linear(C, 2 * kv_dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.gate = nn.Parameter(torch.empty(config.n_head))
         # QK-norm spans all heads, as in Lumina-Next
         norm = (lambda width: nn.LayerNorm(width, 1e-5)) if config.qk_norm else (lambda width: nn.Identity())
+        # queries, keys and values of self-attention and, if there is any, the queries of cross-attention
+        self.qkvq = nn.Linear(dim, sum(self.split), bias=False)
+        if self.cross:
+            self.cond_scale = nn.Parameter(torch.empty(C))  # of the condition's RMSNorm
+            self.cond_kv = nn.Linear(C, 2 * kv_dim, bias=False)
+            self.gate = nn.Parameter(torch.empty(config.n_head))
+            self.cond_q_norm, self.cond_k_norm = norm(dim), norm(kv_dim)
+        self.out = nn.Linear(dim, dim, bias=False)
         self.q_norm, self.k_norm = norm(dim), norm(kv_dim)
-        self.cond_q_norm, self.cond_k_norm = norm(dim), norm(kv_dim)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False) if config.conv else None
         self.w13 = nn.Linear(dim, 2 * config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, dim, bias=False)
 
@@ -184,55 +210,58 @@ class Block(nn.Module):
         return self.heads(self.cond_k_norm(k)), self.heads(v)
 
     def forward(self, x, emb, rope, mask, condition, context):
-        cond_k, cond_v = context or Block.context(self, *condition)  # not the method that fully_shard wraps
         scale1, gate1, scale2, gate2 = self.ada(emb)[:, None].chunk(4, dim=-1)  # each (B, 1, dim)
 
+        if self.conv is not None:
+            x = x + self.conv(self.norm1(x).transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
         h = self.norm1(x) * (1 + scale1)
-        q, k, v, cond_q = self.qkvq(h).split(self.split, dim=-1)
+        q, k, v, *cond_q = self.qkvq(h).split(self.split, dim=-1)
         q, k = rotate(self.heads(self.q_norm(q)), rope), rotate(self.heads(self.k_norm(k)), rope)
-        cond_q = rotate(self.heads(self.cond_q_norm(cond_q)), rope)  # the reference turns the query here too
         y = self.attend(q, k, self.heads(v))
-        y = y + self.gate.tanh()[:, None] * self.attend(cond_q, cond_k, cond_v, mask)
+        if self.cross:
+            cond_k, cond_v = context or Block.context(self, *condition)  # not the method that fully_shard wraps
+            cond_q = rotate(self.heads(self.cond_q_norm(*cond_q)), rope)  # the reference turns the query here too
+            y = y + self.gate.tanh()[:, None] * self.attend(cond_q, cond_k, cond_v, mask)
         x = x + gate1.tanh() * self.norm2(self.out(y.flatten(2)))
 
         a, b = self.w13(self.ffn_norm1(x) * (1 + scale2)).chunk(2, dim=-1)
         return x + gate2.tanh() * self.ffn_norm2(self.w2(F.silu(a.float()).to(a.dtype) * b))
 
 
-# diffusers' names for our modules; several are stacked in one matrix of ours
-REFERENCE = {
-    "x_embed": ["patch_embedder.proj"],
-    "t_embed.0": ["time_caption_embed.timestep_embedder.linear_1"],
-    "t_embed.2": ["time_caption_embed.timestep_embedder.linear_2"],
-    "cond_embed.0": ["time_caption_embed.caption_embedder.0"],
-    "cond_embed.1": ["time_caption_embed.caption_embedder.1"],
-    "final_ada": ["norm_out.linear_1"],
-    "final": ["norm_out.linear_2"],
-    "gate": ["gate"],
-    "ada": ["norm1.linear"],
-    "norm1": ["norm1.norm"],
-    "cond_scale": ["norm1_context.weight"],
-    "qkvq": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q"],
-    "cond_kv": ["attn2.to_k", "attn2.to_v"],
-    "q_norm": ["attn1.norm_q"],
-    "k_norm": ["attn1.norm_k"],
-    "cond_q_norm": ["attn2.norm_q"],
-    "cond_k_norm": ["attn2.norm_k"],
-    "out": ["attn2.to_out.0"],
-    "w13": ["feed_forward.linear_1", "feed_forward.linear_3"],
-    "w2": ["feed_forward.linear_2"],
-}
-REFERENCE_CONFIG = dict(
-    target_dim="in_channels", cond_dim="cross_attention_dim", dim="hidden_size", n_layer="num_layers",
-    n_head="num_attention_heads", n_kv_head="num_kv_heads", multiple_of="multiple_of",
-    ffn_dim_multiplier="ffn_dim_multiplier", norm_eps="norm_eps", qk_norm="qk_norm",
-)  # fmt: skip
+class Prior(nn.Module):
+    """The velocity that is exact for Gaussian tokens of covariance basis @ diag(variance) @ basis.T; the model adds
+    what more there is, in units of that Gaussian's standard deviation.
 
+    On the linear path the best linear estimate of the velocity is forward() (Bishop 2006, equation 2.116; with unit
+    variance the preconditioning of Karras et al. 2022, arXiv 2206.00364, table 1). Most of what a denoiser learns is
+    this linear part (Wang and Vastola 2024, arXiv 2412.09726), and tokens of more channels than the model is wide
+    pass through it whole. Until fit() it stands for channels of zero mean and unit variance.
+    """
 
-def reference_names(name):
-    """The reference's parameters that make up ours, in the order in which they are stacked."""
-    layer, module, leaf = re.fullmatch(r"(layers\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups("")
-    return [f"{layer}{part}{leaf}" for part in REFERENCE.get(module, [module])]
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("basis", torch.eye(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    @torch.no_grad()
+    def fit(self, tokens):
+        """From tokens (n, D) as the model will be given them."""
+        mean = tokens.mean(0)
+        covariance = (tokens - mean).T @ (tokens - mean) / len(tokens)
+        variance, basis = torch.linalg.eigh(covariance.double())
+        self.load_state_dict({"mean": mean, "basis": basis, "variance": variance.clamp(min=1e-4)})
+
+    def rotate(self, x_t, t):
+        """(B, T, D) state at t (B,) -> (B, T, D) less its mean, in the coordinates of the basis."""
+        return (x_t - t.view(-1, 1, 1) * self.mean) @ self.basis
+
+    def forward(self, z, t, out):
+        """z: of rotate(); out: what the model adds, in the same coordinates -> velocity (B, T, D)."""
+        t = t.view(-1, 1, 1)
+        power = self.variance * t**2 + (1 - t) ** 2  # of z
+        v = (self.variance * t - (1 - t)) / power * z + (self.variance / power).sqrt() * out
+        return self.mean + v @ self.basis.T
 
 
 class NextDiT(nn.Module):
@@ -243,7 +272,9 @@ class NextDiT(nn.Module):
         self.x_embed = nn.Linear(config.target_dim, dim)
         self.t_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.cond_embed = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, width))
+        self.cond_in = nn.Linear(C, dim) if config.conditioning == "aligned" else None
         self.null_cond = nn.Parameter(torch.empty(C))  # stands for "no condition" at every token
+        self.prior = Prior(config.target_dim) if config.prior else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_ada = nn.Linear(width, dim)
         self.final_norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
@@ -260,8 +291,14 @@ class NextDiT(nn.Module):
                 if module.bias is not None:
                     nn.init.uniform_(module.bias, -bound, bound)
         for block in self.layers:
-            nn.init.zeros_(block.gate)  # cross-attention starts closed
-            nn.init.ones_(block.cond_scale)
+            if block.cross:
+                nn.init.zeros_(block.gate)  # cross-attention starts closed
+                nn.init.ones_(block.cond_scale)
+            if block.conv is not None:
+                nn.init.zeros_(block.conv.weight)
+        if self.prior is not None:  # where the model starts
+            nn.init.zeros_(self.final.weight)
+            nn.init.zeros_(self.final.bias)
         nn.init.zeros_(self.null_cond)  # BLIP3-o's null condition is zero; training moves ours
 
     def context(self, cond, cond_mask=None):
@@ -270,21 +307,30 @@ class NextDiT(nn.Module):
         cond (B, S, C), cond_mask (B, S) True where a token counts. The learned null condition is
         `null_cond.expand(B, 1, -1)`. Returns what forward() takes as `context`.
         """
-        pooled, mask, *condition = self._condition(cond, cond_mask, None)
-        return pooled, mask, [block.context(*condition) for block in self.layers]
+        whole, condition = self._condition(cond, cond_mask, None)
+        return whole, [block.context(*condition) if block.cross else None for block in self.layers]
 
     def _condition(self, cond, cond_mask, drop):
+        """(embedding of the pooled condition, mask of its tokens, what is added to the input's tokens), and what
+        Block.context makes keys and values of."""
+        if self.cond_in is not None and cond.shape[1] not in (1, math.prod(self.config.grid)):
+            raise ValueError(f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
+                             'train with conditioning="cross"')  # fmt: skip
+        null = None if drop is None else self.null_cond.to(cond.dtype)
         if cond_mask is None:
             pooled, mask = cond.mean(1), None
         else:
             weight = cond_mask.to(cond.dtype)[..., None]
             pooled, mask = (cond * weight).sum(1) / weight.sum(1), cond_mask.bool()[:, None, None]
-        null = None
         if drop is not None:
-            null = self.null_cond.to(cond.dtype)
             pooled = torch.where(drop[:, None], null, pooled)
             mask = None if mask is None else mask | drop[:, None, None, None]
-        return self.cond_embed(pooled), mask, cond, drop, null
+        added = None
+        if self.cond_in is not None:  # tokens that do not count are as if there were no condition
+            added = cond if drop is None else torch.where(drop[:, None, None], null, cond)
+            added = added if cond_mask is None else torch.where(cond_mask.bool()[..., None], added, self.null_cond)
+            added = self.cond_in(added)
+        return (self.cond_embed(pooled), mask, added), (cond, drop, null)
 
     def forward(self, x_t, t, cond=None, cond_mask=None, drop=None, context=None):
         """
@@ -295,104 +341,40 @@ class NextDiT(nn.Module):
         Returns (B, T, D): the prediction (velocity, noise or data: flow.py decides).
         Raises ValueError where the shapes do not fit the config.
         """
-        B, T, D = x_t.shape
-        H, W = self.config.grid
-        if T != H * W or D != self.config.target_dim:
-            raise ValueError(
-                f"x_t has {T} tokens of {D} channels; the model is for {H}x{W} of {self.config.target_dim}"
-            )
+        (B, T, D), config = x_t.shape, self.config
+        if (T, D) != (math.prod(config.grid), config.target_dim):
+            H, W = config.grid
+            raise ValueError(f"x_t has {T} tokens of {D} channels; the model is for {H}x{W} of {config.target_dim}")
         if context is None:
-            if cond.shape[0] != B or cond.shape[-1] != self.config.cond_dim:
+            if cond.shape[0] != B or cond.shape[-1] != config.cond_dim:
                 raise ValueError(f"cond has shape {tuple(cond.shape)}; expected ({B}, S, {self.config.cond_dim})")
-            pooled, mask, *condition = self._condition(cond, cond_mask, drop)
+            whole, condition = self._condition(cond, cond_mask, drop)
             contexts = [None] * len(self.layers)
         else:
-            (pooled, mask, contexts), condition = context, None
+            (whole, contexts), condition = context, None
+        pooled, mask, added = whole
 
-        x = self.x_embed(x_t).to(self.null_cond.dtype)  # under autocast the residual stream stays in float32
+        z = x_t if self.prior is None else self.prior.rotate(x_t, t)
+        x = self.x_embed(z).to(self.null_cond.dtype)  # under autocast the residual stream stays in float32
+        x = x if added is None else x + added
         emb = F.silu(self.t_embed(timestep_embedding(t).to(x.dtype)) + pooled)
-        rope = rope_2d(self.config.dim // self.config.n_head, self.config.grid, x.device)
+        rope = rope_2d(config.dim // config.n_head, config.grid, x.device, config.rope)
         for block, block_context in zip(self.layers, contexts):
             args = (x, emb, rope, mask, condition, block_context)
-            recompute = self.config.gradient_checkpointing and torch.is_grad_enabled()
+            recompute = config.gradient_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
-        return self.final(self.final_norm(x) * (1 + self.final_ada(emb))[:, None])
+        out = self.final(self.final_norm(x) * (1 + self.final_ada(emb))[:, None])
+        return out if self.prior is None else self.prior(z, t, out)
 
     @classmethod
     def from_diffusers(cls, folder, grid=None, cast=lambda parameter: parameter):
-        """The model in a folder of diffusers' LuminaNextDiT2DModel: config.json and safetensors, sharded or not.
+        """The model in a folder of diffusers' LuminaNextDiT2DModel: see exchange.py."""
+        from exchange import from_diffusers
 
-        Its velocity runs from data to noise, ours from noise to data, so that ours(x, t, cond) =
-        -reference(x, 1000 (1 - t), cond): the sign goes into the last layer, the time is timestep_embedding's.
-        The null condition is BLIP3-o's, zero. `grid` (H, W) is by default the square of config.json's sample_size;
-        `cast` makes of each parameter, which has the file's dtype, what is kept of it, so that never two copies of
-        the model are in memory. Raises ValueError where the folder holds something else.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        folder = Path(folder)
-        try:
-            given = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{str(folder)!r} is no folder of a diffusers model: {e}") from e
-        due = {"patch_size", "learn_sigma", "sample_size", *REFERENCE_CONFIG.values()}
-        if missing := sorted(due - set(given if isinstance(given, dict) else ())):
-            raise ValueError(f"{folder}/config.json: not a LuminaNextDiT2DModel's, without {', '.join(missing)}")
-        if given["patch_size"] != 1 or given["learn_sigma"]:
-            raise ValueError(f"{folder}/config.json: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma")
-        sizes = {ours: given[theirs] for ours, theirs in REFERENCE_CONFIG.items()}
-        try:
-            with torch.device("meta"):  # no parameters before those of the file
-                model = cls(NextDiTConfig(grid=grid or given.get("grid") or (given["sample_size"],) * 2, **sizes))
-        except TypeError as e:
-            raise ValueError(f"{folder}/config.json: {e}") from e
-
-        def read(name):
-            with safe_open(held[name], "pt") as file:  # what an open file has read stays in memory
-                return file.get_tensor(name)
-
-        try:
-            held = {}
-            for path in sorted(folder.glob("*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    held |= dict.fromkeys(file.keys(), path)
-            prefixes, first = ("", "model.", "dit.model.", "model.dit.model."), "patch_embedder.proj.weight"
-            prefix = next((p for p in prefixes if p + first in held), "")
-            due = {n: [prefix + part for part in reference_names(n)] for n in model.state_dict() if n != "null_cond"}
-            names = set(itertools.chain(*due.values()))
-            missing, surplus = sorted(names - set(held)), sorted(set(held) - names - {prefix + "pad_token"})
-            if missing or surplus:
-                raise ValueError(f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}")
-            state = {name: cast(torch.cat([read(n) for n in parts])) for name, parts in due.items()}
-            state |= {name: -state[name] for name in ("final.weight", "final.bias")}
-            state["null_cond"] = cast(torch.zeros(model.config.cond_dim, dtype=read(prefix + first).dtype))
-            model.load_state_dict(state, assign=True)
-        except (OSError, RuntimeError, SafetensorError) as e:
-            raise ValueError(f"{folder}: {' '.join(str(e).split())}") from e
-        return model
+        return from_diffusers(folder, grid, cast)
 
     def to_diffusers(self, folder):
-        """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads: the reverse of from_diffusers.
+        """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads: see exchange.py."""
+        from exchange import to_diffusers
 
-        The null condition has no place there: where guidance is used, it is to be given as the condition. For a
-        velocity on the linear path. Raises ValueError where the folder holds another model's files.
-        """
-        from safetensors.torch import save_file
-
-        file = Path(folder) / "diffusion_pytorch_model.safetensors"
-        if others := [p.name for p in Path(folder).glob("*.safetensors*") if p.name != file.name]:
-            raise ValueError(f"{str(folder)!r} holds another model: {', '.join(sorted(others))}")
-        folder, state = Path(folder), {"pad_token": torch.zeros(self.config.dim)}  # never used by the reference
-        for name, value in self.state_dict().items():
-            if name != "null_cond":
-                names = reference_names(name)
-                value = -value if name.startswith("final.") else value
-                sizes = self.layers[0].split if len(names) == 4 else [len(value) // len(names)] * len(names)
-                state |= {n: part.contiguous().cpu() for n, part in zip(names, value.split(sizes))}
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, file, metadata={"format": "pt"})
-        H, W = self.config.grid
-        config = dict(_class_name="LuminaNextDiT2DModel", sample_size=H, patch_size=1, learn_sigma=False)
-        config |= dict(scaling_factor=1.0) | ({} if H == W else {"grid": [H, W]})  # diffusers ignores the last
-        config |= {theirs: getattr(self.config, ours) for ours, theirs in REFERENCE_CONFIG.items()}
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        to_diffusers(self, folder)

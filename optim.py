@@ -92,7 +92,7 @@ def make_optimizer(model, name, lr, weight_decay, betas):
     Muon steps the matrices of the blocks; those at input and output, like all vectors, are AdamW's.
     """
     named = dict(model.named_parameters())
-    hidden = [p for n, p in named.items() if name == "muon" and n.startswith("layers.") and p.dim() >= 2]
+    hidden = [p for n, p in named.items() if name == "muon" and n.startswith("layers.") and p.dim() == 2]
     others = [p for p in named.values() if all(p is not q for q in hidden)]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},

@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -67,6 +67,10 @@ multiple_of = 256  # the feed-forward's width, 8/3 dim, is rounded up to a multi
 ffn_dim_multiplier: float | None = None  # scales that width
 norm_eps = 1e-5
 qk_norm = True
+conditioning = "auto"  # auto (aligned if condition and target have as many tokens, else cross) | aligned | cross
+conv = True  # a depthwise 3x3 convolution before each block
+rope = "grid"  # RoPE's frequencies: grid (for some ten rows and columns) | lumina (as in texts)
+prior: bool | None = None  # start from the best linear denoiser; None: where path is linear and prediction v
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more compute
 # ---- flow
 path = "linear"  # linear | cosine
@@ -74,10 +78,10 @@ sigma_min = 0.0  # noise left at t = 1 (data)
 sigma_max = 1.0  # noise at t = 0
 prediction = "v"  # v (velocity) | epsilon (noise; fragile at t = 0) | x (data)
 loss_space = "native"  # of the error: native (the prediction's own) | v (taken to the velocity)
-t_sampling = "uniform"  # uniform | logit_normal
+t_sampling = "logit_normal"  # uniform | logit_normal
 t_mean = 0.0  # of logit(t), for logit_normal
-t_std = 1.0
-t_shift = 1.0  # > 1 trains more near noise
+t_std = 1.4
+t_shift: float | None = None  # > 1 trains more near noise; None: sqrt(tokens * channels / 4096), at least 1
 cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
 l2_weight = 0.0  # weight of mean(output^2) in the loss
 # ---- optimizer
@@ -85,7 +89,7 @@ optimizer = "adamw"  # adamw | muon (orthogonal steps in the blocks) | adafactor
 optimizer_in_backward = False  # step each parameter when it gets its gradient, which is then freed
 max_iters = 100_000
 num_epochs: float | None = None  # instead of max_iters
-learning_rate = 3e-4
+learning_rate: float | None = None  # None: 1.6 / dim
 min_lr = 0.0  # where the cosine ends
 warmup_iters = 1000
 weight_decay = 0.05  # on matrices only: not on norms, biases and gates
@@ -129,8 +133,9 @@ if dtype not in ("float32", "bfloat16", "float16"):
     fail(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
 check_range(config, "batch_size gradient_accumulation_steps eval_batch_size eval_interval save_interval", 1)
 check_range(config, "log_interval eval_size eval_sample_steps max_iters subset_size max_bad_steps", 1)
-check_range(config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip", 0)
-check_range(config, "l2_weight time_limit", 0)
+check_range(
+    config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip l2_weight time_limit", 0
+)
 check_range(config, "num_epochs norm_eps dist_timeout", 0, above=True)
 check_range(config, "beta1 beta2 ema_decay", 0, 1)
 if optimizer_in_backward and (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or dtype == "float16"):
@@ -152,34 +157,33 @@ autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "
 try:
     data = open_dataset(data_dir)
     loader = Loader(data, normalize, device, batch_size, gradient_accumulation_steps, subset_size, seed, preload)
-    flow_config = FlowConfig(**{f.name: config[f.name] for f in fields(FlowConfig)})
-    from_data = {f"{name}_dim": len(loader.stats[f"{name}_mean"]) for name in ("target", "cond")}
-    from_data["grid"] = tuple(data["meta"]["grid"])
-    model_config = NextDiTConfig(**{f.name: (config | from_data)[f.name] for f in fields(NextDiTConfig)})
+    flow_config = FlowConfig.of(config, *data["train_target"].shape[1:])
+    model_config = NextDiTConfig.of(config, data)
 except ValueError as e:
     fail(e)
 samples_per_iter = batch_size * gradient_accumulation_steps
-if num_epochs is not None:
-    max_iters = math.ceil(num_epochs * loader.n_train / samples_per_iter)
+learning_rate = 1.6 / model_config.dim if learning_rate is None else learning_rate
+max_iters = max_iters if num_epochs is None else math.ceil(num_epochs * loader.n_train / samples_per_iter)
 
 # ---------------------------------------------------------------- model and optimizer
 torch.manual_seed(seed)
 last = Path(out_dir) / "ckpt_last.pt"
 resume = init_from == "resume" or (init_from == "auto" and last.exists())
-if eval_only and dry_run:
-    fail("eval_only=True and dry_run=True are two different things to do")
-if eval_only and not resume and init_from in ("scratch", "auto"):
-    fail("eval_only=True needs a checkpoint: add --init_from=resume")
+if eval_only and (dry_run or not resume and init_from in ("scratch", "auto")):
+    fail("eval_only=True needs a checkpoint, --init_from=resume, and no dry_run=True")
 try:
     if init_from in ("scratch", "resume", "auto"):
         raw_model = NextDiT(model_config)
     else:
         raw_model = NextDiT.from_diffusers(init_from, model_config.grid, lambda p: p.float())
         raw_model.config.gradient_checkpointing, held = gradient_checkpointing, asdict(raw_model.config)
-        if differ := [f"{k} is {held[k]}, the data's {v}" for k, v in from_data.items() if held[k] != v]:
+        wanted = {name: getattr(model_config, name) for name in ("grid", "target_dim", "cond_dim")}
+        if differ := [f"{k} is {held[k]}, the data's {v}" for k, v in wanted.items() if held[k] != v]:
             raise ValueError(f"{init_from} does not fit {data_dir}: {', '.join(differ)}")
     model_args = asdict(raw_model.config)
     config |= {k: v for k, v in model_args.items() if k in config}  # a diffusers model has its own
+    if raw_model.prior is not None and not resume:
+        raw_model.prior.fit(loader.target_tokens())
     raw_model.null_cond.requires_grad_(cond_dropout > 0)  # else nothing trains it, and DDP would wait for its gradient
     ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
     nets = {"model": raw_model} | ({"ema": ema_model} if ema_decay else {})
@@ -216,7 +220,7 @@ if device_type == "cuda" if compile is None else compile:
 if fsdp:
     warnings.filterwarnings("ignore", message=".*returned a view tensor")  # nothing is written into it
 elif world_size > 1:
-    model = DDP(model, gradient_as_bucket_view=True)
+    model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def get_lr(step):
@@ -387,10 +391,9 @@ while True:
 if wandb_log:
     wandb.finish()
 if not saved:
-    what = (
+    fail(
         "the evaluation was broken off" if eval_only else f"{last} could not be written at the end: it is an older one"
     )
-    fail(what)
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()

@@ -5,9 +5,10 @@ Peak memory of training and sampling, as whole processes, and whether the settin
     python bench/memory.py FOLDER --sizes 256 768
     python bench/memory.py --compare config/train_digits.py [--data_dir=DIR] [--seeds 0 1 2]
 
-Each line is one run of train.py, two iterations at batch 32 on random embeddings (64, 1280) -> (64, 768), with its
-evaluations and checkpoints, or one of sample.py, 8 conditions at batch 8, from that checkpoint. The figure is the
-peak resident memory that the operating system reports of the process when it ends, with the libraries, about 0.4 GB.
+Each line is one run of train.py with BLIP3-o's model (config/train_blip3o.py), two iterations at batch 32 on random
+embeddings (64, 1280) -> (64, 768), with its evaluations and checkpoints, or one of sample.py, 8 conditions at batch 8,
+from that checkpoint. The figure is the peak resident memory that the operating system reports of the process when it
+ends, with the libraries, about 0.4 GB.
 All run with MALLOC_MMAP_THRESHOLD_=4194304, without which glibc keeps tensors of some MB in a heap, whose gaps may
 take as much again.
 --compare trains with the config's own settings and with LEAN, everything else equal, and prints the validation
@@ -34,6 +35,7 @@ SIZES = {
     "1792": dict(dim=1792, n_layer=24, n_head=28),
 }
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304"}
+BLIP3O = ROOT / "config/train_blip3o.py"
 ONE_STEP = dict(batch_size=32, gradient_accumulation_steps=1)
 LEAN = dict(
     optimizer="adafactor", optimizer_in_backward=True, gradient_checkpointing=True, ema_decay=0, grad_clip=0
@@ -89,7 +91,7 @@ def measure(folder, sizes):
                 print(f"  train batch 32  {setting:22} more than {least:.1f} GB, not run", flush=True)
                 continue
             shutil.rmtree(out, ignore_errors=True)
-            peak = run("train.py", data_dir=data, out_dir=out, **SIZES[name] | ONE_STEP | short | flags)
+            peak = run("train.py", BLIP3O, data_dir=data, out_dir=out, **SIZES[name] | ONE_STEP | short | flags)
             print(f"  train batch 32  {setting:22} {peak:6.2f} GB", flush=True)
         for setting, flags in SAMPLE.items():
             few = dict(subset_size=8, batch_size=8, steps=2, draws=1)

@@ -6,8 +6,9 @@ What a sample costs, and how good it is: solvers beside each other, and the defa
 
 First a table, by solver and number of evaluations of the model (NFE), of samples for the whole validation split, one
 of each condition, from the same noise: error, the root mean square distance to where ab3 with 1,000 steps ends,
-relative to the size of that; metrics of score.py; seconds. Then, in one process and in turn, the whole way from raw
-conditions to raw embeddings: sample.generate as it is, and the same weights in diffusers' LuminaNextDiT2DModel driven
+relative to the size of that; metrics of score.py; seconds. Then, if diffusers has such a model (config/train_blip3o.py
+before the config of the sizes), in one process and in turn, the whole way from raw conditions to raw embeddings:
+sample.generate as it is, and the same weights in diffusers' LuminaNextDiT2DModel driven
 by FlowMatchEulerDiscreteScheduler with 50 steps as BLIP3-o drives it, from noise that it need not draw, with torch's
 default float32_matmul_precision and with the one that sample.py sets.
 """
@@ -106,6 +107,8 @@ def bench(folder, evaluations, rounds, batch_size, shift):
                 seconds = f"{time.perf_counter() - start:.2f}"
                 frechet[method, steps] = row(f"{method}, {steps}", n, encode(samples), seconds)
 
+    if loaded.model.config.conditioning != "cross" or loaded.model.config.prior:
+        return
     theirs, noise = reference(loaded), flow.sample_noise(range(len(cond)), (T, D), seed=0)
     runs = {
         "diffusers, 50 Euler steps": ("highest", lambda: theirs(cond, noise, batch_size)),

@@ -1,10 +1,13 @@
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 
 import flow
-from model import NextDiT, NextDiTConfig, attention, reference_names, rope_2d, rotate
+from exchange import reference_names
+from model import NextDiT, NextDiTConfig, attention, rope_2d, rotate
 
 CONFIG = NextDiTConfig(grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8)
 
@@ -16,6 +19,9 @@ def build(seed=0, **changes):
     for p in model.parameters():
         torch.nn.init.normal_(p, 0, 0.3)
     return model
+
+
+OURS = dict(conditioning="aligned", conv=True, prior=True, rope="grid")
 
 
 def inputs(B=3, S=6):
@@ -225,6 +231,90 @@ def test_plain_attention_is_sdpa(masked):
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def gaussian_tokens(n=4000, D=5):
+    """Tokens (n, D) of the given mean and covariance, exactly."""
+    g = torch.Generator().manual_seed(2)
+    x, mix, mean = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n, D), (D, D), (D,)))
+    x -= x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / n).T)
+    return x @ mix + mean, mean, mix.T @ mix
+
+
+def test_the_prior_is_the_best_linear_denoiser():
+    """A new model's velocity is E[v | x_t] of Gaussian tokens, and its flow takes noise to their covariance."""
+    tokens, mean, covariance = gaussian_tokens()
+    torch.manual_seed(0)
+    model = NextDiT(dataclasses.replace(CONFIG, **OURS)).double()
+    model.prior.fit(tokens)
+    x, _, cond = (v.double() for v in inputs())
+    for t in (0.0, 0.3, 0.9, 1.0):
+        gain = (t * covariance - (1 - t) * torch.eye(5)) @ torch.linalg.inv(
+            t**2 * covariance + (1 - t) ** 2 * torch.eye(5)
+        )
+        expected = mean + (x - t * mean) @ gain.T
+        assert torch.allclose(model(x, torch.full((3,), t), cond), expected, atol=1e-5)
+    noise = torch.randn(2000, 6, 5, dtype=torch.float64)
+    velocity = flow.guided_velocity(model, cond[:1].expand(2000, 6, 7), flow.FlowConfig())
+    made = flow.integrate(velocity, noise, 50).flatten(0, 1)
+    assert (made.T.cov() - covariance).norm() < 0.05 * covariance.norm() and (made.mean(0) - mean).norm() < 0.1
+
+
+def test_the_prior_starts_at_its_known_loss():
+    """Of Gaussian tokens with variances s^2 the velocity's mean squared error, over uniform t, is pi / 2 mean(s)."""
+    tokens, mean, covariance = gaussian_tokens(24000)
+    model = NextDiT(dataclasses.replace(CONFIG, **OURS))
+    model.prior.fit(tokens.float())
+    x_1, cond = tokens.float().view(-1, 6, 5), torch.zeros(4000, 6, 7)
+    g, config = torch.Generator().manual_seed(0), flow.FlowConfig(cond_dropout=0)
+    with torch.no_grad():
+        losses, _ = flow.loss(model, x_1, cond, config, generator=g, t=(torch.arange(4000) + 0.5) / 4000)
+    expected = math.pi / 2 * torch.linalg.eigvalsh(covariance).sqrt().mean()
+    assert losses.mean().item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_aligned_conditions():
+    """A token of the condition belongs to the token at its place; one stands for all; other numbers are refused."""
+    model = build(**OURS)
+    for block in model.layers:  # without attention and convolution tokens do not see each other
+        torch.nn.init.zeros_(block.out.weight)
+        torch.nn.init.zeros_(block.conv.weight)
+    torch.nn.init.zeros_(model.cond_embed[1].weight)  # and none sees the pooled condition
+    x, t, cond = inputs()
+    changed = cond.clone()
+    changed[:, 4] += 1
+    same = (model(x, t, cond) == model(x, t, changed)).all(-1).all(0)
+    assert same.tolist() == [True, True, True, True, False, True]
+    one = cond[:, :1]
+    assert torch.allclose(model(x, t, one), model(x, t, one.expand(-1, 6, -1)), atol=1e-6)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[:, 4] = False
+    masked = cond.clone()
+    masked[:, 4] = model.null_cond.detach()
+    assert torch.allclose(model(x, t, cond, mask), model(x, t, masked), atol=1e-6)
+    with pytest.raises(ValueError, match=r"5 tokens of condition are not on the grid \(2, 3\): .*cross"):
+        model(x, t, cond[:, :5])
+
+
+def test_what_the_data_decides():
+    """Conditions on the target's grid are aligned, others attended to; the prior goes with the linear path's v."""
+    settings = {k: v for k, v in vars(CONFIG).items() if k not in ("grid", "target_dim", "cond_dim")}
+    settings |= dict(conditioning="auto", prior=None, path="linear", prediction="v", sigma_min=0.0, sigma_max=1.0)
+
+    def of(S=6, **changes):
+        data = {"train_cond": np.zeros((4, S, 7)), "train_target": np.zeros((4, 6, 5)), "meta": {"grid": [2, 3]}}
+        return NextDiTConfig.of(settings | changes, data)
+
+    assert of() == dataclasses.replace(CONFIG, conditioning="aligned", prior=True)
+    assert of(S=9, prediction="x") == CONFIG and of(prior=False, conditioning="cross") == CONFIG
+    assert NextDiT(of(S=9))(*inputs(S=9)).shape == (3, 6, 5)  # with a prior, too
+    with pytest.raises(ValueError, match="prior=True needs path=linear"):
+        of(prior=True, path="cosine")
+    with pytest.raises(ValueError, match="conditioning='both'"):
+        of(conditioning="both")
+    with pytest.raises(ValueError, match="diffusers has no NextDiT of conv=True"):
+        build(conv=True).to_diffusers("nowhere")
+
+
 def test_masked_condition_tokens_do_not_count():
     model = build()
     x, t, cond = inputs(S=6)
@@ -233,8 +323,9 @@ def test_masked_condition_tokens_do_not_count():
     assert torch.allclose(model(x, t, cond, torch.ones_like(mask)), model(x, t, cond), atol=1e-5)
 
 
-def test_context_and_drop():
-    model = build(n_kv_head=2)
+@pytest.mark.parametrize("changes", [{}, OURS])
+def test_context_and_drop(changes):
+    model = build(n_kv_head=2, **changes)
     x, t, cond = inputs()
     assert torch.equal(model(x, t, context=model.context(cond)), model(x, t, cond))
     drop = torch.tensor([True, False, True])
@@ -250,20 +341,22 @@ def test_context_and_drop():
     assert torch.allclose(*grads, rtol=1e-4) and grads[0].norm() > 1e-3
 
 
-def test_gradient_checkpointing_changes_no_bit():
+@pytest.mark.parametrize("changes", [{}, OURS])
+def test_gradient_checkpointing_changes_no_bit(changes):
     x, t, cond = inputs()
     grads = []
     for on in (False, True):
-        model = build(gradient_checkpointing=on)
+        model = build(gradient_checkpointing=on, **changes)
         model(x, t, cond).square().mean().backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("changes", [{}, OURS])
+def test_compiles_without_a_graph_break(changes):
     """fullgraph raises where the graph would break: in training, with dropped conditions, and in sampling."""
-    model, config = build(n_kv_head=2), flow.FlowConfig()
+    model, config = build(n_kv_head=2, **changes), flow.FlowConfig()
     compiled = torch.compile(model, fullgraph=True)
     x, t, cond = inputs()
     drop = torch.tensor([True, False, False])

@@ -9,7 +9,9 @@ from optim import Muon, make_optimizer, orthogonalize
 
 def tiny():
     torch.manual_seed(0)
-    return NextDiT(NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=6, dim=32, n_layer=2, n_head=2, multiple_of=16))
+    return NextDiT(
+        NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=6, dim=32, n_layer=2, n_head=2, multiple_of=16, conv=True)
+    )
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 200)])
@@ -73,7 +75,7 @@ def test_every_parameter_is_in_one_group(name):
     grouped = [id(p) for group in opt.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     decayed = {id(p) for group in opt.param_groups if group["weight_decay"] for p in group["params"]}
-    assert decayed == {id(p) for p in model.parameters() if p.dim() == 2}
+    assert decayed == {id(p) for p in model.parameters() if p.dim() >= 2}
     model.layers[0].gate = model.layers[1].gate  # shared: named once, and must be stepped once
     opt = make_optimizer(model, name, 1e-2, 0.1, (0.9, 0.95))
     assert sum(p is model.layers[0].gate for group in opt.param_groups for p in group["params"]) == 1

@@ -99,10 +99,9 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
     train(dataset, tmp_path / "out", f"--init_from={folder}", "--max_iters=2", "--learning_rate=0", "--normalize=none")
     ckpt = checkpoint(tmp_path / "out")
     assert ckpt["model_args"].items() >= sizes.items() and ckpt["config"].items() >= sizes.items()
-    again = [f"--{k}={v}" for k, v in sizes.items()]
-    train(
-        dataset, tmp_path / "out", "--init_from=auto", "--max_iters=3", "--normalize=none", "--learning_rate=0", *again
-    )
+    again = ["config/train_blip3o.py", f"--out_dir={tmp_path / 'out'}", "--learning_rate=0"]
+    again += [f"--{k}={v}" for k, v in sizes.items()]
+    train(dataset, tmp_path / "out", "--init_from=auto", "--max_iters=3", "--normalize=none", *again)
     assert log(tmp_path / "out")[-1]["iter"] == 3
     assert all(torch.equal(value, ckpt["model"][name]) for name, value in model.state_dict().items())
     args = ["--steps=2", "--draws=1", f"--data_dir={dataset}"]
