@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from model import NextDiT, NextDiTConfig
-
 # diffusers' names for our modules; several are stacked in one matrix of ours
 REFERENCE = {
     "x_embed": ["patch_embedder.proj"],
@@ -50,8 +48,9 @@ def reference_names(name):
     return [f"{layer}{part}{leaf}" for part in REFERENCE.get(module, [module])]
 
 
-def from_diffusers(folder, grid=None, cast=lambda parameter: parameter):
-    """The model in a folder of diffusers' LuminaNextDiT2DModel: config.json and safetensors, sharded or not.
+def from_diffusers(build, folder, grid=None, cast=lambda parameter: parameter):
+    """What build(grid=..., **sizes of NextDiTConfig) makes, with the weights of a folder of diffusers'
+    LuminaNextDiT2DModel: config.json and safetensors, sharded or not.
 
     Its velocity runs from data to noise, ours from noise to data, so that ours(x, t, cond) =
     -reference(x, 1000 (1 - t), cond): the sign goes into the last layer, the time is timestep_embedding's.
@@ -74,7 +73,7 @@ def from_diffusers(folder, grid=None, cast=lambda parameter: parameter):
     sizes = {ours: given[theirs] for ours, theirs in REFERENCE_CONFIG.items()}
     try:
         with torch.device("meta"):  # no parameters before those of the file
-            model = NextDiT(NextDiTConfig(grid=grid or given.get("grid") or (given["sample_size"],) * 2, **sizes))
+            model = build(grid=grid or given.get("grid") or (given["sample_size"],) * 2, **sizes)
     except TypeError as e:
         raise ValueError(f"{folder}/config.json: {e}") from e
 

@@ -121,11 +121,12 @@ def summary(results):
 def flops_per_sample(config, cond_tokens):
     """Floating point operations of the matrix products of a training step, forward and backward, for one sample.
 
-    Those of the model: what gradient_checkpointing computes again does not count.
+    Those of the model: what gradient_checkpointing computes again does not count, nor does the depthwise convolution,
+    9 / dim of a projection, whose backward pass torch would count as a dense one's.
     """
     T = config.grid[0] * config.grid[1]
     with torch.device("meta"):  # shapes alone: nothing is computed
-        model = NextDiT(replace(config, gradient_checkpointing=False))
+        model = NextDiT(replace(config, gradient_checkpointing=False, conv=False))
         x, t, cond = torch.empty(1, T, config.target_dim), torch.empty(1), torch.empty(1, cond_tokens, config.cond_dim)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(x, t, cond).sum().backward()

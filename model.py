@@ -22,6 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import exchange
+
 
 def pick_device(name):
     """'auto' as cuda, else mps, else cpu; any other name if this machine has it, else ValueError."""
@@ -85,8 +87,8 @@ class NextDiTConfig:
         if chosen["conditioning"] == "auto":
             chosen["conditioning"] = "aligned" if S == T else "cross"
         linear = [settings[name] for name in ("path", "prediction", "sigma_min", "sigma_max")] == ["linear", "v", 0, 1]
-        if chosen["prior"] is None:
-            chosen["prior"] = linear
+        if chosen["prior"] is None:  # narrower models cannot pass on the noise that v and x_t hold
+            chosen["prior"] = linear and chosen["target_dim"] > chosen["dim"]
         elif chosen["prior"] and not linear:
             raise ValueError("prior=True needs path=linear, prediction=v, sigma_min=0 and sigma_max=1")
         return cls(**chosen, grid=tuple(data["meta"]["grid"]))
@@ -369,12 +371,8 @@ class NextDiT(nn.Module):
     @classmethod
     def from_diffusers(cls, folder, grid=None, cast=lambda parameter: parameter):
         """The model in a folder of diffusers' LuminaNextDiT2DModel: see exchange.py."""
-        from exchange import from_diffusers
-
-        return from_diffusers(folder, grid, cast)
+        return exchange.from_diffusers(lambda **sizes: cls(NextDiTConfig(**sizes)), folder, grid, cast)
 
     def to_diffusers(self, folder):
         """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads: see exchange.py."""
-        from exchange import to_diffusers
-
-        to_diffusers(self, folder)
+        exchange.to_diffusers(self, folder)

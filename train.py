@@ -70,7 +70,7 @@ qk_norm = True
 conditioning = "auto"  # auto (aligned if condition and target have as many tokens, else cross) | aligned | cross
 conv = True  # a depthwise 3x3 convolution before each block
 rope = "grid"  # RoPE's frequencies: grid (for some ten rows and columns) | lumina (as in texts)
-prior: bool | None = None  # start from the best linear denoiser; None: where path is linear and prediction v
+prior: bool | None = None  # start from the best linear denoiser; None: where the data has more channels than dim
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more compute
 # ---- flow
 path = "linear"  # linear | cosine
@@ -78,9 +78,9 @@ sigma_min = 0.0  # noise left at t = 1 (data)
 sigma_max = 1.0  # noise at t = 0
 prediction = "v"  # v (velocity) | epsilon (noise; fragile at t = 0) | x (data)
 loss_space = "native"  # of the error: native (the prediction's own) | v (taken to the velocity)
-t_sampling = "logit_normal"  # uniform | logit_normal
+t_sampling = "uniform"  # uniform | logit_normal
 t_mean = 0.0  # of logit(t), for logit_normal
-t_std = 1.4
+t_std = 1.0
 t_shift: float | None = None  # > 1 trains more near noise; None: sqrt(tokens * channels / 4096), at least 1
 cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
 l2_weight = 0.0  # weight of mean(output^2) in the loss

@@ -10,7 +10,7 @@ Reference: diffusers' LuminaNextDiT2DModel of the same dim, layers and heads, ve
 decay, with every learning rate of --rates for the first seed; the best goes on with the others. Ours: the defaults of
 train.py with what --config sets, for the whole budget, a fifth and a tenth of it; or, whole, each of --ours, settings
 that differ from those. All get the same samples, normalized by channel, warmup over a twentieth of their budget,
-averaged weights, threads and precision of products; in one process, in turn, a slice of a twentieth of the budget at a
+averaged weights, threads and precision of products; in one process, in turn, a slice of a twelfth of the budget at a
 time. The clock of a run counts its training steps and fitting the prior, not evaluations.
 
 The loss is that of velocity on all validation samples, with one noise and t for each, the same for all runs; of the
@@ -43,7 +43,7 @@ from model import NextDiT, NextDiTConfig
 from optim import make_optimizer
 from prepare import open_dataset
 
-ROOT, SLICES = Path(__file__).parents[1], 20
+ROOT, SLICES = Path(__file__).parents[1], 12
 METRICS = ("token_cosine", "retrieval_r1", "frechet")
 
 

@@ -4,9 +4,9 @@ Where the time of train.py goes, and how two processes scale over one.
     python bench/train.py FOLDER                  # a free folder; about ten minutes
     python bench/train.py FOLDER --cases real --rounds 5
 
-For the settings of config/train_digits.py and config/train_real.py, on random embeddings of those shapes, with the same
-global batch throughout: the loop of train.py itself runs, its parts timed from outside. On a CPU every call returns
-when its work is done, so the shares are of the wall clock:
+For the sizes of config/train_digits.py and config/train_real.py, with the model of config/train_blip3o.py, on random
+embeddings of those shapes, with the same global batch throughout: the loop of train.py itself runs, its parts timed
+from outside. On a CPU every call returns when its work is done, so the shares are of the wall clock:
 
     data        waiting for a batch that a thread reads ahead, and normalizing it
     forward     the model and its loss
@@ -147,7 +147,8 @@ def main():
     for name in args.cases:
         config, *shapes = CASES[name]
         folder = args.folder / name
-        flags = [ROOT / config, f"--data_dir={make_dataset(folder, *shapes)}", f"--out_dir={folder / 'out'}"]
+        flags = [ROOT / "config/train_blip3o.py", ROOT / config]
+        flags += [f"--data_dir={make_dataset(folder, *shapes)}", f"--out_dir={folder / 'out'}"]
         flags += [f"--gradient_accumulation_steps={ACCUMULATION}", f"--max_iters={WARMUP + args.iters}"]
         flags += ["--batch_size=8", "--eval_interval=100000", "--save_interval=100000", "--eval_size=8"]
         flags += ["--eval_samples=0", *(f"--{flag}" for flag in args.flags)]

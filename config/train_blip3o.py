@@ -6,6 +6,5 @@ conditioning = "cross"
 conv = False
 prior = False
 rope = "lumina"
-t_sampling = "uniform"
 t_shift = 1.0
 learning_rate = 1e-4

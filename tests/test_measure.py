@@ -26,7 +26,7 @@ def test_flops_per_sample(n_kv_head, cond_tokens):
         by_hand += 6 * block.ada.weight.numel() + 4 * cond_tokens * block.cond_kv.weight.numel()
         by_hand += 3 * (4 * T * T + 4 * T * cond_tokens) * config.dim
     assert flops_per_sample(config, cond_tokens) == by_hand
-    config.gradient_checkpointing = True
+    config.gradient_checkpointing = config.conv = True
     assert flops_per_sample(config, cond_tokens) == by_hand
 
 

@@ -296,7 +296,7 @@ def test_aligned_conditions():
 
 
 def test_what_the_data_decides():
-    """Conditions on the target's grid are aligned, others attended to; the prior goes with the linear path's v."""
+    """Conditions on the target's grid are aligned, others attended to; the prior is for models narrower than it."""
     settings = {k: v for k, v in vars(CONFIG).items() if k not in ("grid", "target_dim", "cond_dim")}
     settings |= dict(conditioning="auto", prior=None, path="linear", prediction="v", sigma_min=0.0, sigma_max=1.0)
 
@@ -304,9 +304,12 @@ def test_what_the_data_decides():
         data = {"train_cond": np.zeros((4, S, 7)), "train_target": np.zeros((4, 6, 5)), "meta": {"grid": [2, 3]}}
         return NextDiTConfig.of(settings | changes, data)
 
-    assert of() == dataclasses.replace(CONFIG, conditioning="aligned", prior=True)
-    assert of(S=9, prediction="x") == CONFIG and of(prior=False, conditioning="cross") == CONFIG
-    assert NextDiT(of(S=9))(*inputs(S=9)).shape == (3, 6, 5)  # with a prior, too
+    aligned = dataclasses.replace(CONFIG, conditioning="aligned")
+    assert of() == aligned and of(S=9) == CONFIG
+    narrow = dict(dim=4, n_head=1, n_kv_head=1)
+    assert of(**narrow) == dataclasses.replace(aligned, prior=True, **narrow)
+    assert of(**narrow, path="cosine") == of(**narrow, prior=False) == dataclasses.replace(aligned, **narrow)
+    assert NextDiT(of(S=9, prior=True))(*inputs(S=9)).shape == (3, 6, 5)
     with pytest.raises(ValueError, match="prior=True needs path=linear"):
         of(prior=True, path="cosine")
     with pytest.raises(ValueError, match="conditioning='both'"):

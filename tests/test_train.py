@@ -82,6 +82,25 @@ def test_the_memory_saving_settings_change_no_bit(dataset, tmp_path):
     assert log(tmp_path / "compiled")[1]["loss"] == pytest.approx(log(lean)[1]["loss"], rel=1e-3)
 
 
+def test_the_prior_is_fitted_once(dataset, tmp_path):
+    """From the training targets as they are normalized; then it is the checkpoint's, and nothing trains it."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(dataset, whole, "--prior=True")
+    train(dataset, parts, "--prior=True", "--max_iters=3")  # the learning rate falls from iteration 3 on
+    train(dataset, parts, "--prior=True", "--init_from=resume")
+    a, b = checkpoint(whole), checkpoint(parts)
+    assert same(a["model"], b["model"]) and same(a["ema"], b["ema"]) and measured(whole) == measured(parts)
+    x = torch.from_numpy(np.load(dataset / "train_target.npy")).float().flatten(0, 1)
+    x = (x - a["stats"]["target_mean"]) / a["stats"]["target_std"]
+    basis, variance = a["ema"]["prior.basis"], a["ema"]["prior.variance"]
+    assert torch.allclose(basis * variance @ basis.T, x.T @ x / len(x), atol=1e-4) and variance.max() > 1.1
+    torchrun(2, dataset, tmp_path / "two", "--prior=True")
+    two = checkpoint(tmp_path / "two")["ema"]
+    assert all(torch.allclose(value, two[name], atol=1e-4) for name, value in a["ema"].items())
+    done = run("sample.py", f"--out_dir={whole}", "--steps=3", "--draws=1")
+    assert "token_cosine" in done.stdout and np.isfinite(np.load(whole / "generated.npy")).all()
+
+
 @pytest.mark.parametrize("setting", ["--grad_clip=1", "--gradient_accumulation_steps=2", "--dtype=float16"])
 def test_stepping_in_backward_needs_one_pass_a_step(dataset, tmp_path, setting):
     args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *LEAN, setting]
