@@ -214,18 +214,22 @@ def picture(folder):
         best = min((r for r in results if "reference" in r["name"]), key=lambda r: r["loss"])
         for r in results:
             theirs = "reference" in r["name"]
-            colour = "#b3541e" if theirs else {1.0: "#1d4e89"}.get(round(r["budget"] / best["budget"], 2), "#5fa8d3")
+            blue = {1.0: "#1d4e89", 0.2: "#4a90d9"}.get(round(r["budget"] / best["budget"], 2), "#9cc9ee")
             faint = theirs and r["rate"] != best["rate"]
             label = {True: "diffusers, other rates" if faint else f"diffusers, AdamW {best['rate']:g}"}.get(
                 theirs, f"ours, {r['budget']:g} s"
             )
-            axes.plot(*zip(*r["curve"]), color=colour, alpha=0.25 if faint else 1, lw=1.4, label=label)
+            axes.plot(
+                *zip(*r["curve"]), color="#b3541e" if theirs else blue, alpha=0.25 if faint else 1, lw=1.4, label=label
+            )
         losses = [loss for r in results if "ours" in r["name"] or r["rate"] == best["rate"] for _, loss in r["curve"]]
         axes.axhline(best["loss"], color="#b3541e", lw=0.8, ls=":")
         axes.set(title=race["data"], xlabel="training seconds", ylabel="validation loss", yscale="log")
         axes.set_ylim(min(losses) * 0.97, min(max(losses), 2.1))
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
         axes.legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "speedrun.png", dpi=110)
     print(f"wrote {folder / 'speedrun.png'}")

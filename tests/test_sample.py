@@ -272,6 +272,7 @@ def test_an_interrupted_run_goes_on(run_dir, conditions, tmp_path):
         f"--cond={conditions}",
         "--batch_size=5",
         "--draws=2",
+        "--steps=40",  # so that it lasts
         "--save_draws=True",
     ]
     run(*args, f"--save={tmp_path}/whole.npy")
