@@ -86,6 +86,8 @@ class NextDiTConfig:
         chosen |= {f"{name}_dim": data[f"train_{name}"].shape[2] for name in ("cond", "target")}
         if chosen["conditioning"] == "auto":
             chosen["conditioning"] = "aligned" if S == T else "cross"
+        if chosen["conditioning"] == "aligned" and S not in (1, T):
+            raise ValueError(f"--conditioning=aligned: {S} condition tokens are not on the grid of {T} target tokens")
         linear = [settings[name] for name in ("path", "prediction", "sigma_min", "sigma_max")] == ["linear", "v", 0, 1]
         if chosen["prior"] is None:  # narrower models cannot pass on the noise that v and x_t hold
             chosen["prior"] = linear and chosen["target_dim"] > chosen["dim"]
@@ -252,7 +254,7 @@ class Prior(nn.Module):
         mean = tokens.mean(0)
         covariance = (tokens - mean).T @ (tokens - mean) / len(tokens)
         variance, basis = torch.linalg.eigh(covariance.double())
-        self.load_state_dict({"mean": mean, "basis": basis, "variance": variance.clamp(min=1e-4)})
+        self.load_state_dict({"mean": mean, "basis": basis, "variance": variance.clamp(min=1e-4 * variance.mean())})
 
     def rotate(self, x_t, t):
         """(B, T, D) state at t (B,) -> (B, T, D) less its mean, in the coordinates of the basis."""

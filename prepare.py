@@ -231,7 +231,7 @@ def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
 
 def prepare(
     sources, out, cond_key, target_key, val_fraction, seed, grid=None, overwrite=False, dtype="source", drop_cls=False,
-    pool=1,
+    pool=1, other_grid=False,
 ):  # fmt: skip
     """Convert the sources into the dataset folder `out`; returns its meta.json. Raises DataError.
 
@@ -246,6 +246,7 @@ def prepare(
     shards = pair_arrays(files)
     request = dict(cond_key=cond_key, target_key=target_key, val_fraction=val_fraction, seed=seed, grid_asked=grid)
     request |= dict(dtype=dtype, drop_cls=drop_cls, pool=pool, sources=[digest(path) for path in files])
+    request |= {"other_grid": True} if other_grid else {}
     if (out / "meta.json").is_file() and not overwrite:
         meta = open_dataset(out)["meta"]
         if {key: meta.get(key) for key in request} == request:
@@ -265,7 +266,7 @@ def prepare(
         for left_over in partial.iterdir():
             left_over.unlink()
         asked = tuple(map(int, grid.split("x"))) if grid else None
-        options = dict(scratch=partial, dtype=dtype, grid=asked, drop_cls=drop_cls, pool=pool)
+        options = dict(scratch=partial, other_grid=other_grid, dtype=dtype, grid=asked, drop_cls=drop_cls, pool=pool)
         load = functools.lru_cache(8)(lambda *paths: load_shard(paths, cond_key, target_key, **options))
         first, counts, nbytes = survey(shards, promised, load)
         layout, tokens = first["layout"], first["layout"]["target"][0]
@@ -361,6 +362,7 @@ def main():
     )
     add("--grid", metavar="HxW", help="rows x columns of the source's tokens, if they are not a square")
     add("--drop_cls", **flag, help="drop the first token where there is one more than a grid has")
+    add("--other_grid", **flag, help="let conditions have other tokens than targets: train.py then has cross-attention")
     add("--pool", type=int, default=1, help="average squares of so many by so many tokens (default: %(default)s)")
     add("--overwrite", **flag, help="replace another dataset in DIR, once the new one is whole")
     add("--inspect", **flag, help="print what the sources hold and convert nothing")

@@ -173,8 +173,10 @@ def get_rows(content, key, path, **options):
     return rows
 
 
-def load_shard(paths, cond_key, target_key, scratch=None, **options):
-    """dict(cond, target, keys, captions, config) of one pickle, or of a .npy of conditions and one of targets."""
+def load_shard(paths, cond_key, target_key, scratch=None, other_grid=False, **options):
+    """dict(cond, target, keys, captions, config) of one pickle, or of a .npy of conditions and one of targets.
+
+    other_grid: conditions may have other tokens than targets."""
     if len(paths) == 1:
         content = load_pickle(paths[0], scratch)
     else:
@@ -182,10 +184,11 @@ def load_shard(paths, cond_key, target_key, scratch=None, **options):
     cond, target = (get_rows(content, k, p, **options) for k, p in zip((cond_key, target_key), (paths[0], paths[-1])))
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
-    if cond.tokens != target.tokens:
-        hint = "; --drop_cls=True drops a first token" if abs(cond.tokens - target.tokens) == 1 else ""
-        raise DataError(f"{paths[0]}: {cond.tokens} tokens in a condition but {target.tokens} in a target{hint}")
-    if cond.grid != target.grid:
+    if cond.tokens != target.tokens and not other_grid:
+        hint = "--drop_cls=True drops a first token, " if abs(cond.tokens - target.tokens) == 1 else ""
+        words = f"{cond.tokens} tokens in a condition but {target.tokens} in a target"
+        raise DataError(f"{paths[0]}: {words}; {hint}--other_grid=True allows it")
+    if cond.grid != target.grid and not other_grid:
         raise DataError(f"{paths[0]}: a grid of {cond.grid} in a condition but {target.grid} in a target")
     if options.get("drop_cls") and not cond.cls and not target.cls:
         raise DataError(

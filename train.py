@@ -33,7 +33,7 @@ from optim import make_optimizer, step_in_backward
 from parallel import Interrupts, leave, shard, start, total, whole
 from prepare import open_dataset
 
-# The defaults are BLIP3-o's model; a config file or --key=value changes any of them.
+# The defaults are a model of BLIP3-o's size; a config file or --key=value changes any of them.
 # ---- I/O
 out_dir = "out"
 init_from = "scratch"  # scratch | resume (ckpt_last.pt) | auto (resume or scratch) | a diffusers model's folder
@@ -162,7 +162,6 @@ try:
 except ValueError as e:
     fail(e)
 samples_per_iter = batch_size * gradient_accumulation_steps
-learning_rate = 1.6 / model_config.dim if learning_rate is None else learning_rate
 max_iters = max_iters if num_epochs is None else math.ceil(num_epochs * loader.n_train / samples_per_iter)
 
 # ---------------------------------------------------------------- model and optimizer
@@ -181,7 +180,9 @@ try:
         if differ := [f"{k} is {held[k]}, the data's {v}" for k, v in wanted.items() if held[k] != v]:
             raise ValueError(f"{init_from} does not fit {data_dir}: {', '.join(differ)}")
     model_args = asdict(raw_model.config)
-    config |= {k: v for k, v in model_args.items() if k in config}  # a diffusers model has its own
+    learning_rate = 1.6 / raw_model.config.dim if learning_rate is None else learning_rate
+    chosen = model_args | asdict(flow_config) | {"learning_rate": learning_rate}  # a diffusers model has its own sizes
+    config |= {k: v for k, v in chosen.items() if k in config}
     if raw_model.prior is not None and not resume:
         raw_model.prior.fit(loader.target_tokens())
     raw_model.null_cond.requires_grad_(cond_dropout > 0)  # else nothing trains it, and DDP would wait for its gradient
@@ -205,8 +206,7 @@ try:
         restore_optimizer(last, opt)
 except ValueError as e:
     fail(e)
-step, best_val_loss, wandb_id = ckpt["iter"], ckpt["best_val_loss"], ckpt["wandb_id"]
-bad_steps, bad_in_a_row = ckpt["bad_steps"], 0
+step, best_val_loss, wandb_id, bad_steps = (ckpt[k] for k in ("iter", "best_val_loss", "wandb_id", "bad_steps"))
 if total(device, step % 10007)[0] != world_size * (step % 10007):  # float32 counts no further than 2^24
     fail(f"the processes do not see the same {last}: out_dir must be on a file system that they share")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
@@ -293,7 +293,7 @@ evaluation = eval_size, eval_batch_size, eval_samples, eval_sample_steps
 evaluate = Evaluator(loader, flow_config, autocast, *evaluation, lambda: total(device, interrupts.late())[0] > 0)
 flops = flops_per_sample(raw_model.config, data["train_cond"].shape[1]) / (world_size * product_rate(device, dtype))
 torch.autograd.set_detect_anomaly(debug)
-clock, first_step, stop, saved = time.perf_counter(), step, False, True
+clock, first_step, stop, saved, bad_in_a_row = time.perf_counter(), step, False, True, 0
 while True:
     lr = get_lr(step)
     for group in opt.param_groups:

@@ -3,7 +3,7 @@ How soon has train.py's default recipe the loss at which diffusers' NextDiT, tra
 
     python bench/speedrun.py FOLDER data/digits --budget 100        # FOLDER gets the results
     python bench/speedrun.py FOLDER data/real --config config/train_real.py --budget 120
-    python bench/speedrun.py FOLDER data/digits --budget 40 --rates --ours "" conv=False prior=False
+    python bench/speedrun.py FOLDER data/digits --budget 40 --rates --ours "" conv=False prior=True --goal 0.35
     python bench/speedrun.py FOLDER --picture                       # the curves of all results in FOLDER
 
 Reference: diffusers' LuminaNextDiT2DModel of the same dim, layers and heads, velocity, uniform t, AdamW with cosine
@@ -11,7 +11,7 @@ decay, with every learning rate of --rates for the first seed; the best goes on 
 train.py with what --config sets, for the whole budget, a fifth and a tenth of it; or, whole, each of --ours, settings
 that differ from those. All get the same samples, normalized by channel, warmup over a twentieth of their budget,
 averaged weights, threads and precision of products; in one process, in turn, a slice of a twelfth of the budget at a
-time. The clock of a run counts its training steps and fitting the prior, not evaluations.
+time. The clock of a run counts its training steps and fitting the prior, not imports, construction and evaluations.
 
 The loss is that of velocity on all validation samples, with one noise and t for each, the same for all runs; of the
 weights or of their average, whichever is lower. Samples take 10 steps of ab2. "shuffled" is the token cosine of samples
@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,10 @@ from prepare import open_dataset
 
 ROOT, SLICES = Path(__file__).parents[1], 12
 METRICS = ("token_cosine", "retrieval_r1", "frechet")
+# what --ours may set; the rest of train.py's settings has no part in a race, or is the same for all
+OURS = {*NextDiTConfig.__dataclass_fields__, *flow.FlowConfig.__dataclass_fields__} - {"path", "sigma_min", "sigma_max"}
+OURS |= {"optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "ema_decay"}
+OURS |= {"batch_size", "gradient_accumulation_steps"}
 
 
 class Reference(torch.nn.Module):
@@ -84,11 +89,13 @@ class Run:
         self.batch = settings["batch_size"] * settings["gradient_accumulation_steps"]
         self.loader = Loader(data, "channel", "cpu", self.batch, seed=seed, preload=True)
         self.flow = flow.FlowConfig.of(settings, *data["train_target"].shape[1:])
+        # of the velocity, whatever is predicted, at uniform t
+        self.plain = replace(self.flow, loss_space="v", t_sampling="uniform", t_shift=1.0)
         self.batches, self.generator = self.loader.stream(0, range(1)), torch.Generator()
         torch.manual_seed(seed)
-        start = time.perf_counter()
         config = NextDiTConfig.of(settings, data)
         self.net = Reference(config) if reference else NextDiT(config)
+        start = time.perf_counter()
         if not reference and config.prior:
             self.net.prior.fit(self.loader.target_tokens())
         self.seconds, self.steps, self.curve = time.perf_counter() - start, 0, []
@@ -111,7 +118,7 @@ class Run:
             x_1, cond = next(self.batches)
             losses, _ = flow.loss(self.net, x_1, cond, self.flow, generator=self.generator)
             losses.mean().backward()
-            torch.nn.utils.clip_grad_norm_(self.params[0], self.s["grad_clip"])
+            torch.nn.utils.clip_grad_norm_(self.params[0], self.s["grad_clip"] or math.inf)
             self.opt.step()
             self.opt.zero_grad()
             weight = 1 - min(self.s["ema_decay"], (1 + self.steps) / (10 + self.steps))
@@ -122,7 +129,7 @@ class Run:
 
     def evaluate(self):
         n = self.loader.n_val
-        evaluate = Evaluator(self.loader, flow.FlowConfig(), contextlib.nullcontext(), n, samples=0)
+        evaluate = Evaluator(self.loader, self.plain, contextlib.nullcontext(), n, samples=0)
         self.losses = [evaluate(net, generate=False)["val_loss"] for net in (self.net, self.average)]
         self.curve.append([self.seconds, min(self.losses)])
 
@@ -134,7 +141,7 @@ class Run:
         net, parts = (self.net, self.average)[int(np.argmin(self.losses))], []
         for rows in np.array_split(np.arange(len(truth[0])), -(-len(truth[0]) // 64)):
             noise = flow.sample_noise(rows, truth[0].shape[1:], seed=0, draw=1)
-            parts.append(flow.integrate(flow.guided_velocity(net, truth[1][rows], flow.FlowConfig()), noise, 10))
+            parts.append(flow.integrate(flow.guided_velocity(net, truth[1][rows], self.plain), noise, 10))
         samples = torch.cat(parts)
         scores = score.metrics(samples, truth[0]) if samples.isfinite().all() else dict.fromkeys(METRICS, math.nan)
         shuffled = score.cosine(samples, truth[0].roll(1, 0)).mean().item()
@@ -145,7 +152,7 @@ class Run:
         }  # fmt: skip
 
 
-def race(runs, slice_seconds):
+def race(runs, slice_seconds, goal=None):
     """Train the runs in turn until all budgets are spent; returns their results."""
     for run in runs:
         run.evaluate()
@@ -155,15 +162,17 @@ def race(runs, slice_seconds):
             run.evaluate()
     results = [run.result() for run in runs]
     for r in results:
-        print(line(r), flush=True)
+        print(line(r, goal), flush=True)
     return results
 
 
-COLUMNS = ("seed", "budget", "loss", "cosine", "shuffled", "R@1", "Frechet", "samples/s", "numbers")
+COLUMNS = ("seed", "budget", "loss", "to goal", "cosine", "shuffled", "R@1", "Frechet", "samples/s", "numbers")
 
 
-def line(r):
-    figures = [f"{r[k]:.4f}" for k in ("loss", "token_cosine", "shuffled")] + [f"{r['retrieval_r1']:.3f}"]
+def line(r, goal=None):
+    seconds = None if goal is None else reached(r["curve"], goal)
+    figures = [f"{r['loss']:.4f}", "-" if seconds is None else f"{seconds:.1f} s"]
+    figures += [f"{r[k]:.4f}" for k in ("token_cosine", "shuffled")] + [f"{r['retrieval_r1']:.3f}"]
     figures += [f"{r['frechet']:.3f}", f"{r['samples_per_s']:.1f}", f"{r['numbers'] / 1e6:.2f}M"]
     return f"{r['name']:40}" + "".join(f"{f:>10}" for f in (r["seed"], f"{r['budget']:g} s", *figures))
 
@@ -208,6 +217,8 @@ def picture(folder):
     import matplotlib.pyplot as plt
 
     races = [json.loads(path.read_text()) for path in sorted(folder.glob("race-*.json"))]
+    if not races:
+        raise ValueError(f"{folder} has no race-*.json")
     figure, all_axes = plt.subplots(1, len(races), figsize=(6.4 * len(races), 4.2), squeeze=False, layout="constrained")
     for axes, race in zip(all_axes[0], races):
         results = race["results"]
@@ -247,12 +258,15 @@ def main():
     )
     parser.add_argument("--batch", type=int, default=32, help="of the reference")
     parser.add_argument("--ours", nargs="*", metavar="SETTINGS", help='lines of KEY=VALUE, "" for none')
+    parser.add_argument("--goal", type=float, metavar="LOSS", help="print when each run first had it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--picture", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.picture:
         return picture(args.folder)
+    if args.data is None:
+        parser.error("which dataset? One that prepare.py made")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
@@ -263,7 +277,9 @@ def main():
     data = open_dataset(args.data)
 
     def settings(text=""):
-        pairs = (pair.split("=", 1) for pair in text.split())
+        pairs = [pair.partition("=")[::2] for pair in text.split()]
+        if wrong := [k for k, v in pairs if k not in OURS & defaults.keys() or not v]:
+            raise ValueError(f"--ours {text}: {', '.join(wrong)} cannot be set here")
         return base | {k: convert(k, v, defaults, text, from_text=True) for k, v in pairs}
 
     # as BLIP3-o trains it: what ours has besides is not the reference's
@@ -288,16 +304,20 @@ def main():
                 Run(f"reference {rate:g}", data, base | plain | {"learning_rate": rate}, T, seed, reference=True)
             )
         runs += [Run(f"ours {text}" if text else "ours", data, settings(text), T / f, seed) for text, f in lines]
-        results += race(runs, T / SLICES)
+        results += race(runs, T / SLICES, args.goal)
         rates = (
             [min((r for r in results if "reference" in r["name"]), key=lambda r: r["loss"])["rate"]] if rates else []
         )
         name = Path(args.data).name
         record = {"data": name, "config": args.config, "threads": args.threads, "results": results}
-        (args.folder / f"race-{name}.json").write_text(json.dumps(record, indent=1))
-    if args.rates:
+        kind = "race" if args.ours is None else "trials"  # of one recipe against the reference, or of variants
+        (args.folder / f"{kind}-{name}.json").write_text(json.dumps(record, indent=1))
+    if args.rates and lines:
         print("\n".join(verdict(results)))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"error: {e}")

@@ -5,17 +5,17 @@
 # Expect a validation loss of about 0.20 in a minute or two on two cores.
 out_dir = "out-digits"
 data_dir = "data/digits"
-eval_interval = 100
+eval_interval = 250
 eval_samples = 32
-save_interval = 250
-batch_size = 8
+save_interval = 500
+batch_size = 4
 gradient_accumulation_steps = 2  # so that one process or two do the same work
 dim = 128
-n_layer = 4
+n_layer = 2
 n_head = 4
 multiple_of = 32
-max_iters = 1000
-learning_rate = 1.5e-2
-warmup_iters = 50
+max_iters = 2500
+learning_rate = 2e-2
+warmup_iters = 125
 weight_decay = 0.01
 ema_decay = 0.99

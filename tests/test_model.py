@@ -312,6 +312,8 @@ def test_what_the_data_decides():
     assert NextDiT(of(S=9, prior=True))(*inputs(S=9)).shape == (3, 6, 5)
     with pytest.raises(ValueError, match="prior=True needs path=linear"):
         of(prior=True, path="cosine")
+    with pytest.raises(ValueError, match="aligned: 9 condition tokens are not on the grid of 6 target tokens"):
+        of(S=9, conditioning="aligned")
     with pytest.raises(ValueError, match="conditioning='both'"):
         of(conditioning="both")
     with pytest.raises(ValueError, match="diffusers has no NextDiT of conv=True"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, checkpoint, log, measured, refused, run, same, torchrun, train
+from conftest import TINY, checkpoint, log, make_pickle, measured, refused, run, same, torchrun, train
 from measure import summary
 from model import NextDiT, NextDiTConfig
 
@@ -99,6 +99,21 @@ def test_the_prior_is_fitted_once(dataset, tmp_path):
     assert all(torch.allclose(value, two[name], atol=1e-4) for name, value in a["ema"].items())
     done = run("sample.py", f"--out_dir={whole}", "--steps=3", "--draws=1")
     assert "token_cosine" in done.stdout and np.isfinite(np.load(whole / "generated.npy")).all()
+
+
+def test_conditions_of_another_grid(tmp_path):
+    """Nine tokens of condition for four of the target: attended to, from the pickle to scored samples."""
+    make_pickle(tmp_path / "a.pkl", n=24, eva_blip3o_embeddings=torch.randn(24, 9, 6))
+    line = refused("prepare.py", tmp_path / "a.pkl", f"--out={tmp_path / 'data'}")
+    assert "9 tokens in a condition but 4 in a target; --other_grid=True allows it" in line
+    run("prepare.py", tmp_path / "a.pkl", f"--out={tmp_path / 'data'}", "--val_fraction=0.25", "--other_grid=True")
+    train(tmp_path / "data", tmp_path / "out", "--learning_rate=None")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["conditioning"], config["learning_rate"], config["t_shift"]) == ("cross", 1.6 / 32, 1.0)
+    run("sample.py", f"--out_dir={tmp_path / 'out'}", "--steps=3", "--guidance=2")
+    assert np.load(tmp_path / "out" / "generated.npy").shape == (6, 4, 5)
+    words = refused("train.py", *TINY, f"--data_dir={tmp_path / 'data'}", "--conditioning=aligned")
+    assert "9 condition tokens are not on the grid of 4 target tokens" in words
 
 
 @pytest.mark.parametrize("setting", ["--grad_clip=1", "--gradient_accumulation_steps=2", "--dtype=float16"])
