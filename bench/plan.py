@@ -6,8 +6,9 @@ What training costs beyond this machine, computed from the model's own numbers.
 
 The defaults of train.py and config/train_blip3o.py, (64, 1280) -> (64, 768). Taken from the model: parameters,
 operations of a sample's forward and backward pass (matrix products, counted by torch), and what autograd keeps of a
-sample in between. Assumed, and printed above the table: the share of a GPU's peak that is reached, bandwidths; and that
-reading and all-reduce are hidden behind arithmetic, unless all-reduce takes longer than it.
+sample in between. Assumed, and printed above the table: the share of a GPU's peak that is reached, bandwidths; that
+reading is hidden behind arithmetic, and all-reduce behind the backward pass of a step's last batch, two thirds of its
+arithmetic. "of a step": what all-reduce takes, over a step's arithmetic. Pace and hours are DDP's.
 """
 
 import argparse
@@ -66,11 +67,15 @@ def main():
     parser.add_argument("--network", type=float, default=50, help="GB a second and GPU between nodes (400 Gbit)")
     parser.add_argument("--disk", type=float, default=2, help="GB a second at which a checkpoint is written")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if name != "config" and not all(n > 0 for n in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
     defaults = {name: default["value"] for name, default in read_defaults((ROOT / "train.py").read_text()).items()}
     sizes = read_file(args.config, ROOT) if args.config else {}
     T, C, D = args.shape
     data = {"train_cond": np.empty((0, T, C)), "train_target": np.empty((0, T, D))}
-    data["meta"] = {"grid": [math.isqrt(T), T // math.isqrt(T)]}
+    rows = max(n for n in range(1, math.isqrt(T) + 1) if T % n == 0)
+    data["meta"] = {"grid": [rows, T // rows]}
     samples = args.pairs * args.epochs
     print(f"""assumed:
   GPUs of {args.tflops:g} TFLOP/s (H100 SXM, bfloat16), {args.share:.0%} of it reached
@@ -78,12 +83,13 @@ def main():
   {args.nvlink:g} GB/s inside a node of {args.node}, {args.network:g} GB/s a GPU between nodes
   ring all-reduce of float32 gradients, once a step
   20 bytes a parameter in memory, 16 of them (weights, average, AdamW's moments) written at {args.disk:g} GB/s""")
-    for name, recipe in (("train.py's defaults", {}), ("config/train_blip3o.py", read_file(BLIP3O, ROOT))):
-        config = NextDiTConfig.of(defaults | recipe | sizes, data)
+    of = f" with {args.config}" if args.config else ""
+    for name, recipe in (("train.py's defaults" + of, {}), (BLIP3O + of, read_file(BLIP3O, ROOT))):
+        config = NextDiTConfig.of(defaults | sizes | recipe, data)
         with torch.device("meta"):
             n = sum(p.numel() for p in NextDiT(config).parameters())
         flops, per_sample = flops_per_sample(config, T), kept_per_sample(config, T)
-        print(f"\n{name}: {n / 1e6:.0f} M parameters, {flops / 1e12:.3f} TFLOP a sample, forward and backward; "
+        print(f"\n{name}: {n / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP a sample, forward and backward; "
               f"{args.pairs:.3g} pairs x {args.epochs:g}: {samples * flops:.2e} FLOP")  # fmt: skip
         columns = ["GPUs", "batch", "steps", "samples/s", "hours", "read/s node", "DDP a GPU", "FSDP a GPU"]
         columns += ["all-reduce", "of a step", "checkpoint"]
@@ -93,12 +99,13 @@ def main():
             seconds = batch / gpus * flops / (args.share * args.tflops * 1e12)  # of a step's arithmetic
             volume = 2 * (gpus - 1) / gpus * 4 * n  # that a GPU sends in a step
             reduction = volume / (1e9 * (args.nvlink if gpus <= args.node else args.network))
-            rate, activations = batch / max(seconds, reduction), args.per_gpu * per_sample
+            hidden = 2 / 3 * seconds / args.accumulate
+            rate, activations = batch / (seconds + max(0, reduction - hidden)), args.per_gpu * per_sample
             read = min(gpus, args.node) / gpus * rate * T * (C + D) * 2
-            row = (f"{gpus}", f"{batch}", f"{samples / batch:.0f}", f"{rate:.0f}", f"{samples / rate / 3600:.2f}",
-                   f"{read / 1e9:.2f} GB", f"{(20 * n + activations) / 1e9:.0f} GB",
-                   f"{(20 * n / gpus + activations) / 1e9:.0f} GB", f"{volume / 1e9:.1f} GB",
-                   f"{reduction / seconds:.0%}", f"{16 * n / args.disk / 1e9:.0f} s")  # fmt: skip
+            row = (f"{gpus}", f"{batch}", f"{samples / batch:.0f}", f"{rate:.0f}", f"{samples / rate / 3600:.3g}",
+                   f"{read / 1e9:.2f} GB", f"{(20 * n + activations) / 1e9:.3g} GB",
+                   f"{(20 * n / gpus + activations) / 1e9:.3g} GB", f"{volume / 1e9:.2g} GB",
+                   f"{reduction / seconds:.0%}", f"{16 * n / args.disk / 1e9:.2g} s")  # fmt: skip
             print("".join(f"{value:>12}" for value in row))
 
 
