@@ -170,8 +170,10 @@ COLUMNS = ("seed", "budget", "loss", "to goal", "cosine", "shuffled", "R@1", "Fr
 
 
 def line(r, goal=None):
-    seconds = None if goal is None else reached(r["curve"], goal)
-    figures = [f"{r['loss']:.4f}", "-" if seconds is None else f"{seconds:.1f} s"]
+    figures = [f"{r['loss']:.4f}"]
+    if goal is not None:
+        seconds = reached(r["curve"], goal)
+        figures.append("-" if seconds is None else f"{seconds:.1f} s")
     figures += [f"{r[k]:.4f}" for k in ("token_cosine", "shuffled")] + [f"{r['retrieval_r1']:.3f}"]
     figures += [f"{r['frechet']:.3f}", f"{r['samples_per_s']:.1f}", f"{r['numbers'] / 1e6:.2f}M"]
     return f"{r['name']:40}" + "".join(f"{f:>10}" for f in (r["seed"], f"{r['budget']:g} s", *figures))
@@ -295,7 +297,8 @@ def main():
     T, fractions = args.budget, (1, 5, 10)
     lines = [("", f) for f in fractions] if args.ours is None else [(text, 1) for text in args.ours]
     print(f"{args.data}, {args.config}, {args.threads} threads, torch {torch.__version__}", flush=True)
-    print(f"{'':40}" + "".join(f"{c:>10}" for c in COLUMNS), flush=True)
+    columns = (c for c in COLUMNS if c != "to goal" or args.goal is not None)
+    print(f"{'':40}" + "".join(f"{c:>10}" for c in columns), flush=True)
     results, rates = [], args.rates
     for seed in range(args.seeds):
         runs = []
