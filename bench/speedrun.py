@@ -240,7 +240,7 @@ def picture(folder):
         axes.set(title=race["data"], xlabel="training seconds", ylabel="validation loss", yscale="log")
         axes.set_ylim(min(losses) * 0.97, min(max(losses), 2.1))
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
-        axes.legend(handles.values(), handles.keys(), fontsize=8, framealpha=1, edgecolor="none")
+        axes.legend(handles.values(), handles.keys(), fontsize=8, framealpha=0.8, edgecolor="none")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.spines[["top", "right"]].set_visible(False)
