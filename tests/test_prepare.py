@@ -404,7 +404,8 @@ def test_interrupted_or_out_of_disk(tmp_path, monkeypatch):
         line := refused("-c", KILL.replace("import prepare", f"import prepare; {full}"), ROOT, "link", 1, *args)
     )
     assert "no new dataset was left" in line and {p.name: p.read_bytes() for p in out.iterdir()} == before
-    pause = KILL.replace("import prepare", "import prepare, time; prepare.moments = lambda *args: time.sleep(5)")
+    until = f"any(time.sleep(0.05) for _ in iter(lambda: os.path.exists({str(tmp_path / 'go')!r}), True))"
+    pause = KILL.replace("import prepare", f"import os, prepare, time; prepare.moments = lambda *args: {until}")
     process = subprocess.Popen(
         [sys.executable, "-c", pause, ROOT, "link", "1", *args], stderr=subprocess.PIPE, text=True
     )
@@ -413,6 +414,8 @@ def test_interrupted_or_out_of_disk(tmp_path, monkeypatch):
     second = refused("prepare.py", *args)
     assert "another prepare.py is writing to" in second
     process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    (tmp_path / "go").touch()  # its threads have to end too
     last = process.communicate(timeout=120)[1].splitlines()[-1]
     assert "error: interrupted" in last and process.returncode == 1
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
