@@ -368,7 +368,8 @@ while True:
         scaler.update()
         opt.zero_grad(set_to_none=True)
     if good and ema_decay:
-        torch._foreach_lerp_(ema_params, params, 1 - min(ema_decay, (1 + step) / (10 + step)))
+        with torch.no_grad():  # the parameters require gradients, and the averages would remember every iteration
+            torch._foreach_lerp_(ema_params, params, 1 - min(ema_decay, (1 + step) / (10 + step)))
     bad_steps, bad_in_a_row = bad_steps + (not good), 0 if good else bad_in_a_row + 1
     if not good and master:
         print(f"WARNING: iter {step} skipped: loss {loss}, gradient norm {grad_norm}", flush=True)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, checkpoint, log, make_pickle, measured, refused, run, same, torchrun, train
+from conftest import ROOT, TINY, checkpoint, log, make_pickle, measured, refused, run, same, torchrun, train
 from measure import summary
 from model import NextDiT, NextDiTConfig
 
@@ -80,6 +80,25 @@ def test_the_memory_saving_settings_change_no_bit(dataset, tmp_path):
     assert "val_loss_raw" not in log(lean)[-1]
     train(dataset, tmp_path / "compiled", *LEAN, "--compile=True", "--max_iters=2", threads=2)  # block by block
     assert log(tmp_path / "compiled")[1]["loss"] == pytest.approx(log(lean)[1]["loss"], rel=1e-3)
+
+
+def test_averaging_keeps_no_graph(dataset, tmp_path):
+    """Memory stays flat over 2,000 iterations, and no average knows how it was made."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(f"""
+import resource, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+run = runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+assert all(p.grad_fn is None and not p.requires_grad for p in run["ema_params"])
+print("resident", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "MB")
+""")
+    flags = ["--dim=16", "--n_layer=4", "--multiple_of=8", "--batch_size=1", "--gradient_accumulation_steps=1"]
+    flags += ["--eval_interval=5000", "--eval_size=4", "--eval_samples=0", "--save_interval=5000", "--log_interval=500"]
+    peaks = []
+    for iters in (200, 2200):
+        args = [*TINY, *flags, f"--data_dir={dataset}", f"--out_dir={tmp_path / str(iters)}", f"--max_iters={iters}"]
+        peaks.append(int(run(probe, *args).stdout.split("resident ")[1].split()[0]))
+    assert peaks[1] - peaks[0] < 20  # MB
 
 
 def test_the_prior_is_fitted_once(dataset, tmp_path):
