@@ -37,7 +37,9 @@ def replace_file(path, write):
         os.close(folder)
     except (OSError, RuntimeError) as e:
         partial.unlink(missing_ok=True)
-        reason = e.__context__ if isinstance(e.__context__, OSError) else e  # torch's writer hides the first by another
+        reason = (
+            e.__context__ if isinstance(e.__context__, OSError) else e
+        )  # torch's writer hides the first by another
         raise OSError(str(reason).partition("\n")[0]) from e
 
 
@@ -53,7 +55,12 @@ class Output:
     """
 
     def __init__(self, files, stale, n, settings, master, wait):
-        self.master, self.wait, self.stale, head = master, wait, stale, json.dumps(settings).encode() + b"\n"
+        self.master, self.wait, self.stale, head = (
+            master,
+            wait,
+            stale,
+            json.dumps(settings).encode() + b"\n",
+        )
         self.partial = {path: path.with_name(path.name + ".partial") for path in files}
         self.path, self.start = next(iter(files)).with_suffix(".progress"), len(head)
         if master:
@@ -70,7 +77,9 @@ class Output:
                 for path in stale:
                     path.with_name(path.name + ".partial").unlink(missing_ok=True)
                 for path, shape in files.items():
-                    np.lib.format.open_memmap(self.partial[path], "w+", np.float32, shape)  # a header, then a hole
+                    np.lib.format.open_memmap(
+                        self.partial[path], "w+", np.float32, shape
+                    )  # a header, then a hole
                 self.lock.write(head + b"." * n)
                 self.lock.flush()
                 os.fsync(self.lock.fileno())
@@ -78,16 +87,24 @@ class Output:
         done = self.path.read_bytes()[len(head) :]
         self.due = [i for i in range(n) if done[i : i + 1] == b"."]
         wait()  # until all have read it
-        self.offset = {path: np.load(place, mmap_mode="r").offset for path, place in self.where().items()}
+        self.offset = {
+            path: np.load(place, mmap_mode="r").offset for path, place in self.where().items()
+        }
 
     def where(self):
         """{path: the file that it is now}."""
-        return {path: partial if partial.exists() else path for path, partial in self.partial.items()}
+        return {
+            path: partial if partial.exists() else path for path, partial in self.partial.items()
+        }
 
     def write(self, batch, first, arrays):
         """Rows `first` and on of each file, {path: array}; then that the batch is done."""
         for path, array in arrays.items():
-            self.put(self.partial[path], self.offset[path] + first * array[0].nbytes, np.ascontiguousarray(array))
+            self.put(
+                self.partial[path],
+                self.offset[path] + first * array[0].nbytes,
+                np.ascontiguousarray(array),
+            )
         self.put(self.path, self.start + batch, b"x")
 
     def put(self, path, offset, data):
@@ -126,15 +143,21 @@ def open_folder(out_dir, config, step, resume):
                 if path.exists():
                     os.replace(path, previous / path.name)
             print(f"the run that was in {folder} is now in {previous}")
-        replace_file(folder / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+        replace_file(
+            folder / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode())
+        )
         lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-        whole = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last one short
+        whole = [
+            line for line in lines if line.endswith("}\n")
+        ]  # a kill may have cut the last one short
         kept = [line for line in whole if json.loads(line)["iter"] < step]
         replace_file(log, lambda f: f.write("".join(kept).encode()))
     except OSError as e:
         raise ValueError(f"out_dir={out_dir!r} cannot be written: {e}") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{log} is not the log of a run: {type(e).__name__}: {e}; move it away") from e
+        raise ValueError(
+            f"{log} is not the log of a run: {type(e).__name__}: {e}; move it away"
+        ) from e
 
 
 def read_checkpoint(path):
@@ -144,7 +167,9 @@ def read_checkpoint(path):
     except Exception as e:  # a truncated or foreign file can raise anything
         raise ValueError(unreadable(path, e)) from e
     if not isinstance(state, dict):
-        raise ValueError(f"{path} cannot be read as a checkpoint: it holds a {type(state).__name__}")
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it holds a {type(state).__name__}"
+        )
     return state
 
 
@@ -164,19 +189,27 @@ def restore_checkpoint(path, settings, stats, nets, scaler):
     ckpt = read_checkpoint(path)
     try:
         then = ckpt["config"] | ckpt["model_args"]
-        if differ := [f"{k} is {then[k]}, here {v}" for k, v in settings.items() if then.get(k, v) != v]:
+        if differ := [
+            f"{k} is {then[k]}, here {v}" for k, v in settings.items() if then.get(k, v) != v
+        ]:
             raise ValueError(f"{path} is of another shape: {', '.join(differ)}")
         if not all(torch.equal(value, ckpt["stats"][name]) for name, value in stats.items()):
             raise ValueError(f"{path} was trained on other data: its statistics differ")
         for key, net in nets.items():
             if missing := net.state_dict().keys() ^ ckpt[key].keys():
-                raise KeyError(f"{key} has not the model's parameters: {', '.join(sorted(missing))}")
+                raise KeyError(
+                    f"{key} has not the model's parameters: {', '.join(sorted(missing))}"
+                )
             for block in weights_by_block(path, key):
                 net.load_state_dict(block, strict=False)
         if ckpt["scaler"]:  # empty unless it was float16
             scaler.load_state_dict(ckpt["scaler"])
         counters = {"iter": int(ckpt["iter"]), "best_val_loss": float(ckpt["best_val_loss"])}
-        return counters | {"bad_steps": int(ckpt["bad_steps"]), "wandb_id": ckpt["wandb_id"], "config": ckpt["config"]}
+        return counters | {
+            "bad_steps": int(ckpt["bad_steps"]),
+            "wandb_id": ckpt["wandb_id"],
+            "config": ckpt["config"],
+        }
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(unreadable(path, e)) from e
 
@@ -184,7 +217,9 @@ def restore_checkpoint(path, settings, stats, nets, scaler):
 def restore_optimizer(path, opt):
     """Put what `path` holds of an optimizer's state into it, a few parameters at a time, so that never two copies are
     in memory; of a tensor that is sharded, this process's part. Learning rate and the like stay as they are."""
-    from torch.distributed.tensor import distribute_tensor  # half a second, which sample.py need not spend
+    from torch.distributed.tensor import (
+        distribute_tensor,
+    )  # half a second, which sample.py need not spend
 
     def own(name, value, p):
         if value.shape == p.shape and hasattr(p, "full_tensor"):
@@ -192,7 +227,9 @@ def restore_optimizer(path, opt):
                 value.to(p.device_mesh.device_type), p.device_mesh, p.placements, src_data_rank=None
             )
         if value.shape != p.shape and name not in ("step", "row_var", "col_var"):
-            raise ValueError(f"{path}: {name} of the optimizer has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+            raise ValueError(
+                f"{path}: {name} of the optimizer has shape {tuple(value.shape)}, not {tuple(p.shape)}"
+            )
         return value.to(p.device, copy=True)
 
     params = [p for group in opt.param_groups for p in group["params"]]

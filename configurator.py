@@ -58,7 +58,9 @@ def read_defaults(source):
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             heading = re.match(r"# -{2,} (.+?)( -*)?$", token.line.rstrip())
-            (groups if heading else comments)[token.start[0]] = heading[1] if heading else token.string[1:].strip()
+            (groups if heading else comments)[token.start[0]] = (
+                heading[1] if heading else token.string[1:].strip()
+            )
     lines = source.splitlines()
     defaults, first = {}, min(groups, default=len(lines))
     for node in ast.parse(source).body:
@@ -69,7 +71,11 @@ def read_defaults(source):
             value = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
             break
-        kinds = ast.unparse(node.annotation).split(" | ") if isinstance(node, ast.AnnAssign) else [type(value).__name__]
+        kinds = (
+            ast.unparse(node.annotation).split(" | ")
+            if isinstance(node, ast.AnnAssign)
+            else [type(value).__name__]
+        )
         # a comment may go on in further lines that hold nothing else and are indented
         comment, n = [comments.get(node.lineno, "")], node.lineno + 1
         while n in comments and lines[n - 1].startswith(" "):
@@ -84,7 +90,9 @@ def read_file(path, script_dir):
     directory or, failing that, to the script's folder."""
     found = next((p for p in (Path(path), script_dir / path) if p.is_file()), None)
     if found is None:
-        sys.exit(f"error: no config file {path!r} here or in {script_dir} (settings are written --key=value)")
+        sys.exit(
+            f"error: no config file {path!r} here or in {script_dir} (settings are written --key=value)"
+        )
     values = {}
     try:
         exec(compile(found.read_text(), str(found), "exec"), values)
@@ -97,7 +105,9 @@ def convert(key, value, defaults, origin, from_text=False):
     """`value` as one of the types that `key` takes; ints are promoted to float."""
     if key not in defaults:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
-        sys.exit(f"error: unknown setting {key!r} in {origin!r}; did you mean {nearest!r}? (--help lists all)")
+        sys.exit(
+            f"error: unknown setting {key!r} in {origin!r}; did you mean {nearest!r}? (--help lists all)"
+        )
     kinds = defaults[key]["kinds"]
     for kind in sorted(kinds, key=["None", "bool", "int", "float", "str"].index):
         if from_text:
@@ -124,7 +134,9 @@ def check_range(config, names, low, high=math.inf, above=False):
     for name in names.split():
         value = config[name]
         if value is not None and not (low <= value <= high and not (above and value == low)):
-            limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            limits = f"{'above' if above else 'at least'} {low}" + (
+                f" and at most {high}" if high < math.inf else ""
+            )
             sys.exit(f"error: {name}={value} must be {limits}")
 
 

@@ -67,9 +67,13 @@ def from_diffusers(build, folder, grid=None, cast=lambda parameter: parameter):
         raise ValueError(f"{str(folder)!r} is no folder of a diffusers model: {e}") from e
     due = {"patch_size", "learn_sigma", "sample_size", *REFERENCE_CONFIG.values()}
     if missing := sorted(due - set(given if isinstance(given, dict) else ())):
-        raise ValueError(f"{folder}/config.json: not a LuminaNextDiT2DModel's, without {', '.join(missing)}")
+        raise ValueError(
+            f"{folder}/config.json: not a LuminaNextDiT2DModel's, without {', '.join(missing)}"
+        )
     if given["patch_size"] != 1 or given["learn_sigma"]:
-        raise ValueError(f"{folder}/config.json: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma")
+        raise ValueError(
+            f"{folder}/config.json: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma"
+        )
     sizes = {ours: given[theirs] for ours, theirs in REFERENCE_CONFIG.items()}
     try:
         with torch.device("meta"):  # no parameters before those of the file
@@ -86,16 +90,30 @@ def from_diffusers(build, folder, grid=None, cast=lambda parameter: parameter):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 held |= dict.fromkeys(file.keys(), path)
-        prefixes, first = ("", "model.", "dit.model.", "model.dit.model."), "patch_embedder.proj.weight"
+        prefixes, first = (
+            ("", "model.", "dit.model.", "model.dit.model."),
+            "patch_embedder.proj.weight",
+        )
         prefix = next((p for p in prefixes if p + first in held), "")
-        due = {n: [prefix + part for part in reference_names(n)] for n in model.state_dict() if n != "null_cond"}
+        due = {
+            n: [prefix + part for part in reference_names(n)]
+            for n in model.state_dict()
+            if n != "null_cond"
+        }
         names = set(itertools.chain(*due.values()))
-        missing, surplus = sorted(names - set(held)), sorted(set(held) - names - {prefix + "pad_token"})
+        missing, surplus = (
+            sorted(names - set(held)),
+            sorted(set(held) - names - {prefix + "pad_token"}),
+        )
         if missing or surplus:
-            raise ValueError(f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}")
+            raise ValueError(
+                f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}"
+            )
         state = {name: cast(torch.cat([read(n) for n in parts])) for name, parts in due.items()}
         state |= {name: -state[name] for name in ("final.weight", "final.bias")}
-        state["null_cond"] = cast(torch.zeros(model.config.cond_dim, dtype=read(prefix + first).dtype))
+        state["null_cond"] = cast(
+            torch.zeros(model.config.cond_dim, dtype=read(prefix + first).dtype)
+        )
         model.load_state_dict(state, assign=True)
     except (OSError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"{folder}: {' '.join(str(e).split())}") from e
@@ -111,23 +129,36 @@ def to_diffusers(model, folder):
     """
     from safetensors.torch import save_file
 
-    for name, reference in dict(conditioning="cross", conv=False, prior=False, rope="lumina").items():
+    for name, reference in dict(
+        conditioning="cross", conv=False, prior=False, rope="lumina"
+    ).items():
         if getattr(model.config, name) != reference:
             raise ValueError(f"diffusers has no NextDiT of {name}={getattr(model.config, name)!r}")
     file = Path(folder) / "diffusion_pytorch_model.safetensors"
     if others := [p.name for p in Path(folder).glob("*.safetensors*") if p.name != file.name]:
         raise ValueError(f"{str(folder)!r} holds another model: {', '.join(sorted(others))}")
-    folder, state = Path(folder), {"pad_token": torch.zeros(model.config.dim)}  # never used by the reference
+    folder, state = (
+        Path(folder),
+        {"pad_token": torch.zeros(model.config.dim)},
+    )  # never used by the reference
     for name, value in model.state_dict().items():
         if name != "null_cond":
             names = reference_names(name)
             value = -value if name.startswith("final.") else value
-            sizes = model.layers[0].split if len(names) == 4 else [len(value) // len(names)] * len(names)
+            sizes = (
+                model.layers[0].split
+                if len(names) == 4
+                else [len(value) // len(names)] * len(names)
+            )
             state |= {n: part.contiguous().cpu() for n, part in zip(names, value.split(sizes))}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, file, metadata={"format": "pt"})
     H, W = model.config.grid
-    config = dict(_class_name="LuminaNextDiT2DModel", sample_size=H, patch_size=1, learn_sigma=False)
-    config |= dict(scaling_factor=1.0) | ({} if H == W else {"grid": [H, W]})  # diffusers ignores the last
+    config = dict(
+        _class_name="LuminaNextDiT2DModel", sample_size=H, patch_size=1, learn_sigma=False
+    )
+    config |= dict(scaling_factor=1.0) | (
+        {} if H == W else {"grid": [H, W]}
+    )  # diffusers ignores the last
     config |= {theirs: getattr(model.config, ours) for ours, theirs in REFERENCE_CONFIG.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=1))

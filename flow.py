@@ -26,8 +26,12 @@ class FlowConfig:
     sigma_min: float = 0.0  # noise left at t = 1
     sigma_max: float = 1.0  # noise at t = 0
     prediction: str = "v"  # what the model outputs: v | epsilon (x_0) | x (x_1)
-    loss_space: str = "native"  # where the error is measured: native (of the prediction) | v (of the velocity)
-    t_sampling: str = "uniform"  # uniform | logit_normal (Esser et al. 2024, arXiv 2403.03206, section 3.1)
+    loss_space: str = (
+        "native"  # where the error is measured: native (of the prediction) | v (of the velocity)
+    )
+    t_sampling: str = (
+        "uniform"  # uniform | logit_normal (Esser et al. 2024, arXiv 2403.03206, section 3.1)
+    )
     t_mean: float = 0.0  # of logit(t), for logit_normal
     t_std: float = 1.0
     t_shift: float = 1.0  # > 1 moves training times towards noise
@@ -44,17 +48,25 @@ class FlowConfig:
         return cls(**chosen)
 
     def __post_init__(self):
-        choices = {"path": PATHS, "prediction": ("v", "epsilon", "x"), "loss_space": ("native", "v")}
+        choices = {
+            "path": PATHS,
+            "prediction": ("v", "epsilon", "x"),
+            "loss_space": ("native", "v"),
+        }
         for name, known in (choices | {"t_sampling": ("uniform", "logit_normal")}).items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it is one of {', '.join(known)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; it is one of {', '.join(known)}"
+                )
         if not 0 <= self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: need 0 <= sigma_min < sigma_max"
             )
         if not 0 <= self.cond_dropout < 1:
             raise ValueError(f"cond_dropout={self.cond_dropout} must be in [0, 1)")
-        if not (0 < self.t_shift < math.inf and 0 < self.t_std < math.inf and math.isfinite(self.t_mean)):
+        if not (
+            0 < self.t_shift < math.inf and 0 < self.t_std < math.inf and math.isfinite(self.t_mean)
+        ):
             raise ValueError(
                 f"t_shift={self.t_shift} and t_std={self.t_std} must be positive, t_mean={self.t_mean} finite"
             )
@@ -84,7 +96,9 @@ def shift_time(t, shift):
 def sample_t(n, cfg, generator=None, device=None):
     """(n,) training times in (0, 1)."""
     if cfg.t_sampling == "logit_normal":
-        t = torch.sigmoid(cfg.t_mean + cfg.t_std * torch.randn(n, generator=generator, device=device))
+        t = torch.sigmoid(
+            cfg.t_mean + cfg.t_std * torch.randn(n, generator=generator, device=device)
+        )
     else:
         t = torch.rand(n, generator=generator, device=device)
     return shift_time(t, cfg.t_shift)
@@ -105,7 +119,11 @@ def loss(model, x_1, cond, cfg, cond_mask=None, generator=None, x_0=None, t=None
         x_0 = torch.randn(x_1.shape, generator=generator, device=device, dtype=x_1.dtype)
     if t is None:
         t = sample_t(B, cfg, generator, device)
-    drop = torch.rand(B, generator=generator, device=device) < cfg.cond_dropout if cfg.cond_dropout else None
+    drop = (
+        torch.rand(B, generator=generator, device=device) < cfg.cond_dropout
+        if cfg.cond_dropout
+        else None
+    )
 
     alpha, sigma, d_alpha, d_sigma = coefficients(t, cfg)
     x_t = alpha * x_1 + sigma * x_0
@@ -144,10 +162,14 @@ def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0), cond_ma
     Raises ValueError if guidance is asked of a model trained without condition dropout.
     """
     if len(interval) != 2:
-        raise ValueError(f"guidance_interval={interval!r}: two times, from which and to which guidance acts")
+        raise ValueError(
+            f"guidance_interval={interval!r}: two times, from which and to which guidance acts"
+        )
     low, high = interval
     if not (math.isfinite(guidance) and 0 <= low < high <= 1):
-        raise ValueError(f"guidance={guidance} must be finite, and its interval {low} to {high} lie within 0 to 1")
+        raise ValueError(
+            f"guidance={guidance} must be finite, and its interval {low} to {high} lie within 0 to 1"
+        )
     if guidance != 1 and not cfg.cond_dropout:
         raise ValueError(
             f"guidance={guidance} needs a model trained with cond_dropout > 0; this one has no null condition"
@@ -174,9 +196,16 @@ RUNGE_KUTTA = {  # explicit: nodes, rows of the matrix, weights (Hairer, Norsett
     "euler": ([0], [[]], [1]),
     "midpoint": ([0, 1 / 2], [[], [1 / 2]], [0, 1]),
     "heun": ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
-    "rk4": ([0, 1 / 2, 1 / 2, 1], [[], [1 / 2], [0, 1 / 2], [0, 0, 1]], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+    "rk4": (
+        [0, 1 / 2, 1 / 2, 1],
+        [[], [1 / 2], [0, 1 / 2], [0, 0, 1]],
+        [1 / 6, 1 / 3, 1 / 3, 1 / 6],
+    ),
 }
-ADAMS_BASHFORTH = {"ab2": (2, "euler"), "ab3": (3, "midpoint")}  # order, and the first step, of one order less
+ADAMS_BASHFORTH = {
+    "ab2": (2, "euler"),
+    "ab3": (3, "midpoint"),
+}  # order, and the first step, of one order less
 METHODS = (*RUNGE_KUTTA, *ADAMS_BASHFORTH)
 
 
@@ -184,7 +213,9 @@ def adams_bashforth(times, t, t_next):
     """Weights of the velocities at `times` in the step from t to t_next: exact if the velocity is a polynomial of
     degree len(times) - 1 in t (Hairer, Norsett, Wanner 1993, chapter III.5: steps need not be equal)."""
     nodes = (np.array(times) - t) / (t_next - t)
-    return (t_next - t) * np.linalg.solve(np.vander(nodes, increasing=True).T, 1 / np.arange(1, len(nodes) + 1))
+    return (t_next - t) * np.linalg.solve(
+        np.vander(nodes, increasing=True).T, 1 / np.arange(1, len(nodes) + 1)
+    )
 
 
 @torch.no_grad()
@@ -217,7 +248,10 @@ def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
         if order:
             past = [*past, *((t + node * h, k_i) for node, k_i in zip(nodes, k))][-order:]
             if i:
-                k, weights = [k_i for _, k_i in past], adams_bashforth([time for time, _ in past], t, t_next)
+                k, weights = (
+                    [k_i for _, k_i in past],
+                    adams_bashforth([time for time, _ in past], t, t_next),
+                )
         x = x + sum(b * k_i for b, k_i in zip(weights, k) if b)
         if trajectory:
             states.append(x)
@@ -229,7 +263,9 @@ TRAINING, SAMPLING = 0, 1  # streams of noise that never meet, whatever the seed
 
 def mix(stream, *numbers):
     """One seed out of a stream and several non-negative integers, such as (seed, step, micro-batch)."""
-    return int(np.random.SeedSequence([stream, *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence([stream, *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
 
 
 def sample_noise(indices, shape, seed, draw=0):
@@ -237,8 +273,12 @@ def sample_noise(indices, shape, seed, draw=0):
     try:
         seeds = [mix(SAMPLING, seed, i, draw) for i in indices]
     except (TypeError, ValueError) as e:
-        raise ValueError(f"seed={seed}, draw={draw} and a sample's number must be integers of 0 or more") from e
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        raise ValueError(
+            f"seed={seed}, draw={draw} and a sample's number must be integers of 0 or more"
+        ) from e
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )
 
 
 class Normalizer:
@@ -262,7 +302,11 @@ class Normalizer:
         x = x.float()
         if self.mode == "channel":
             return (x - self.mean) / self.std
-        return x * x.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt() if self.mode == "l2" else x
+        return (
+            x * x.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+            if self.mode == "l2"
+            else x
+        )
 
     def decode(self, x):
         if self.mode == "channel":

@@ -36,11 +36,16 @@ class Loader:
         self.arrays = {k: v for k, v in data.items() if k.startswith(("train_", "val_"))}
         if preload:
             files = self.arrays
-            self.arrays = {k: np.array(v[: self.n_train if k[0] == "t" else None]) for k, v in files.items()}
+            self.arrays = {
+                k: np.array(v[: self.n_train if k[0] == "t" else None]) for k, v in files.items()
+            }
             self.forget(files.values())
-        self.stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
+        self.stats = {
+            name: torch.from_numpy(value).float() for name, value in data["stats"].items()
+        }
         self.target, self.cond = (
-            Normalizer(normalize, self.stats[f"{n}_mean"], self.stats[f"{n}_std"], device) for n in ("target", "cond")
+            Normalizer(normalize, self.stats[f"{n}_mean"], self.stats[f"{n}_std"], device)
+            for n in ("target", "cond")
         )
         self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
 
@@ -52,7 +57,8 @@ class Loader:
         n, start = self.n_train, (step * self.micro_batches + micro) * self.batch_size
         end = start + self.batch_size
         parts = [
-            self.epoch_order(e)[max(start - e * n, 0) : end - e * n] for e in range(start // n, (end - 1) // n + 1)
+            self.epoch_order(e)[max(start - e * n, 0) : end - e * n]
+            for e in range(start // n, (end - 1) // n + 1)
         ]
         return np.concatenate(parts)
 
@@ -66,7 +72,9 @@ class Loader:
     def target_tokens(self, n=65536):
         """(n, D) of the model's targets, or all that there are, from samples evenly spaced over the training split."""
         array = self.arrays["train_target"]
-        rows = np.linspace(0, self.n_train - 1, min(self.n_train, -(-n // array.shape[1]))).astype(int)
+        rows = np.linspace(0, self.n_train - 1, min(self.n_train, -(-n // array.shape[1]))).astype(
+            int
+        )
         tokens = self.target.encode(torch.from_numpy(array[rows]).to(self.device)).flatten(0, 1)
         self.forget([array])
         return tokens

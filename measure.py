@@ -33,12 +33,35 @@ class Evaluator:
     autocast: context of the arithmetic; stopping: function that says, on all processes alike, whether to break off
     """
 
-    def __init__(self, loader, flow_config, autocast, size, batch_size=64, samples=64, steps=10, stopping=None):
-        self.loader, self.autocast, self.steps, self.stopping = loader, autocast, steps, stopping or (lambda: False)
+    def __init__(
+        self,
+        loader,
+        flow_config,
+        autocast,
+        size,
+        batch_size=64,
+        samples=64,
+        steps=10,
+        stopping=None,
+    ):
+        self.loader, self.autocast, self.steps, self.stopping = (
+            loader,
+            autocast,
+            steps,
+            stopping or (lambda: False),
+        )
         self.flow, self.plain = flow_config, replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
-        self.size, self.samples, self.batch_size = min(size, loader.n_val), min(samples, loader.n_val), batch_size
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.standardize = score.standardizer(loader.stats["target_mean"], loader.stats["target_std"])
+        self.size, self.samples, self.batch_size = (
+            min(size, loader.n_val),
+            min(samples, loader.n_val),
+            batch_size,
+        )
+        self.rank, self.world = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
+        self.standardize = score.standardizer(
+            loader.stats["target_mean"], loader.stats["target_std"]
+        )
         self.baseline = None
 
     def batches(self, n):
@@ -64,7 +87,9 @@ class Evaluator:
             if self.stopping():
                 return None
             x_1, cond = self.loader.batch("val", rows)
-            t = torch.from_numpy((rows + 0.5) * 0.6180339887498949 % 1).float()  # golden ratio: any rows cover [0, 1]
+            t = torch.from_numpy(
+                (rows + 0.5) * 0.6180339887498949 % 1
+            ).float()  # golden ratio: any rows cover [0, 1]
             x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0).to(x_1.device)
             with self.autocast:
                 losses, _ = flow.loss(net, x_1, cond, self.plain, x_0=x_0, t=t.to(x_1.device))
@@ -72,7 +97,9 @@ class Evaluator:
             sums.index_add_(1, (t * T_BINS).long(), values)
         total, count = self.sum(sums)
         result = {"val_loss": (total.sum() / count.sum()).item()}
-        result |= {f"val_loss_t{i}": (total[i] / count[i]).item() for i in range(T_BINS) if count[i]}
+        result |= {
+            f"val_loss_t{i}": (total[i] / count[i]).item() for i in range(T_BINS) if count[i]
+        }
         if not (generate and self.samples):
             return result
 
@@ -82,7 +109,9 @@ class Evaluator:
             if self.stopping():
                 return None
             _, cond = self.loader.batch("val", rows)
-            x = self.flow.sigma_max * flow.sample_noise(rows, truth.shape[1:], seed=0, draw=1).to(cond.device)
+            x = self.flow.sigma_max * flow.sample_noise(rows, truth.shape[1:], seed=0, draw=1).to(
+                cond.device
+            )
             with self.autocast:
                 x = flow.integrate(flow.guided_velocity(net, cond, self.flow), x, self.steps)
             samples = self.standardize(self.loader.target.decode(x).cpu())
@@ -90,7 +119,11 @@ class Evaluator:
         generated = self.sum(generated)  # a row is some process's, and zero at the others
         if self.baseline is None and self.rank == 0:
             self.baseline = self.regress(truth)
-        sampled = score.metrics(generated, truth) if generated.isfinite().all() else dict.fromkeys(SAMPLED, math.nan)
+        sampled = (
+            score.metrics(generated, truth)
+            if generated.isfinite().all()
+            else dict.fromkeys(SAMPLED, math.nan)
+        )
         return result | {f"val_{name}": sampled[name] for name in SAMPLED} | (self.baseline or {})
 
     def regress(self, truth):
@@ -111,9 +144,13 @@ def summary(results):
         return " ".join(f"{results[name]:.4g}" for name in names if name in results)
 
     keys = [key for key in ("val_loss", "val_loss_raw") if key in results]
-    losses = [f"{key} {of(key)} (by t {of(*(f'{key}_t{i}' for i in range(T_BINS)))})" for key in keys]
+    losses = [
+        f"{key} {of(key)} (by t {of(*(f'{key}_t{i}' for i in range(T_BINS)))})" for key in keys
+    ]
     sampled = [
-        f"{name} {of(f'val_{name}')} (ridge {of(f'ridge_{name}')})" for name in SAMPLED if f"val_{name}" in results
+        f"{name} {of(f'val_{name}')} (ridge {of(f'ridge_{name}')})"
+        for name in SAMPLED
+        if f"val_{name}" in results
     ]
     return " | ".join(losses + sampled)
 
@@ -127,7 +164,11 @@ def flops_per_sample(config, cond_tokens):
     T = config.grid[0] * config.grid[1]
     with torch.device("meta"):  # shapes alone: nothing is computed
         model = NextDiT(replace(config, gradient_checkpointing=False, conv=False))
-        x, t, cond = torch.empty(1, T, config.target_dim), torch.empty(1), torch.empty(1, cond_tokens, config.cond_dim)
+        x, t, cond = (
+            torch.empty(1, T, config.target_dim),
+            torch.empty(1),
+            torch.empty(1, cond_tokens, config.cond_dim),
+        )
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(x, t, cond).sum().backward()
     return counter.get_total_flops()

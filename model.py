@@ -31,11 +31,16 @@ def pick_device(name):
     if name == "auto":
         return next(kind for kind, there in has.items() if there)
     if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name) or not has[name.split(":")[0]]:
-        raise ValueError(f"device={name!r}: this machine has {', '.join(kind for kind, there in has.items() if there)}")
+        raise ValueError(
+            f"device={name!r}: this machine has {', '.join(kind for kind, there in has.items() if there)}"
+        )
     return name
 
 
-ROPE = {"lumina": (1.0, 10000.0), "grid": (3.0, 10.0)}  # highest frequency, radians a token, and theta
+ROPE = {
+    "lumina": (1.0, 10000.0),
+    "grid": (3.0, 10.0),
+}  # highest frequency, radians a token, and theta
 
 
 @dataclass
@@ -51,22 +56,31 @@ class NextDiTConfig:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     qk_norm: bool = True
-    conditioning: str = "cross"  # cross: attention to the condition | aligned: its token i is added to token i
+    conditioning: str = (
+        "cross"  # cross: attention to the condition | aligned: its token i is added to token i
+    )
     conv: bool = False  # a depthwise 3x3 convolution of the grid before each block
-    rope: str = "lumina"  # RoPE's frequencies: lumina, as in texts | grid, for a few rows and columns
+    rope: str = (
+        "lumina"  # RoPE's frequencies: lumina, as in texts | grid, for a few rows and columns
+    )
     prior: bool = False  # see Prior; the output is then the velocity on the linear path
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         names = ("target_dim", "cond_dim", "dim", "n_layer", "n_head", "n_kv_head", "multiple_of")
-        for name, size in [*((name, getattr(self, name)) for name in names), *(("grid", n) for n in self.grid)]:
+        for name, size in [
+            *((name, getattr(self, name)) for name in names),
+            *(("grid", n) for n in self.grid),
+        ]:
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
         self.grid = tuple(self.grid)
         for name, known in dict(conditioning=("cross", "aligned"), rope=ROPE).items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it is one of {', '.join(known)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; it is one of {', '.join(known)}"
+                )
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps={self.norm_eps} must be between 0 and 1")
         if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < math.inf:
@@ -76,7 +90,9 @@ class NextDiTConfig:
                 f"dim={self.dim} / n_head={self.n_head} must be a multiple of 4: 2D RoPE rotates pairs per axis"
             )
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+            raise ValueError(
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
+            )
 
     @classmethod
     def of(cls, settings, data):
@@ -87,12 +103,21 @@ class NextDiTConfig:
         if chosen["conditioning"] == "auto":
             chosen["conditioning"] = "aligned" if S == T else "cross"
         if chosen["conditioning"] == "aligned" and S not in (1, T):
-            raise ValueError(f"--conditioning=aligned: {S} condition tokens are not on the grid of {T} target tokens")
-        linear = [settings[name] for name in ("path", "prediction", "sigma_min", "sigma_max")] == ["linear", "v", 0, 1]
+            raise ValueError(
+                f"--conditioning=aligned: {S} condition tokens are not on the grid of {T} target tokens"
+            )
+        linear = [settings[name] for name in ("path", "prediction", "sigma_min", "sigma_max")] == [
+            "linear",
+            "v",
+            0,
+            1,
+        ]
         if chosen["prior"] is None:  # narrower models cannot pass on the noise that v and x_t hold
             chosen["prior"] = linear and chosen["target_dim"] > chosen["dim"]
         elif chosen["prior"] and not linear:
-            raise ValueError("prior=True needs path=linear, prediction=v, sigma_min=0 and sigma_max=1")
+            raise ValueError(
+                "prior=True needs path=linear, prediction=v, sigma_min=0 and sigma_max=1"
+            )
         return cls(**chosen, grid=tuple(data["meta"]["grid"]))
 
     @property
@@ -109,13 +134,17 @@ def rope_2d(head_dim, grid, device=None, kind="lumina"):
     frequency highest * theta^(-4k / head_dim), k = j // 2.
     """
     (H, W), (highest, theta) = grid, ROPE[kind]
-    freqs = highest / theta ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2))
+    freqs = highest / theta ** (
+        torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2)
+    )
     rows = torch.arange(H, device=device).repeat_interleave(W)
     cols = torch.arange(W, device=device).repeat(H)
     angles = torch.stack([rows[:, None] * freqs, cols[:, None] * freqs], dim=-1).flatten(1)
     if torch.compiler.is_compiling():  # inductor has no complex numbers
         return torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))  # the reference's to the last bit
+    return torch.view_as_real(
+        torch.polar(torch.ones_like(angles), angles)
+    )  # the reference's to the last bit
 
 
 def rotate(x, rope):
@@ -150,7 +179,11 @@ def timestep_embedding(t, dim=256, max_period=10000):
     The argument is the reference's timestep, which runs from data (0) to noise (1000): with
     it, its weights need no change to be used under our time, which runs from noise to data.
     """
-    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    freqs = torch.exp(
+        -math.log(max_period)
+        * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+        / (dim // 2)
+    )
     angles = (1000 * (1 - t)).float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -172,7 +205,11 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim, C, self.eps = config.dim, config.cond_dim, config.norm_eps
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, dim // config.n_head
+        self.n_head, self.n_kv_head, self.head_dim = (
+            config.n_head,
+            config.n_kv_head,
+            dim // config.n_head,
+        )
         kv_dim, self.grid = self.n_kv_head * self.head_dim, config.grid
         self.cross = config.conditioning == "cross"
         self.split = (dim, kv_dim, kv_dim, dim)[: 4 if self.cross else 3]
@@ -180,7 +217,11 @@ class Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(dim, self.eps), RMSNorm(dim, self.eps)
         self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, self.eps), RMSNorm(dim, self.eps)
         # QK-norm spans all heads, as in Lumina-Next
-        norm = (lambda width: nn.LayerNorm(width, 1e-5)) if config.qk_norm else (lambda width: nn.Identity())
+        norm = (
+            (lambda width: nn.LayerNorm(width, 1e-5))
+            if config.qk_norm
+            else (lambda width: nn.Identity())
+        )
         # queries, keys and values of self-attention and, if there is any, the queries of cross-attention
         self.qkvq = nn.Linear(dim, sum(self.split), bias=False)
         if self.cross:
@@ -190,7 +231,9 @@ class Block(nn.Module):
             self.cond_q_norm, self.cond_k_norm = norm(dim), norm(kv_dim)
         self.out = nn.Linear(dim, dim, bias=False)
         self.q_norm, self.k_norm = norm(dim), norm(kv_dim)
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False) if config.conv else None
+        self.conv = (
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False) if config.conv else None
+        )
         self.w13 = nn.Linear(dim, 2 * config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, dim, bias=False)
 
@@ -198,7 +241,9 @@ class Block(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, n * head_dim) -> (B, T, n, head_dim)
 
     def attend(self, q, k, v, mask=None):
-        return attention(*(z.transpose(1, 2) for z in (q, k, v)), mask).transpose(1, 2)  # (B, T, n_head, head_dim)
+        return attention(*(z.transpose(1, 2) for z in (q, k, v)), mask).transpose(
+            1, 2
+        )  # (B, T, n_head, head_dim)
 
     def context(self, cond, drop=None, null=None):
         """Keys and values of the condition: they do not depend on x_t or t.
@@ -217,14 +262,20 @@ class Block(nn.Module):
         scale1, gate1, scale2, gate2 = self.ada(emb)[:, None].chunk(4, dim=-1)  # each (B, 1, dim)
 
         if self.conv is not None:
-            x = x + self.conv(self.norm1(x).transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
+            x = x + self.conv(self.norm1(x).transpose(1, 2).unflatten(2, self.grid)).flatten(
+                2
+            ).transpose(1, 2)
         h = self.norm1(x) * (1 + scale1)
         q, k, v, *cond_q = self.qkvq(h).split(self.split, dim=-1)
         q, k = rotate(self.heads(self.q_norm(q)), rope), rotate(self.heads(self.k_norm(k)), rope)
         y = self.attend(q, k, self.heads(v))
         if self.cross:
-            cond_k, cond_v = context or Block.context(self, *condition)  # not the method that fully_shard wraps
-            cond_q = rotate(self.heads(self.cond_q_norm(*cond_q)), rope)  # the reference turns the query here too
+            cond_k, cond_v = context or Block.context(
+                self, *condition
+            )  # not the method that fully_shard wraps
+            cond_q = rotate(
+                self.heads(self.cond_q_norm(*cond_q)), rope
+            )  # the reference turns the query here too
             y = y + self.gate.tanh()[:, None] * self.attend(cond_q, cond_k, cond_v, mask)
         x = x + gate1.tanh() * self.norm2(self.out(y.flatten(2)))
 
@@ -254,7 +305,9 @@ class Prior(nn.Module):
         mean = tokens.mean(0)
         covariance = (tokens - mean).T @ (tokens - mean) / len(tokens)
         variance, basis = torch.linalg.eigh(covariance.double())
-        self.load_state_dict({"mean": mean, "basis": basis, "variance": variance.clamp(min=1e-4 * variance.mean())})
+        self.load_state_dict(
+            {"mean": mean, "basis": basis, "variance": variance.clamp(min=1e-4 * variance.mean())}
+        )
 
     def rotate(self, x_t, t):
         """(B, T, D) state at t (B,) -> (B, T, D) less its mean, in the coordinates of the basis."""
@@ -332,7 +385,11 @@ class NextDiT(nn.Module):
         added = None
         if self.cond_in is not None:  # tokens that do not count are as if there were no condition
             added = cond if drop is None else torch.where(drop[:, None, None], null, cond)
-            added = added if cond_mask is None else torch.where(cond_mask.bool()[..., None], added, self.null_cond)
+            added = (
+                added
+                if cond_mask is None
+                else torch.where(cond_mask.bool()[..., None], added, self.null_cond)
+            )
             added = self.cond_in(added)
         return (self.cond_embed(pooled), mask, added), (cond, drop, null)
 
@@ -348,10 +405,14 @@ class NextDiT(nn.Module):
         (B, T, D), config = x_t.shape, self.config
         if (T, D) != (math.prod(config.grid), config.target_dim):
             H, W = config.grid
-            raise ValueError(f"x_t has {T} tokens of {D} channels; the model is for {H}x{W} of {config.target_dim}")
+            raise ValueError(
+                f"x_t has {T} tokens of {D} channels; the model is for {H}x{W} of {config.target_dim}"
+            )
         if context is None:
             if cond.shape[0] != B or cond.shape[-1] != config.cond_dim:
-                raise ValueError(f"cond has shape {tuple(cond.shape)}; expected ({B}, S, {self.config.cond_dim})")
+                raise ValueError(
+                    f"cond has shape {tuple(cond.shape)}; expected ({B}, S, {self.config.cond_dim})"
+                )
             whole, condition = self._condition(cond, cond_mask, drop)
             contexts = [None] * len(self.layers)
         else:
@@ -359,7 +420,9 @@ class NextDiT(nn.Module):
         pooled, mask, added = whole
 
         z = x_t if self.prior is None else self.prior.rotate(x_t, t)
-        x = self.x_embed(z).to(self.null_cond.dtype)  # under autocast the residual stream stays in float32
+        x = self.x_embed(z).to(
+            self.null_cond.dtype
+        )  # under autocast the residual stream stays in float32
         x = x if added is None else x + added
         emb = F.silu(self.t_embed(timestep_embedding(t).to(x.dtype)) + pooled)
         rope = rope_2d(config.dim // config.n_head, config.grid, x.device, config.rope)
@@ -373,7 +436,9 @@ class NextDiT(nn.Module):
     @classmethod
     def from_diffusers(cls, folder, grid=None, cast=lambda parameter: parameter):
         """The model in a folder of diffusers' LuminaNextDiT2DModel: see exchange.py."""
-        return exchange.from_diffusers(lambda **sizes: cls(NextDiTConfig(**sizes)), folder, grid, cast)
+        return exchange.from_diffusers(
+            lambda **sizes: cls(NextDiTConfig(**sizes)), folder, grid, cast
+        )
 
     def to_diffusers(self, folder):
         """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads: see exchange.py."""

@@ -23,7 +23,9 @@ class Adafactor(torch.optim.Adafactor):
 
     def __init__(self, groups, lr, beta1):
         if beta1 > 0.95:
-            raise ValueError(f"{beta1=} must be at most 0.95 with adafactor: its average of the gradients is bfloat16")
+            raise ValueError(
+                f"{beta1=} must be at most 0.95 with adafactor: its average of the gradients is bfloat16"
+            )
         super().__init__(groups, lr=lr, eps=(1e-18, 1.0))
         self.beta1 = beta1
 
@@ -31,12 +33,18 @@ class Adafactor(torch.optim.Adafactor):
     def step(self, closure=None):
         averages = {}
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            average = self.state[p]["average"] if self.state[p] else torch.zeros_like(p, dtype=torch.bfloat16)
+            average = (
+                self.state[p]["average"]
+                if self.state[p]
+                else torch.zeros_like(p, dtype=torch.bfloat16)
+            )
             averages[p] = average.lerp_(p.grad.bfloat16(), 1 - self.beta1)
             p.grad = average.to(p.dtype)
         super().step(closure)
         for p, average in averages.items():
-            self.state[p]["average"] = average  # only now: torch's takes a state with anything in it as complete
+            self.state[p]["average"] = (
+                average  # only now: torch's takes a state with anything in it as complete
+            )
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
@@ -62,9 +70,13 @@ class Muon(torch.optim.AdamW):
                 average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                 average.lerp_(p.grad, 1 - self.momentum)
                 update = p.grad.lerp(average, self.momentum)  # Nesterov
-                if isinstance(update, DTensor):  # every process makes the whole of it and keeps its part
+                if isinstance(
+                    update, DTensor
+                ):  # every process makes the whole of it and keeps its part
                     whole = orthogonalize(update.full_tensor())
-                    update = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+                    update = distribute_tensor(
+                        whole, p.device_mesh, p.placements, src_data_rank=None
+                    )
                 else:
                     update = orthogonalize(update)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -78,11 +90,15 @@ def orthogonalize(x):
     """x (n, m) with all its singular values taken to about 1, by Newton-Schulz iteration with Jordan's coefficients,
     which leave them between 0.7 and 1.2. In bfloat16 on cuda, in float32 elsewhere."""
     wide = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
-    wide = wide.T if x.shape[0] > x.shape[1] else wide  # so the products are of the smaller side's size
+    wide = (
+        wide.T if x.shape[0] > x.shape[1] else wide
+    )  # so the products are of the smaller side's size
     wide = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+        wide = torch.addmm(
+            wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445
+        )
     return (wide.T if x.shape[0] > x.shape[1] else wide).to(x.dtype)
 
 
@@ -92,7 +108,9 @@ def make_optimizer(model, name, lr, weight_decay, betas):
     Muon steps the matrices of the blocks; those at input and output, like all vectors, are AdamW's.
     """
     named = dict(model.named_parameters())
-    hidden = [p for n, p in named.items() if name == "muon" and n.startswith("layers.") and p.dim() == 2]
+    hidden = [
+        p for n, p in named.items() if name == "muon" and n.startswith("layers.") and p.dim() == 2
+    ]
     others = [p for p in named.values() if all(p is not q for q in hidden)]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
@@ -103,7 +121,9 @@ def make_optimizer(model, name, lr, weight_decay, betas):
             {"params": hidden, "weight_decay": weight_decay, "muon": True}
         ]
     grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(map(id, named.values())), "every parameter belongs to exactly one group"
+    assert sorted(grouped) == sorted(map(id, named.values())), (
+        "every parameter belongs to exactly one group"
+    )
     if name in ("adamw", "muon"):
         kind = torch.optim.AdamW if name == "adamw" else Muon
         return kind(groups, lr=lr, betas=betas, fused=others[0].device.type != "mps")

@@ -29,7 +29,11 @@ def start(device, timeout):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     sys.excepthook = lost
-    meeting = dict(store=meet(rank), rank=rank, world_size=world_size) if "TORCHELASTIC_RUN_ID" in os.environ else {}
+    meeting = (
+        dict(store=meet(rank), rank=rank, world_size=world_size)
+        if "TORCHELASTIC_RUN_ID" in os.environ
+        else {}
+    )
     limit = datetime.timedelta(minutes=timeout)
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=limit, **meeting)
     dist.barrier()  # nobody leaves, on an error of its own, before all have come
@@ -57,10 +61,14 @@ def meet(rank):
 def lost(kind, e, trace):
     """For an error that comes of another process's end, one line, and the end of this one at once: torchrun, which
     says which was the first, may then start all of them anew."""
-    if issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer|connection", str(e), re.IGNORECASE):
+    if issubclass(kind, RuntimeError) and re.search(
+        "gloo|nccl|peer|connection", str(e), re.IGNORECASE
+    ):
         reason = str(e).splitlines()[0]
         message = f"error: process {os.environ['RANK']} lost another one: {reason}"
-        print(message, file=sys.__stderr__, flush=True)  # sys.stderr is torch's, who prefixes what it gets to the end
+        print(
+            message, file=sys.__stderr__, flush=True
+        )  # sys.stderr is torch's, who prefixes what it gets to the end
         os._exit(1)
     sys.__excepthook__(kind, e, trace)
 
@@ -75,7 +83,9 @@ def leave(code):
 
 def total(device, *values):
     """Numbers, or tensors of one element, summed over the processes, as floats; waits for the device."""
-    sums = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+    sums = torch.stack(
+        [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values]
+    )
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums.tolist()
@@ -93,12 +103,16 @@ class Interrupts:
     def note(self, number, frame):
         self.reason = signal.Signals(number).name
         if number == signal.SIGINT and not dist.is_initialized():
-            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C does not wait; torchrun would repeat the first
+            signal.signal(
+                number, signal.SIG_DFL
+            )  # a second Ctrl-C does not wait; torchrun would repeat the first
 
     def late(self):
         if self.end is not None and time.monotonic() > self.end:
             self.reason = self.reason or "the time limit"
-        if dist.is_initialized() and os.getppid() != self.parent:  # else two runs would write one folder
+        if (
+            dist.is_initialized() and os.getppid() != self.parent
+        ):  # else two runs would write one folder
             self.reason = self.reason or "the end of torchrun"
         return self.reason is not None
 
@@ -107,10 +121,14 @@ def shard(model, dtype):
     """torch's fully_shard, one block after the other: a process holds a part of every parameter, gathers those of a
     block when their turn comes, in the dtype of the arithmetic, and gets its part of the mean gradients, in float32."""
     half = None if dtype == "float32" else getattr(torch, dtype)
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.layers:
         fully_shard(block, mp_policy=policy)
-    fully_shard(model, reshard_after_forward=True)  # else what evaluation has gathered would stay, and grow old
+    fully_shard(
+        model, reshard_after_forward=True
+    )  # else what evaluation has gathered would stay, and grow old
     for module in (model, *model.layers):
         register_fsdp_forward_method(module, "context")
 

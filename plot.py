@@ -71,11 +71,19 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None
     shown = np.arange(min(8 if decoder.is_file() else 10, len(samples))) if shown is None else shown
     n = len(shown)
     stats = {name: np.asarray(value) for name, value in stats.items()}
-    side = round(cond.shape[1] ** 0.5)  # the condition's grid: the target's, else square, else one row
+    side = round(
+        cond.shape[1] ** 0.5
+    )  # the condition's grid: the target's, else square, else one row
     cond_grid = (
-        grid if cond.shape[1] == grid[0] * grid[1] else (side, side) if side**2 == cond.shape[1] else (1, cond.shape[1])
+        grid
+        if cond.shape[1] == grid[0] * grid[1]
+        else (side, side)
+        if side**2 == cond.shape[1]
+        else (1, cond.shape[1])
     )
-    tokens = {"condition": np.array(cond[shown])} | ({} if truth is None else {"truth": np.array(truth[shown])})
+    tokens = {"condition": np.array(cond[shown])} | (
+        {} if truth is None else {"truth": np.array(truth[shown])}
+    )
     tokens |= {f"sample {i + 1}": np.array(samples[shown, i]) for i in range(min(M, 3))}
     tokens |= {f"mean of {M}": np.array(samples[shown]).mean(1)} if M > 1 else {}
     many = np.array(samples[:256, 0] if truth is None else truth[:256])
@@ -94,14 +102,23 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, rows=None
                 continue  # no room
             else:
                 images = colours[kind](x)
-            images = images.reshape(n, *(cond_grid if kind == "condition" else grid), *images.shape[2:])
-            pixels = dict(cmap="gray", vmin=0, vmax=1, interpolation="bicubic" if shows == "decoded" else "nearest")
+            images = images.reshape(
+                n, *(cond_grid if kind == "condition" else grid), *images.shape[2:]
+            )
+            pixels = dict(
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+                interpolation="bicubic" if shows == "decoded" else "nearest",
+            )
             columns.append((title, images, pixels))
     if truth is not None:
         encode = score.standardizer(stats["target_mean"], stats["target_std"])
         near = score.cosine(encode(tokens["sample 1"]), encode(tokens["truth"])).numpy()
         limit = np.abs(near).max() or 1
-        columns.append(("cosine", near.reshape(n, *grid), dict(cmap="coolwarm_r", vmin=-limit, vmax=limit)))
+        columns.append(
+            ("cosine", near.reshape(n, *grid), dict(cmap="coolwarm_r", vmin=-limit, vmax=limit))
+        )
 
     blocks = max(1, min(n, round(11 / len(columns))))
     height = -(-n // blocks)  # in images
@@ -134,7 +151,9 @@ def token_cosines(samples, encode, rows, n):
         compared[f"mean of {samples.shape[1]}"] = encode(samples[:n]).mean(1)
     compared |= {name: rows[name](index) for name in ("ridge", "nearest") if name in rows}
     compared["shuffled"] = first.roll(1, 0)
-    return {name: score.cosine(x, rows["truth"](index)).mean(1).numpy() for name, x in compared.items()}
+    return {
+        name: score.cosine(x, rows["truth"](index)).mean(1).numpy() for name, x in compared.items()
+    }
 
 
 def draw_scores(fig, samples, encode, rows, n=HISTOGRAM, shown=40):
@@ -154,7 +173,9 @@ def draw_scores(fig, samples, encode, rows, n=HISTOGRAM, shown=40):
     cosines = token_cosines(samples, encode, rows, n)
     low, high = min(map(np.min, cosines.values())), max(map(np.max, cosines.values()))
     for i, (name, values) in enumerate(cosines.items()):
-        style = dict(bins=np.linspace(low, high, 41), color=f"C{i}", label=f"{name} ({values.mean():.3f})")
+        style = dict(
+            bins=np.linspace(low, high, 41), color=f"C{i}", label=f"{name} ({values.mean():.3f})"
+        )
         right.hist(values, histtype="stepfilled", alpha=0.15, **style | {"label": None})
         right.hist(values, histtype="step", lw=1.6, **style)
     right.set_title(f"token cosine of {n} samples with their truth (mean)", fontsize=11)
@@ -196,7 +217,9 @@ def draw_curves(path, out_dirs):
         color = f"C{i}"
         if "loss" in run:
             steps, values = run["loss"]
-            loss.plot(steps, smooth(values, max(1, len(values) // 50)), color=color, alpha=0.35, lw=1)
+            loss.plot(
+                steps, smooth(values, max(1, len(values) // 50)), color=color, alpha=0.35, lw=1
+            )
         for key, style in (("val_loss_raw", ":"), ("val_loss", "-")):
             if key in run:
                 loss.plot(*run[key], style, color=color, label=name if style == "-" else None)
@@ -204,7 +227,9 @@ def draw_curves(path, out_dirs):
         for b in range(n):
             steps, values = run[f"val_loss_t{b}"]
             label = f"t {b / n:.2g} to {(b + 1) / n:.2g}" if i == 0 else None
-            bins.plot(steps, values, color=color, alpha=1 - 0.8 * b / n, lw=2.4 - 1.8 * b / n, label=label)
+            bins.plot(
+                steps, values, color=color, alpha=1 - 0.8 * b / n, lw=2.4 - 1.8 * b / n, label=label
+            )
         if "val_token_cosine" in run:
             cosine.plot(*run["val_token_cosine"], color=color, label=name)
         if "ridge_token_cosine" in run:
@@ -237,20 +262,32 @@ def draw_curves(path, out_dirs):
 
 def main():
     if sys.argv[1:2] == ["samples"]:
-        parser = argparse.ArgumentParser(prog="plot.py samples", description="Draw samples.", allow_abbrev=False)
-        parser.add_argument("generated", help=".npy of embeddings (N, T, D) or (N, draws, T, D), in a split's order")
-        parser.add_argument("--data_dir", required=True, help="dataset folder written by prepare.py")
+        parser = argparse.ArgumentParser(
+            prog="plot.py samples", description="Draw samples.", allow_abbrev=False
+        )
+        parser.add_argument(
+            "generated", help=".npy of embeddings (N, T, D) or (N, draws, T, D), in a split's order"
+        )
+        parser.add_argument(
+            "--data_dir", required=True, help="dataset folder written by prepare.py"
+        )
         parser.add_argument("--split", default="val", choices=["train", "val"])
-        parser.add_argument("--limit", type=int, help="for a file of fewer than all samples: the first so many")
+        parser.add_argument(
+            "--limit", type=int, help="for a file of fewer than all samples: the first so many"
+        )
         parser.add_argument("--save", help="PNG to write; by default samples.png beside the .npy")
         args = parser.parse_args(sys.argv[2:])
         path = Path(args.save or Path(args.generated).with_name("samples.png"))
     else:
         parser = argparse.ArgumentParser(
-            description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=__doc__,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("runs", nargs="+", help="folders of runs")
-        parser.add_argument("--save", help="PNG to write; by default curves.png in the first folder")
+        parser.add_argument(
+            "--save", help="PNG to write; by default curves.png in the first folder"
+        )
         args = parser.parse_args()
         path = Path(args.save or Path(args.runs[0]) / "curves.png")
     try:
@@ -262,7 +299,14 @@ def main():
             samples = score.read_generated(args.generated, truth, args.limit)
             samples = samples if samples.ndim == 4 else samples[:, None]
             rows = score.baselines(data, args.split, min(len(samples), HISTOGRAM))
-            given = data[f"{args.split}_cond"], truth, samples, data["meta"]["grid"], data["stats"], args.data_dir
+            given = (
+                data[f"{args.split}_cond"],
+                truth,
+                samples,
+                data["meta"]["grid"],
+                data["stats"],
+                args.data_dir,
+            )
             draw_samples(path, *given, rows)
     except (OSError, ValueError, EOFError) as e:
         sys.exit(f"error: {e}")

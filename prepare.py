@@ -52,7 +52,9 @@ WORKERS = min(8, os.cpu_count() or 1)
 def split(n, val_fraction, seed):
     """Sorted indices (train, val) of n samples, by a permutation from the seed."""
     if seed < 0 or not 0 < val_fraction < 1:
-        raise DataError(f"seed={seed} must not be negative and val_fraction={val_fraction} must be between 0 and 1")
+        raise DataError(
+            f"seed={seed} must not be negative and val_fraction={val_fraction} must be between 0 and 1"
+        )
     order, n_val = np.random.default_rng(seed).permutation(n), round(n * val_fraction)
     if not 0 < n_val < n:
         raise DataError(
@@ -81,14 +83,18 @@ def open_dataset(data_dir):
             data |= {"meta": meta, "stats": dict(stats)}
         for name in ARRAYS:
             if list(data[name].shape) != meta["shapes"][name]:
-                raise ValueError(f"{name}.npy has shape {data[name].shape}, meta.json says {meta['shapes'][name]}")
+                raise ValueError(
+                    f"{name}.npy has shape {data[name].shape}, meta.json says {meta['shapes'][name]}"
+                )
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
         if len(meta["grid"]) != 2 or not isinstance(meta["layout"], dict):
             raise ValueError("meta.json has no grid or layout")
     except Exception as e:  # a damaged file can raise anything
-        raise DataError(f"the dataset {str(data_dir)!r} is damaged: {e}; {make} --overwrite=True") from e
+        raise DataError(
+            f"the dataset {str(data_dir)!r} is damaged: {e}; {make} --overwrite=True"
+        ) from e
     return data
 
 
@@ -100,11 +106,16 @@ def survey(shards, promised, load):
     first, counts, nbytes, seen = None, [], 0, set()
     for paths in shards:
         shard = load(*paths)
-        layout, grid = {name: shard[name].layout for name in ("cond", "target")}, shard["target"].grid
+        layout, grid = (
+            {name: shard[name].layout for name in ("cond", "target")},
+            shard["target"].grid,
+        )
         first = first or dict(layout=layout, grid=grid, config=plain(shard["config"]))
         if (layout, grid) != (first["layout"], first["grid"]):
             was = f"{first['layout']}, grid {first['grid']}"
-            raise DataError(f"{paths[0]}: [tokens, channels, dtype] is {layout}, grid {grid}; in {shards[0][0]} {was}")
+            raise DataError(
+                f"{paths[0]}: [tokens, channels, dtype] is {layout}, grid {grid}; in {shards[0][0]} {was}"
+            )
         counts.append(len(shard["cond"]))
         nbytes += shard["cond"].nbytes + shard["target"].nbytes
         for item in items(shard, paths[0]):
@@ -166,11 +177,20 @@ def copy(rows, slices, first, is_val, n_val, files):
     x = parts[0] if len(parts) == 1 else np.concatenate(parts)
     mask = is_val[first : first + len(x)]
     total = moments(x, mask)
-    bad = [] if np.isfinite(total).all() else (first + np.flatnonzero(~np.isfinite(x).all((1, 2)))).tolist()
-    for a, b in itertools.pairwise([0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(x)]):  # runs of one split
+    bad = (
+        []
+        if np.isfinite(total).all()
+        else (first + np.flatnonzero(~np.isfinite(x).all((1, 2)))).tolist()
+    )
+    for a, b in itertools.pairwise(
+        [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(x)]
+    ):  # runs of one split
         before = int(n_val[first + a])
         fd, origin = files[int(mask[a])]
-        data, at = memoryview(x[a:b]).cast("B"), origin + x[0].nbytes * (before if mask[a] else first + a - before)
+        data, at = (
+            memoryview(x[a:b]).cast("B"),
+            origin + x[0].nbytes * (before if mask[a] else first + a - before),
+        )
         while data:
             n = os.pwrite(fd, data, at)
             data, at = data[n:], at + n
@@ -183,9 +203,18 @@ def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
     Writes the arrays and the items; returns the arrays' shapes and the statistics. Raises DataError.
     """
     n_val, shapes, files = np.cumsum([0, *is_val]), {}, {name: [] for name in layout}
-    total, first, n_bad, dropped, where = {name: np.zeros((2, c)) for name, (_, c, _) in layout.items()}, 0, 0, 0, None
+    total, first, n_bad, dropped, where = (
+        {name: np.zeros((2, c)) for name, (_, c, _) in layout.items()},
+        0,
+        0,
+        0,
+        None,
+    )
     with contextlib.ExitStack() as stack:
-        lines = [stack.enter_context(open(folder / f"{which}_items.jsonl", "w")) for which in ("train", "val")]
+        lines = [
+            stack.enter_context(open(folder / f"{which}_items.jsonl", "w"))
+            for which in ("train", "val")
+        ]
         for which, name in itertools.product(("train", "val"), layout):
             *shape, dtype = layout[name]
             shape = int(n_val[-1] if which == "val" else len(is_val) - n_val[-1]), *shape
@@ -202,8 +231,14 @@ def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
             shard, bad = load(*paths), {}
             if len(shard["cond"]) != n:
                 raise DataError(f"{paths[0]}: changed while it was read")
-            tasks = [(name, slices, first + i) for name in layout for slices, i in shard[name].portions(CHUNK)]
-            results = pool.map(lambda task: copy(shard[task[0]], *task[1:], is_val, n_val, files[task[0]]), tasks)
+            tasks = [
+                (name, slices, first + i)
+                for name in layout
+                for slices, i in shard[name].portions(CHUNK)
+            ]
+            results = pool.map(
+                lambda task: copy(shard[task[0]], *task[1:], is_val, n_val, files[task[0]]), tasks
+            )
             for i, item in enumerate(items(shard, paths[0]), first):  # while the pool works
                 lines[int(is_val[i])].write(json.dumps(item) + "\n")
             for (name, slices, _), (sums, samples, size) in zip(tasks, results):
@@ -222,7 +257,9 @@ def write_arrays(shards, counts, nbytes, layout, is_val, folder, load):
     stats = {}
     for name, (tokens, _, _) in layout.items():
         mean, square = total[name] / ((~is_val).sum() * tokens)
-        variance = np.where(square - mean**2 > 1e-12 * square, square - mean**2, 0)  # less is only rounding
+        variance = np.where(
+            square - mean**2 > 1e-12 * square, square - mean**2, 0
+        )  # less is only rounding
         if not np.isfinite(square).all():
             raise DataError(f"the squares of the {name} are too large for float64")
         stats |= {f"{name}_mean": mean, f"{name}_std": np.sqrt(variance)}
@@ -244,15 +281,27 @@ def prepare(
         raise DataError(f"--pool={pool} must be 1 or more")
     files, promised = find_files(sources)
     shards = pair_arrays(files)
-    request = dict(cond_key=cond_key, target_key=target_key, val_fraction=val_fraction, seed=seed, grid_asked=grid)
-    request |= dict(dtype=dtype, drop_cls=drop_cls, pool=pool, sources=[digest(path) for path in files])
+    request = dict(
+        cond_key=cond_key,
+        target_key=target_key,
+        val_fraction=val_fraction,
+        seed=seed,
+        grid_asked=grid,
+    )
+    request |= dict(
+        dtype=dtype, drop_cls=drop_cls, pool=pool, sources=[digest(path) for path in files]
+    )
     request |= {"other_grid": True} if other_grid else {}
     if (out / "meta.json").is_file() and not overwrite:
         meta = open_dataset(out)["meta"]
         if {key: meta.get(key) for key in request} == request:
-            print(f"{out} already holds exactly this dataset, by the sizes and digests of its sources")
+            print(
+                f"{out} already holds exactly this dataset, by the sizes and digests of its sources"
+            )
             return meta
-        raise DataError(f"{out} holds another dataset; choose another --out or pass --overwrite=True")
+        raise DataError(
+            f"{out} holds another dataset; choose another --out or pass --overwrite=True"
+        )
 
     made_out = not out.exists()
     partial.mkdir(parents=True, exist_ok=True)
@@ -266,17 +315,30 @@ def prepare(
         for left_over in partial.iterdir():
             left_over.unlink()
         asked = tuple(map(int, grid.split("x"))) if grid else None
-        options = dict(scratch=partial, other_grid=other_grid, dtype=dtype, grid=asked, drop_cls=drop_cls, pool=pool)
-        load = functools.lru_cache(8)(lambda *paths: load_shard(paths, cond_key, target_key, **options))
+        options = dict(
+            scratch=partial,
+            other_grid=other_grid,
+            dtype=dtype,
+            grid=asked,
+            drop_cls=drop_cls,
+            pool=pool,
+        )
+        load = functools.lru_cache(8)(
+            lambda *paths: load_shard(paths, cond_key, target_key, **options)
+        )
         first, counts, nbytes = survey(shards, promised, load)
         layout, tokens = first["layout"], first["layout"]["target"][0]
         if asked and first["grid"] != tuple(n // pool for n in asked):
             raise DataError(f"--grid={grid} is not ROWSxCOLUMNS of {tokens * pool**2} tokens")
         if not first["grid"]:
-            raise DataError(f"{tokens} target tokens are not a square; say --grid=ROWSxCOLUMNS or --drop_cls=True")
+            raise DataError(
+                f"{tokens} target tokens are not a square; say --grid=ROWSxCOLUMNS or --drop_cls=True"
+            )
         is_val = np.zeros(sum(counts), bool)
         is_val[split(len(is_val), val_fraction, seed)[1]] = True
-        need = sum(len(is_val) * np.dtype(dtype).itemsize * t * c for t, c, dtype in layout.values())
+        need = sum(
+            len(is_val) * np.dtype(dtype).itemsize * t * c for t, c, dtype in layout.values()
+        )
         if need > (free := shutil.disk_usage(partial).free):
             raise DataError(f"{out} needs {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
         meta = dict(format_version=1, grid=list(first["grid"]), layout=layout, **request)
@@ -284,7 +346,9 @@ def prepare(
         np.savez(partial / "stats.npz", **stats)
         meta |= dict(config=first["config"], paths=[str(path.resolve()) for path in files])
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        if (out / "meta.json").is_file():  # what is safe on the disk is replaced by nothing less; else the kernel may
+        if (
+            out / "meta.json"
+        ).is_file():  # what is safe on the disk is replaced by nothing less; else the kernel may
             for name in (*FILES, "meta.json"):  # write in its own time, as it does for cp
                 with open(partial / name, "rb") as f:
                     os.fsync(f.fileno())
@@ -312,7 +376,9 @@ def verify(out):
         for i in tqdm(range(0, len(array), step), desc=name, leave=False):
             total += (sums := moments(array[i : i + step]))
             if not np.isfinite(sums).all():
-                raise DataError(f"{name}.npy holds NaN or Inf among samples {i} to {min(i + step, len(array)) - 1}")
+                raise DataError(
+                    f"{name}.npy holds NaN or Inf among samples {i} to {min(i + step, len(array)) - 1}"
+                )
             drop_pages(array)
         which, key = name.split("_")
         mean, square = total / (array.size // array.shape[-1])
@@ -322,18 +388,27 @@ def verify(out):
             and np.allclose(std, stats[f"{key}_std"], 1e-6, 1e-6 * std.max())
         ):
             raise DataError(f"{name}.npy has other statistics than stats.npz says")
-        print(f"{name}.npy: {tuple(array.shape)} {array.dtype}, finite" + ", as stats.npz says" * (which == "train"))
+        print(
+            f"{name}.npy: {tuple(array.shape)} {array.dtype}, finite"
+            + ", as stats.npz says" * (which == "train")
+        )
     for which in ("train", "val"):
         with open(Path(out) / f"{which}_items.jsonl") as f:
             n = sum(1 for _ in map(json.loads, f))
         if n != len(data[f"{which}_cond"]):
-            raise DataError(f"{which}_items.jsonl has {n} lines for {len(data[f'{which}_cond'])} samples")
+            raise DataError(
+                f"{which}_items.jsonl has {n} lines for {len(data[f'{which}_cond'])} samples"
+            )
     for path, source in zip(map(Path, meta["paths"]), meta["sources"]):
         if path.is_file() and digest(path) != source:
             raise DataError(f"the source {path} is not what it was: its size or sha256 differs")
         print(
             f"{path}: "
-            + (f"sha256 as recorded ({source['sha256_of']})" if path.is_file() else "not here, not compared")
+            + (
+                f"sha256 as recorded ({source['sha256_of']})"
+                if path.is_file()
+                else "not here, not compared"
+            )
         )
 
 
@@ -345,14 +420,34 @@ def yes_or_no(text):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add, flag = parser.add_argument, dict(type=yes_or_no, default=False, metavar="True|False")
-    add("sources", nargs="*", metavar="SRC", help="a pickle or .pt file, a folder of them, or .npy files")
+    add(
+        "sources",
+        nargs="*",
+        metavar="SRC",
+        help="a pickle or .pt file, a folder of them, or .npy files",
+    )
     add("--out", metavar="DIR", help="the dataset's folder")
-    add("--cond_key", default="eva_blip3o_embeddings", help="key of the conditions (default: %(default)s)")
-    add("--target_key", default="clip_blip3o_embeddings", help="key of the targets (default: %(default)s)")
-    add("--val_fraction", type=float, default=0.1, help="share of samples held out (default: %(default)s)")
+    add(
+        "--cond_key",
+        default="eva_blip3o_embeddings",
+        help="key of the conditions (default: %(default)s)",
+    )
+    add(
+        "--target_key",
+        default="clip_blip3o_embeddings",
+        help="key of the targets (default: %(default)s)",
+    )
+    add(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        help="share of samples held out (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of the split (default: %(default)s)")
     add(
         "--dtype",
@@ -360,10 +455,23 @@ def main():
         default="source",
         help="of the arrays (default: the source's)",
     )
-    add("--grid", metavar="HxW", help="rows x columns of the source's tokens, if they are not a square")
+    add(
+        "--grid",
+        metavar="HxW",
+        help="rows x columns of the source's tokens, if they are not a square",
+    )
     add("--drop_cls", **flag, help="drop the first token where there is one more than a grid has")
-    add("--other_grid", **flag, help="let conditions have other tokens than targets: train.py then has cross-attention")
-    add("--pool", type=int, default=1, help="average squares of so many by so many tokens (default: %(default)s)")
+    add(
+        "--other_grid",
+        **flag,
+        help="let conditions have other tokens than targets: train.py then has cross-attention",
+    )
+    add(
+        "--pool",
+        type=int,
+        default=1,
+        help="average squares of so many by so many tokens (default: %(default)s)",
+    )
     add("--overwrite", **flag, help="replace another dataset in DIR, once the new one is whole")
     add("--inspect", **flag, help="print what the sources hold and convert nothing")
     add("--verify", **flag, help="read the dataset in DIR again and compare it with its meta.json")
@@ -381,12 +489,18 @@ def main():
             try:
                 return verify(args["out"])
             except (TypeError, ValueError, LookupError, AttributeError) as e:
-                raise e if isinstance(e, DataError) else DataError(f"{args['out']} is damaged: {e}") from e
+                raise (
+                    e if isinstance(e, DataError) else DataError(f"{args['out']} is damaged: {e}")
+                ) from e
         meta = prepare(**args)
     except DataError as e:  # names in a hostile file may hold what a terminal obeys
-        sys.exit("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000]))
+        sys.exit(
+            "error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000])
+        )
     except OSError as e:
-        sys.exit(f"error: {e}" + (f"; no new dataset was left in {args['out']}" if args["out"] else ""))
+        sys.exit(
+            f"error: {e}" + (f"; no new dataset was left in {args['out']}" if args["out"] else "")
+        )
     except KeyboardInterrupt:
         sys.exit(f"error: interrupted; no new dataset was left in {args['out']}")
     print(f"{args['out']}: grid {meta['grid'][0]}x{meta['grid'][1]}")

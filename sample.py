@@ -57,7 +57,9 @@ method = "ab2"  # evaluations a step: ab2, ab3 (and one more) 1 | euler 1 | midp
 shift = 1.0  # > 1: finer steps near noise
 guidance = 1.0  # classifier-free guidance; 1: none
 guidance_interval = "0,1"  # from this t (noise is 0) to that (data is 1)
-draws: int | None = None  # samples of each condition, the first is saved; None: 4 where there is truth to score, else 1
+draws: int | None = (
+    None  # samples of each condition, the first is saved; None: 4 where there is truth to score, else 1
+)
 trajectory = False  # also write the states of the first draw at all times (B, steps + 1, T, D), as *_trajectory.npy
 interpolate = ""  # i,j or i,j,n: instead, n (8) samples on the way from condition i to condition j, of one noise
 batch_size = 32  # conditions at a time; larger for a small model on a GPU
@@ -87,32 +89,61 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
+        raise ValueError(
+            f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16"
+        )
 
-    if device == "cpu":  # a large piece that is freed teaches glibc to keep memory, not to fetch it anew at every step
+    if (
+        device == "cpu"
+    ):  # a large piece that is freed teaches glibc to keep memory, not to fetch it anew at every step
         torch.empty(33_000_000, dtype=torch.uint8)
 
-    def cast(p):  # what is left as it is stays a view of the map, and keeps all that was read of it in memory
-        return p.to(device, getattr(torch, dtype) if p.dim() > 1 else torch.float32, copy=dtype != "float32")
+    def cast(
+        p,
+    ):  # what is left as it is stays a view of the map, and keeps all that was read of it in memory
+        return p.to(
+            device, getattr(torch, dtype) if p.dim() > 1 else torch.float32, copy=dtype != "float32"
+        )
 
     if path.is_dir() and not (path / "ckpt_best.pt").exists() and any(path.glob("*.safetensors")):
         model = NextDiT.from_diffusers(path, grid, cast)
-        ckpt, flow_config = {"stats": None, "config": None, "iter": 0, "cond_tokens": None}, FlowConfig()
-        means = {"cond": torch.zeros(model.config.cond_dim), "target": torch.zeros(model.config.target_dim)}
-        normalizers = {name: Normalizer("none", mean, mean + 1, device) for name, mean in means.items()}
+        ckpt, flow_config = (
+            {"stats": None, "config": None, "iter": 0, "cond_tokens": None},
+            FlowConfig(),
+        )
+        means = {
+            "cond": torch.zeros(model.config.cond_dim),
+            "target": torch.zeros(model.config.target_dim),
+        }
+        normalizers = {
+            name: Normalizer("none", mean, mean + 1, device) for name, mean in means.items()
+        }
     else:
         path = path / "ckpt_best.pt" if path.is_dir() else path
         if not path.is_file():
-            raise ValueError(f"no checkpoint {path}; train one with: python train.py --out_dir={path.parent}")
+            raise ValueError(
+                f"no checkpoint {path}; train one with: python train.py --out_dir={path.parent}"
+            )
         ckpt = read_checkpoint(path)
         try:
             with torch.device("meta"):  # no parameters before those of the file
-                model = NextDiT(NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False}))
-            state = {name: cast(p) for block in weights_by_block(path, weights) for name, p in block.items()}
+                model = NextDiT(
+                    NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False})
+                )
+            state = {
+                name: cast(p)
+                for block in weights_by_block(path, weights)
+                for name, p in block.items()
+            }
             model.load_state_dict(state, assign=True)
             flow_config = FlowConfig(**ckpt["flow"])
             normalizers = {
-                name: Normalizer(ckpt["normalize"], ckpt["stats"][f"{name}_mean"], ckpt["stats"][f"{name}_std"], device)
+                name: Normalizer(
+                    ckpt["normalize"],
+                    ckpt["stats"][f"{name}_mean"],
+                    ckpt["stats"][f"{name}_std"],
+                    device,
+                )
                 for name in ("cond", "target")
             }
             ckpt = {name: ckpt[name] for name in ("stats", "config", "iter", "cond_tokens")}
@@ -160,19 +191,30 @@ def generate(
     tokens = loaded.cond_tokens or (*cond.shape, 0, 0)[1]  # a diffusers model does not say how many
     if cond.dim() != 3 or 0 in cond.shape or cond.shape[1:] != (tokens, model.config.cond_dim):
         expected = f"(B, {loaded.cond_tokens or 'any'}, {model.config.cond_dim})"
-        raise ValueError(f"conditions have shape {tuple(cond.shape)}; this model was trained on {expected}")
+        raise ValueError(
+            f"conditions have shape {tuple(cond.shape)}; this model was trained on {expected}"
+        )
     if len(cond) > batch_size:
         shared = (steps, method, shift, guidance, guidance_interval, seed, draw)
         firsts = [first if same_noise else first + i for i in range(0, len(cond), batch_size)]
         parts = zip(cond.split(batch_size), firsts)
-        return torch.cat([generate(loaded, c, *shared, i, same_noise, trajectory, batch_size) for c, i in parts], -3)
+        return torch.cat(
+            [generate(loaded, c, *shared, i, same_noise, trajectory, batch_size) for c, i in parts],
+            -3,
+        )
     if not cond.isfinite().all():
         bad = (~cond.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        raise ValueError(f"NaN or Inf in {len(bad)} of {len(cond)} conditions, the first is number {first + bad[0]}")
+        raise ValueError(
+            f"NaN or Inf in {len(bad)} of {len(cond)} conditions, the first is number {first + bad[0]}"
+        )
     rows = [first] * len(cond) if same_noise else range(first, first + len(cond))
-    x = loaded.flow.sigma_max * flow.sample_noise(rows, (T, model.config.target_dim), seed, draw).to(loaded.device)
+    x = loaded.flow.sigma_max * flow.sample_noise(
+        rows, (T, model.config.target_dim), seed, draw
+    ).to(loaded.device)
     half = loaded.dtype != "float32"
-    with torch.autocast(torch.device(loaded.device).type, getattr(torch, loaded.dtype), enabled=half):
+    with torch.autocast(
+        torch.device(loaded.device).type, getattr(torch, loaded.dtype), enabled=half
+    ):
         cond = loaded.cond.encode(cond.to(loaded.device))
         velocity = flow.guided_velocity(model, cond, loaded.flow, guidance, guidance_interval)
         states = flow.integrate(velocity, x, steps, method, shift, trajectory=trajectory)
@@ -213,7 +255,9 @@ def numbers(text, kind, what):
     try:
         return tuple(map(kind, text.split(",")))
     except ValueError as e:
-        raise ValueError(f"{what}={text!r}: {kind.__name__} numbers with commas between them") from e
+        raise ValueError(
+            f"{what}={text!r}: {kind.__name__} numbers with commas between them"
+        ) from e
 
 
 def main():
@@ -247,13 +291,17 @@ def run(config, rank, world_size):
 
         place = start(place, timeout=7 * 24 * 60)  # nobody waits for another before the end
     data = open_dataset(data_dir) if data_dir else None
-    path = Path(out_dir) if checkpoint == "ckpt_best.pt" else Path(out_dir) / checkpoint  # or a diffusers model
+    path = (
+        Path(out_dir) if checkpoint == "ckpt_best.pt" else Path(out_dir) / checkpoint
+    )  # or a diffusers model
     loaded = load(path, place, weights, dtype, data and tuple(data["meta"]["grid"]))
     folder = data_dir or loaded.data_dir
     if loaded.stats is None:  # a diffusers model has none
         loaded.stats = data and data["stats"]
     if plot and loaded.stats is None:
-        raise ValueError(f"{out_dir} holds no statistics for the picture's colours: add --data_dir=DIR")
+        raise ValueError(
+            f"{out_dir} holds no statistics for the picture's colours: add --data_dir=DIR"
+        )
     target = Path(save or Path(out_dir) / ("interpolation.npy" if interpolate else "generated.npy"))
     if target.suffix != ".npy":
         raise ValueError(f"save={save!r} must end in .npy")
@@ -263,55 +311,89 @@ def run(config, rank, world_size):
     if cond:
         (conditions, get_items), truth = read_conditions(cond, cond_key), None
     elif folder is None:
-        raise ValueError(f"{out_dir} says of no dataset: add --cond=FILE.npy, or --data_dir=DIR for its conditions")
+        raise ValueError(
+            f"{out_dir} says of no dataset: add --cond=FILE.npy, or --data_dir=DIR for its conditions"
+        )
     elif split in ("val", "train"):
         data = data or open_dataset(folder)
         conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
         get_items = partial(read_items, Path(folder) / f"{split}_items.jsonl")
     else:
         raise ValueError(f"split={split!r} is unknown; it is one of val, train")
-    shape = loaded.model.config.grid[0] * loaded.model.config.grid[1], loaded.model.config.target_dim
+    shape = (
+        loaded.model.config.grid[0] * loaded.model.config.grid[1],
+        loaded.model.config.target_dim,
+    )
     if truth is not None and truth.shape[1:] != shape:
-        raise ValueError(f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}")
+        raise ValueError(
+            f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
+        )
     origin = None  # number of the sample whose noise all have
     if interpolate:
         given = numbers(interpolate, int, "interpolate")
         origin, end, count = (*given, 8)[:3] if len(given) in (2, 3) else (-1, -1, 0)
         if not (0 <= min(origin, end) <= max(origin, end) < len(conditions) and count > 1):
-            raise ValueError(f"interpolate={interpolate!r}: i,j or i,j,n of {len(conditions)} conditions, n above 1")
+            raise ValueError(
+                f"interpolate={interpolate!r}: i,j or i,j,n of {len(conditions)} conditions, n above 1"
+            )
         conditions = line(*(conditions[i : i + 1][0] for i in (origin, end)), count).numpy()
         truth, get_items = None, partial(no_items, count)
     n = len(conditions) if subset_size is None or interpolate else min(subset_size, len(conditions))
     n_draws = draws if draws is not None else 1 if truth is None else 4
-    n_several = n if draws is not None or save_draws else min(n, score.LIMIT)  # of which there are several draws
+    n_several = (
+        n if draws is not None or save_draws else min(n, score.LIMIT)
+    )  # of which there are several draws
     if n < 1 or n_draws < 1 or batch_size < 1:
-        raise ValueError(f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}")
-    settings = dict(steps=steps, method=method, shift=shift, guidance=guidance, seed=seed, batch_size=batch_size)
+        raise ValueError(
+            f"nothing to generate: {n} conditions, draws={draws}, batch_size={batch_size}"
+        )
+    settings = dict(
+        steps=steps, method=method, shift=shift, guidance=guidance, seed=seed, batch_size=batch_size
+    )
     settings["same_noise"] = bool(interpolate)
     settings["guidance_interval"] = numbers(guidance_interval, float, "guidance_interval")
     # one sample in one step: what is wrong shows before a file is made
     generate(loaded, conditions[:1], **settings | {"steps": min(steps, 1)})
     named = get_items()[:n] if save_pickle else None
 
-    draws_file, states_file = (target.with_name(f"{target.stem}_{name}.npy") for name in ("draws", "trajectory"))
+    draws_file, states_file = (
+        target.with_name(f"{target.stem}_{name}.npy") for name in ("draws", "trajectory")
+    )
     files = {target: (n, *shape)} | ({states_file: (n, steps + 1, *shape)} if trajectory else {})
     files |= {draws_file: (n_several, n_draws, *shape)} if n_draws > 1 or save_draws else {}
     read = [Path(cond)] if cond else sorted(Path(folder).glob("*.npy"))
     for path in (*files, Path(save_pickle)):
-        if path.is_file() and any(path.samefile(other) for other in read) or Path(save_pickle) == target:
+        if (
+            path.is_file()
+            and any(path.samefile(other) for other in read)
+            or Path(save_pickle) == target
+        ):
             raise ValueError(f"{path} is read, or written twice: save to another file")
-    decisive = {k: v for k, v in config.items() if k not in ("plot", "save_pickle", "save_draws", "device", "dtype")}
-    decisive |= {"files": {str(path): shape for path, shape in files.items()}, "arithmetic": [place[:4], loaded.dtype]}
+    decisive = {
+        k: v
+        for k, v in config.items()
+        if k not in ("plot", "save_pickle", "save_draws", "device", "dtype")
+    }
+    decisive |= {
+        "files": {str(path): shape for path, shape in files.items()},
+        "arithmetic": [place[:4], loaded.dtype],
+    }
     read += sorted(loaded.path.glob("*.safetensors")) or [loaded.path]
     decisive["read"] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in read]
-    batches, stale = -(-n // batch_size), [path for path in (draws_file, states_file) if path not in files]
+    batches, stale = (
+        -(-n // batch_size),
+        [path for path in (draws_file, states_file) if path not in files],
+    )
     output = Output(files, stale, batches, decisive, master, wait)
     if master and len(output.due) < batches:
         print(f"{batches - len(output.due)} of {batches} batches were there")
     calls, clock = [], time.perf_counter()
     loaded.model.register_forward_hook(lambda *call: calls.append(1))
     due, made = output.due[rank::world_size], 0
-    with tqdm(total=len(due), unit="batch", disable=not master) as bar, ThreadPoolExecutor(1) as writer:
+    with (
+        tqdm(total=len(due), unit="batch", disable=not master) as bar,
+        ThreadPoolExecutor(1) as writer,
+    ):
         written = None  # the batch before, while the device is busy with this one
         for batch in due:
             first = batch * batch_size
@@ -320,7 +402,11 @@ def run(config, rank, world_size):
             samples = []
             for draw in range(n_draws if first < n_several else 1):
                 where = dict(draw=draw, first=origin if interpolate else first)
-                samples.append(generate(loaded, rows, **settings, **where, trajectory=trajectory and draw == 0).numpy())
+                samples.append(
+                    generate(
+                        loaded, rows, **settings, **where, trajectory=trajectory and draw == 0
+                    ).numpy()
+                )
             arrays, made = {}, made + len(samples)
             if trajectory:
                 arrays[states_file], samples[0] = samples[0].swapaxes(0, 1), samples[0][-1]
@@ -338,7 +424,9 @@ def run(config, rank, world_size):
         return
     if made:
         seconds, evaluations = time.perf_counter() - clock, len(calls) // made
-        print(f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {seconds:.1f} s")
+        print(
+            f"{n} conditions, {n_draws} draws, {evaluations} model evaluations a sample, {seconds:.1f} s"
+        )
     generated = np.load(target, mmap_mode="r")
     samples = np.load(draws_file, mmap_mode="r") if draws_file in files else generated[:, None]
     metrics = rows = None
@@ -364,10 +452,24 @@ def run(config, rank, world_size):
     if plot:
         from plot import draw_samples
 
-        picture = target.with_suffix(".png") if save or interpolate else Path(out_dir) / "samples.png"
-        shown = np.linspace(0, n - 1, min(n, 12)).astype(int) if interpolate else None  # from end to end
+        picture = (
+            target.with_suffix(".png") if save or interpolate else Path(out_dir) / "samples.png"
+        )
+        shown = (
+            np.linspace(0, n - 1, min(n, 12)).astype(int) if interpolate else None
+        )  # from end to end
         some = conditions if interpolate else conditions[:256]
-        draw_samples(picture, some, truth, samples, loaded.model.config.grid, loaded.stats, folder, rows, shown)
+        draw_samples(
+            picture,
+            some,
+            truth,
+            samples,
+            loaded.model.config.grid,
+            loaded.stats,
+            folder,
+            rows,
+            shown,
+        )
         print(f"wrote {picture}")
     transient = [draws_file] if draws_file in files and not save_draws else []
     output.finish(transient)

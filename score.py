@@ -84,10 +84,19 @@ def add_up(n, groups, measure):
 def jackknife(sums, values):
     """bootstrap(), by leaving out one group after the other (Efron and Tibshirani 1993, chapter 11): for the Frechet
     distance, which is larger the fewer different samples there are, as in a bootstrap's sets they are."""
-    groups, total = len(next(iter(sums.values()))), {name: value.sum(0) for name, value in sums.items()}
-    results = [values({k: total[k] - v[g] for k, v in sums.items()}) for g in range(groups if groups > 1 else 0)]
+    groups, total = (
+        len(next(iter(sums.values()))),
+        {name: value.sum(0) for name, value in sums.items()},
+    )
+    results = [
+        values({k: total[k] - v[g] for k, v in sums.items()})
+        for g in range(groups if groups > 1 else 0)
+    ]
     names = results[0] if results else ()
-    return {name: float(1.96 * ((groups - 1) * np.var([r[name] for r in results])) ** 0.5) for name in names}
+    return {
+        name: float(1.96 * ((groups - 1) * np.var([r[name] for r in results])) ** 0.5)
+        for name in names
+    }
 
 
 def bootstrap(sums, values, repeats=200):
@@ -95,16 +104,29 @@ def bootstrap(sums, values, repeats=200):
     standard error by resampling groups of samples (Efron and Tibshirani 1993, chapter 6)."""
     rng, groups, results = np.random.default_rng(0), len(next(iter(sums.values()))), []
     for _ in range(repeats if groups > 1 else 0):
-        weights = torch.from_numpy(np.bincount(rng.integers(groups, size=groups), minlength=groups)).double()
-        results.append(values({name: torch.tensordot(weights, value, 1) for name, value in sums.items()}))
-    spread = {name: np.std([r[name] for r in results], ddof=1) for name in (results[0] if results else ())}
-    return {name: float(1.96 * (groups / (groups - 1)) ** 0.5 * value) for name, value in spread.items()}
+        weights = torch.from_numpy(
+            np.bincount(rng.integers(groups, size=groups), minlength=groups)
+        ).double()
+        results.append(
+            values({name: torch.tensordot(weights, value, 1) for name, value in sums.items()})
+        )
+    spread = {
+        name: np.std([r[name] for r in results], ddof=1) for name in (results[0] if results else ())
+    }
+    return {
+        name: float(1.96 * (groups / (groups - 1)) ** 0.5 * value) for name, value in spread.items()
+    }
 
 
 def moments(side, x):
     """Sums over the tokens of x (B, T, D), their names behind the side's."""
     flat = x.flatten(0, 1).double()
-    sums = {"tokens": len(flat), "norm": x.norm(dim=-1).sum(), "first": flat.sum(0), "second": flat.T @ flat}
+    sums = {
+        "tokens": len(flat),
+        "norm": x.norm(dim=-1).sum(),
+        "first": flat.sum(0),
+        "second": flat.T @ flat,
+    }
     return {f"{side}_{name}": value for name, value in sums.items()}
 
 
@@ -115,7 +137,10 @@ def combine(sums, distance=True):
         mean = first / n
         return mean, (second - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
 
-    a, b = (gaussian(*(sums[f"{side}_{name}"] for name in ("tokens", "first", "second"))) for side in "ab")
+    a, b = (
+        gaussian(*(sums[f"{side}_{name}"] for name in ("tokens", "first", "second")))
+        for side in "ab"
+    )
     pairs = sums["pairs"]
     return {
         "token_cosine": float(sums["cosine"] / pairs),
@@ -125,7 +150,9 @@ def combine(sums, distance=True):
         "l2": float(sums["distance"] / pairs),
         "norm_ratio": float(sums["a_norm"] / sums["b_norm"]),
         "std_ratio": float((a[1].trace() / b[1].trace()).sqrt()),
-        "snr_db": float(10 * torch.log10(sums["b_second"].trace() / sums["error"].clamp(min=1e-12))),
+        "snr_db": float(
+            10 * torch.log10(sums["b_second"].trace() / sums["error"].clamp(min=1e-12))
+        ),
     }
 
 
@@ -164,7 +191,9 @@ class Scorer:
         result = combine({name: value.sum(0) for name, value in sums.items()})
         if not confidence:
             return result, {}
-        width = jackknife(sums, combine) | bootstrap(sums, lambda sums: combine(sums, distance=False))
+        width = jackknife(sums, combine) | bootstrap(
+            sums, lambda sums: combine(sums, distance=False)
+        )
         return result, {name: width[name] for name in METRICS if name in width}
 
     def spread(self, draws):
@@ -179,19 +208,28 @@ class Scorer:
             x, y = draws(rows), self.truth(rows)[:, None]
             M = x.shape[1]
             to_truth = (x - y).norm(dim=-1).mean((1, 2)).sum()
-            apart = sum((x[:, i] - x[:, j]).norm(dim=-1).mean(1).sum() for i in range(M) for j in range(i))
+            apart = sum(
+                (x[:, i] - x[:, j]).norm(dim=-1).mean(1).sum() for i in range(M) for j in range(i)
+            )
             return {
                 "pairs": len(rows),
                 "variance": (1 + 1 / M) * x.var(1).mean((1, 2)).sum(),
                 "error": (x.mean(1) - y[:, 0]).square().mean((1, 2)).sum(),
                 "energy": to_truth - apart / (M * (M - 1)),
-                "inside": ((x.amin(1) <= y[:, 0]) & (y[:, 0] <= x.amax(1))).double().mean((1, 2)).sum(),
+                "inside": ((x.amin(1) <= y[:, 0]) & (y[:, 0] <= x.amax(1)))
+                .double()
+                .mean((1, 2))
+                .sum(),
             }
 
         def values(sums):
             ratio = (sums["variance"] / sums["error"].clamp(min=1e-12)).sqrt()
             energy, inside = sums["energy"] / sums["pairs"], sums["inside"] / sums["pairs"]
-            return {"spread_ratio": float(ratio), "energy_score": float(energy), "coverage": float(inside)}
+            return {
+                "spread_ratio": float(ratio),
+                "energy_score": float(energy),
+                "coverage": float(inside),
+            }
 
         sums = add_up(self.n, self.groups, measure)
         return values({name: value.sum(0) for name, value in sums.items()}), bootstrap(sums, values)
@@ -219,13 +257,20 @@ class Ridge:
         self.encode_cond, self.encode_target = encode_cond, encode_target
         self.aligned = cond.shape[1] == target.shape[1]
         self.tokens = target.shape[1]
-        rows = np.unique(np.linspace(0, len(cond) - 1, min(len(cond), -(-max_tokens // target.shape[1]))).astype(int))
+        rows = np.unique(
+            np.linspace(0, len(cond) - 1, min(len(cond), -(-max_tokens // target.shape[1]))).astype(
+                int
+            )
+        )
         held_out = rows[::10] if len(rows) >= 20 else rows
         fit = np.setdiff1d(rows, held_out) if len(rows) >= 20 else rows
         xx, xy = self._products(cond, target, fit)
         values, vectors = torch.linalg.eigh(xx)
         rotated, errors = vectors.T @ xy, {}
-        truth, features = self._load(target, held_out, encode_target), self._features(self._load(cond, held_out))
+        truth, features = (
+            self._load(target, held_out, encode_target),
+            self._features(self._load(cond, held_out)),
+        )
         for penalty in np.logspace(-6, 1, 15) * values[-1].item():
             weight = vectors @ (rotated / (values.clamp(min=0) + penalty)[:, None])
             errors[penalty] = (features @ weight.float() - truth).square().mean().item()
@@ -233,7 +278,9 @@ class Ridge:
             more_xx, more_xy = self._products(cond, target, held_out)
             xx, xy = xx + more_xx, xy + more_xy
         penalty = min(errors, key=errors.get)
-        self.weight = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=xx.dtype), xy).float()
+        self.weight = torch.linalg.solve(
+            xx + penalty * torch.eye(len(xx), dtype=xx.dtype), xy
+        ).float()
 
     def _load(self, array, rows, encode=torch.as_tensor):
         return encode(torch.from_numpy(np.array(array[rows])))
@@ -260,7 +307,10 @@ def standardizer(mean, std):
     """Function from raw (..., D) arrays or tensors to standardized float32 tensors."""
     mean, std = (torch.as_tensor(s, dtype=torch.float32) for s in (mean, std))
     std = std.where(std > 1e-6, 1.0)
-    return lambda x: ((x.float() if torch.is_tensor(x) else torch.from_numpy(np.array(x, np.float32))) - mean) / std
+    return lambda x: (
+        ((x.float() if torch.is_tensor(x) else torch.from_numpy(np.array(x, np.float32))) - mean)
+        / std
+    )
 
 
 def nearest(train_cond, rows, cond, encode):
@@ -268,7 +318,9 @@ def nearest(train_cond, rows, cond, encode):
     by cosine."""
 
     def pooled(array, rows):
-        return torch.cat([encode(array[part]).mean(1) for part in np.array_split(rows, -(-len(rows) // 256))])
+        return torch.cat(
+            [encode(array[part]).mean(1) for part in np.array_split(rows, -(-len(rows) // 256))]
+        )
 
     train, found = pooled(train_cond, rows), []
     train /= train.norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -284,9 +336,12 @@ def baselines(data, split, n):
     data: the arrays of a dataset and its `stats`, as prepare.open_dataset gives them
     """
     to_cond, to_target = (
-        standardizer(*(data["stats"][f"{k}_{s}"] for s in ("mean", "std"))) for k in ("cond", "target")
+        standardizer(*(data["stats"][f"{k}_{s}"] for s in ("mean", "std")))
+        for k in ("cond", "target")
     )
-    train_cond, train_target, cond, target = (data[f"{s}_{k}"] for s in ("train", split) for k in ("cond", "target"))
+    train_cond, train_target, cond, target = (
+        data[f"{s}_{k}"] for s in ("train", split) for k in ("cond", "target")
+    )
     ridge = Ridge(train_cond, train_target, to_cond, to_target)
     result = {
         "truth": lambda rows: to_target(target[rows]),
@@ -314,14 +369,20 @@ def report(generated, data, split="val", limit=LIMIT, rows=None):
     n, several = min(len(generated), limit), generated.ndim == 4
     rows = dict(rows or baselines(data, split, n))
     encode = standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
-    first = (lambda rows: encode(generated[rows, 0])) if several else (lambda rows: encode(generated[rows]))
+    first = (
+        (lambda rows: encode(generated[rows, 0]))
+        if several
+        else (lambda rows: encode(generated[rows]))
+    )
     scorer = Scorer(rows.pop("truth"), n)
     result, confidence = scorer(first, confidence=True)
     lines = {"generated": result} | ({"+- (95%)": confidence} if confidence else {})
     result = result | {"samples": n, "confidence": confidence}
     if several and generated.shape[1] > 1:
         M = generated.shape[1]
-        result["mean_of_draws"] = lines[f"mean of {M}"] = scorer(lambda rows: encode(generated[rows]).mean(1))[0]
+        result["mean_of_draws"] = lines[f"mean of {M}"] = scorer(
+            lambda rows: encode(generated[rows]).mean(1)
+        )[0]
         spread, width = scorer.spread(lambda rows: encode(generated[rows]))
         result["mean_of_draws"] = {"draws": M, **result["mean_of_draws"]}
         result["spread"] = {"draws": M, **spread, "confidence": width}
@@ -330,9 +391,13 @@ def report(generated, data, split="val", limit=LIMIT, rows=None):
         result["baselines"]["shuffled"] = scorer(lambda rows: first((rows + 1) % n))[0]
     text = table(lines | result["baselines"])
     if "spread" in result:
-        l2 = ", ".join(f"{name} {result['baselines'][name]['l2']:.4f}" for name in ("mean", "ridge"))
+        l2 = ", ".join(
+            f"{name} {result['baselines'][name]['l2']:.4f}" for name in ("mean", "ridge")
+        )
         exact = {"spread_ratio": "1", "coverage": f"{(M - 1) / (M + 1):.4f}"}
-        notes = {name: f"exact draws: {value}" for name, value in exact.items()} | {"energy_score": f"l2: {l2}"}
+        notes = {name: f"exact draws: {value}" for name, value in exact.items()} | {
+            "energy_score": f"l2: {l2}"
+        }
         text += f"\n{M} draws of each condition:"
         for name in SPREAD:
             sure = f"+- {width[name]:.4f}" if name in width else ""
@@ -348,12 +413,18 @@ def read_generated(path, target, limit=None):
     if not 1 <= n <= N:
         raise ValueError(f"limit={limit}: there are {N} samples")
     generated = np.load(path, mmap_mode="r")
-    held = generated.shape if isinstance(generated, np.ndarray) and generated.dtype.kind in "fiu" else ()
+    held = (
+        generated.shape
+        if isinstance(generated, np.ndarray) and generated.dtype.kind in "fiu"
+        else ()
+    )
     complete = held[:1] == (N,) or held and limit and n <= held[0] <= N
     if len(held) not in (3, 4) or 0 in held or held[-2:] != (T, D) or not complete:
         raise ValueError(f"{path} holds {held or 'no numbers'}; the targets are {(N, T, D)}")
     for part in np.array_split(np.arange(n), -(-n // 256)):
-        if not np.abs(generated[part].astype(np.float64)).max() < 1e15:  # beyond, squares leave float32
+        if (
+            not np.abs(generated[part].astype(np.float64)).max() < 1e15
+        ):  # beyond, squares leave float32
             raise ValueError(f"{path} holds NaN, Inf or numbers above 1e15")
     return generated
 
@@ -362,18 +433,30 @@ def table(rows):
     """Lines of text: a row of metrics for each {name: metrics}."""
     width = {m: max(len(m), 8) + 2 for m in METRICS}
     lines = [" " * 10 + "".join(m.rjust(width[m]) for m in METRICS)]
-    lines += [f"{name:<10}" + "".join(f"{row[m]:{width[m]}.4f}" for m in METRICS) for name, row in rows.items()]
+    lines += [
+        f"{name:<10}" + "".join(f"{row[m]:{width[m]}.4f}" for m in METRICS)
+        for name, row in rows.items()
+    ]
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("generated", help=".npy of raw embeddings, (N, T, D) or (N, draws, T, D), in a split's order")
+    parser.add_argument(
+        "generated",
+        help=".npy of raw embeddings, (N, T, D) or (N, draws, T, D), in a split's order",
+    )
     parser.add_argument("--data_dir", required=True, help="dataset folder written by prepare.py")
     parser.add_argument("--split", default="val", choices=["train", "val"])
-    parser.add_argument("--limit", type=int, help=f"score the first so many samples only; by default at most {LIMIT}")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help=f"score the first so many samples only; by default at most {LIMIT}",
+    )
     parser.add_argument("--save", help=".json to write")
     args = parser.parse_args()
     folder = Path(args.data_dir)

@@ -46,7 +46,11 @@ def describe(value):
         return f"list of {len(value)}" + (
             f", first {describe(value[0])}" if value and type(value[0]) is not list else ""
         )
-    return json.dumps(plain(value))[:1000] if isinstance(value, (dict, str, int, float)) else type(value).__name__
+    return (
+        json.dumps(plain(value))[:1000]
+        if isinstance(value, (dict, str, int, float))
+        else type(value).__name__
+    )
 
 
 def plain(value, room=None):
@@ -57,7 +61,9 @@ def plain(value, room=None):
         return "..."
     if isinstance(value, (dict, list, tuple)):
         room[1] += 1
-        items = itertools.islice(value.items() if isinstance(value, dict) else enumerate(value), room[0] + 1)
+        items = itertools.islice(
+            value.items() if isinstance(value, dict) else enumerate(value), room[0] + 1
+        )
         items = {str(k): plain(v, room) for k, v in items}
         room[1] -= 1
         return items if isinstance(value, dict) else list(items.values())
@@ -69,7 +75,13 @@ def plain(value, room=None):
 def find_grid(tokens, asked):
     """(H, W) of that many tokens: as asked, or a square; None if neither."""
     side = math.isqrt(tokens)
-    return asked if asked and math.prod(asked) == tokens else (side, side) if 0 < side * side == tokens else None
+    return (
+        asked
+        if asked and math.prod(asked) == tokens
+        else (side, side)
+        if 0 < side * side == tokens
+        else None
+    )
 
 
 class Rows:
@@ -84,24 +96,43 @@ class Rows:
         for piece in pieces:
             if not isinstance(piece, np.ndarray) or piece.dtype not in FLOATS:
                 raise DataError(f"{where} is {describe(piece)}, not an array of floats")
-        if value is pieces and all(p.ndim == 3 and 1 < p.shape[0] == p.shape[1] for p in pieces) and len(pieces) > 1:
-            raise DataError(f"{where}: samples (rows, columns, channels) or batches (n, tokens, channels)? stack them")
+        if (
+            value is pieces
+            and all(p.ndim == 3 and 1 < p.shape[0] == p.shape[1] for p in pieces)
+            and len(pieces) > 1
+        ):
+            raise DataError(
+                f"{where}: samples (rows, columns, channels) or batches (n, tokens, channels)? stack them"
+            )
         self.pieces = pieces = [p[None] if value is pieces and p.ndim == 2 else p for p in pieces]
         shape = pieces[0].shape if pieces else (0,)
         if len(shape) not in (3, 4) or any(0 in piece.shape for piece in pieces):
-            raise DataError(f"{where} has shape {shape}; expected (samples, tokens, channels), none of them 0")
+            raise DataError(
+                f"{where} has shape {shape}; expected (samples, tokens, channels), none of them 0"
+            )
         for piece in pieces:
             if (piece.shape[1:], piece.dtype) != (shape[1:], pieces[0].dtype):
                 raise DataError(f"{where} mixes {describe(pieces[0])} and {describe(piece)}")
         tokens, self.channels, self.pool = math.prod(shape[1:-1]), shape[-1], pool
-        self.cls = int(drop_cls and len(shape) == 3 and bool(find_grid(tokens - 1, grid)))  # tokens to drop in front
+        self.cls = int(
+            drop_cls and len(shape) == 3 and bool(find_grid(tokens - 1, grid))
+        )  # tokens to drop in front
         self.tokens = tokens - self.cls
         self.grid = shape[1:3] if len(shape) == 4 else find_grid(self.tokens, grid)
         if pool > 1:
             if not self.grid or self.grid[0] % pool or self.grid[1] % pool:
-                raise DataError(f"{where}: --pool={pool} does not divide its grid, {self.grid} of {self.tokens} tokens")
-            self.grid, self.tokens = (self.grid[0] // pool, self.grid[1] // pool), self.tokens // pool**2
-        self.source = np.dtype("f4") if pieces[0].dtype == unpickle.BFLOAT16 else pieces[0].dtype.newbyteorder("=")
+                raise DataError(
+                    f"{where}: --pool={pool} does not divide its grid, {self.grid} of {self.tokens} tokens"
+                )
+            self.grid, self.tokens = (
+                (self.grid[0] // pool, self.grid[1] // pool),
+                self.tokens // pool**2,
+            )
+        self.source = (
+            np.dtype("f4")
+            if pieces[0].dtype == unpickle.BFLOAT16
+            else pieces[0].dtype.newbyteorder("=")
+        )
         self.dtype = self.source if dtype == "source" else np.dtype(dtype)
         self.layout = [self.tokens, self.channels, self.dtype.name]
         self.ends = np.cumsum([len(piece) for piece in pieces])
@@ -112,9 +143,14 @@ class Rows:
     def __getitem__(self, rows):
         """The samples of a slice, (n, tokens, channels), a copy of which nothing but itself stays in memory."""
         first, stop, _ = rows.indices(len(self))
-        pieces = range(np.searchsorted(self.ends, first, "right"), np.searchsorted(self.ends, stop) + 1)
+        pieces = range(
+            np.searchsorted(self.ends, first, "right"), np.searchsorted(self.ends, stop) + 1
+        )
         starts = [self.ends[i] - len(self.pieces[i]) for i in pieces]
-        parts = [self.convert(self.pieces[i][max(first - s, 0) : stop - s]) for i, s in zip(pieces, starts)]
+        parts = [
+            self.convert(self.pieces[i][max(first - s, 0) : stop - s])
+            for i, s in zip(pieces, starts)
+        ]
         samples = np.concatenate(parts)
         for i in pieces:
             unpickle.drop_pages(self.pieces[i])
@@ -159,14 +195,20 @@ class Rows:
             raise DataError(f"{worst:g} is too large for {self.dtype}") from e
 
     def __array__(self, dtype=None, copy=None):
-        return np.concatenate([self.convert(piece) for piece in self.pieces]).astype(dtype or self.dtype, copy=False)
+        return np.concatenate([self.convert(piece) for piece in self.pieces]).astype(
+            dtype or self.dtype, copy=False
+        )
 
 
 def get_rows(content, key, path, **options):
     """Rows of a file's entry; raises DataError where it is missing or repeats itself beyond the file's size."""
     if key not in content:
-        held = ", ".join(f"{str(k)[:80]!r}: {describe(v)}" for k, v in itertools.islice(content.items(), 20))
-        raise DataError(f"{path}: no key {key!r}; it holds {held or 'nothing'} (choose with --cond_key, --target_key)")
+        held = ", ".join(
+            f"{str(k)[:80]!r}: {describe(v)}" for k, v in itertools.islice(content.items(), 20)
+        )
+        raise DataError(
+            f"{path}: no key {key!r}; it holds {held or 'nothing'} (choose with --cond_key, --target_key)"
+        )
     rows = Rows(content[key], f"{path}: {key}", **options)
     if rows.nbytes > Path(path).stat().st_size:
         raise DataError(f"{path}: {key} repeats the same arrays: it is larger than the file")
@@ -180,16 +222,25 @@ def load_shard(paths, cond_key, target_key, scratch=None, other_grid=False, **op
     if len(paths) == 1:
         content = load_pickle(paths[0], scratch)
     else:
-        content = {key: load_pickle(path).get("array") for key, path in zip((cond_key, target_key), paths)}
-    cond, target = (get_rows(content, k, p, **options) for k, p in zip((cond_key, target_key), (paths[0], paths[-1])))
+        content = {
+            key: load_pickle(path).get("array") for key, path in zip((cond_key, target_key), paths)
+        }
+    cond, target = (
+        get_rows(content, k, p, **options)
+        for k, p in zip((cond_key, target_key), (paths[0], paths[-1]))
+    )
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
     if cond.tokens != target.tokens and not other_grid:
-        hint = "--drop_cls=True drops a first token, " if abs(cond.tokens - target.tokens) == 1 else ""
+        hint = (
+            "--drop_cls=True drops a first token, " if abs(cond.tokens - target.tokens) == 1 else ""
+        )
         words = f"{cond.tokens} tokens in a condition but {target.tokens} in a target"
         raise DataError(f"{paths[0]}: {words}; {hint}--other_grid=True allows it")
     if cond.grid != target.grid and not other_grid:
-        raise DataError(f"{paths[0]}: a grid of {cond.grid} in a condition but {target.grid} in a target")
+        raise DataError(
+            f"{paths[0]}: a grid of {cond.grid} in a condition but {target.grid} in a target"
+        )
     if options.get("drop_cls") and not cond.cls and not target.cls:
         raise DataError(
             f"{paths[0]}: --drop_cls=True, but {cond.tokens} and {target.tokens} tokens are no grid and one more"
@@ -197,15 +248,22 @@ def load_shard(paths, cond_key, target_key, scratch=None, other_grid=False, **op
     shard = dict(cond=cond, target=target, config=content.get("config"))
     for name in ("keys", "captions"):
         values = content.get(name)
-        if not isinstance(values, (list, type(None))) and not (isinstance(values, np.ndarray) and values.ndim == 1):
+        if not isinstance(values, (list, type(None))) and not (
+            isinstance(values, np.ndarray) and values.ndim == 1
+        ):
             raise DataError(f"{paths[0]}: {name} is not a list of strings or integers")
         shard[name] = [None] * len(cond) if values is None else values
         if len(shard[name]) != len(cond):
             raise DataError(f"{paths[0]}: {len(shard[name])} {name} for {len(cond)} samples")
         listed = values if isinstance(values, list) else []
         strings = (v.data if isinstance(v, unpickle.Text) else v for v in listed)
-        if sum(len(v) for v in strings if isinstance(v, (str, memoryview))) > paths[0].stat().st_size:
-            raise DataError(f"{paths[0]}: its {name} repeat the same strings: they are larger than the file")
+        if (
+            sum(len(v) for v in strings if isinstance(v, (str, memoryview)))
+            > paths[0].stat().st_size
+        ):
+            raise DataError(
+                f"{paths[0]}: its {name} repeat the same strings: they are larger than the file"
+            )
     return shard
 
 
@@ -230,10 +288,15 @@ def read_conditions(path, key):
     if str(path).endswith((".pkl", ".pickle", ".pt", ".pth")):
         content = load_pickle(path)
         rows = get_rows(content, key, path)
-        named = {n: [None] * len(rows) if content.get(n) is None else content[n] for n in ("keys", "captions")}
+        named = {
+            n: [None] * len(rows) if content.get(n) is None else content[n]
+            for n in ("keys", "captions")
+        }
         for name, values in named.items():
             if not hasattr(values, "__len__") or len(values) != len(rows):
-                raise DataError(f"{path}: {name} is not a list of {len(rows)}, as many as there are conditions")
+                raise DataError(
+                    f"{path}: {name} is not a list of {len(rows)}, as many as there are conditions"
+                )
         return rows, lambda: list(items(named, path))
     if not str(path).endswith(".npy"):
         raise DataError(f"{path}: conditions are read from .npy, .pkl or .pt files")
@@ -244,7 +307,9 @@ def read_conditions(path, key):
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: holds several arrays; conditions are one, of shape (B, S, C)")
     if array.ndim != 3 or array.dtype.kind not in "fiu":
-        raise DataError(f"{path}: holds {array.dtype} of shape {array.shape}, not numbers of shape (B, S, C)")
+        raise DataError(
+            f"{path}: holds {array.dtype} of shape {array.shape}, not numbers of shape (B, S, C)"
+        )
     return array, partial(no_items, len(array))
 
 
@@ -263,10 +328,21 @@ def find_files(sources):
         if source.is_file():
             files.append(source)
         elif source.is_dir():
-            natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)]  # noqa: E731
-            kinds = (".pkl", ".pickle"), (".pt", ".pth")  # torch files beside pickles may be anything
+            natural = lambda p: [
+                int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)
+            ]  # noqa: E731
+            kinds = (
+                (".pkl", ".pickle"),
+                (".pt", ".pth"),
+            )  # torch files beside pickles may be anything
             found = next(
-                filter(None, ([p for p in source.iterdir() if p.suffix in kind and p.is_file()] for kind in kinds)),
+                filter(
+                    None,
+                    (
+                        [p for p in source.iterdir() if p.suffix in kind and p.is_file()]
+                        for kind in kinds
+                    ),
+                ),
                 None,
             )
             if not found:
@@ -288,9 +364,13 @@ def pair_arrays(files):
     """The files as shards: [pickle] or [conditions.npy, targets.npy]."""
     arrays = [path for path in files if path.suffix == ".npy"]
     if len(arrays) % 2:
-        raise DataError(f"{len(arrays)} .npy files: name all conditions first, then as many targets")
+        raise DataError(
+            f"{len(arrays)} .npy files: name all conditions first, then as many targets"
+        )
     half = len(arrays) // 2
-    return [[path] for path in files if path.suffix != ".npy"] + list(map(list, zip(arrays[:half], arrays[half:])))
+    return [[path] for path in files if path.suffix != ".npy"] + list(
+        map(list, zip(arrays[:half], arrays[half:]))
+    )
 
 
 def digest(path, part=1 << 22):
@@ -304,7 +384,11 @@ def digest(path, part=1 << 22):
             for start in (0, size // 2, size - part):
                 f.seek(start)
                 h.update(f.read(part))
-    kind = "whole file" if size <= 4 * part else f"size, then {part} bytes at 0, size // 2 and size - {part}"
+    kind = (
+        "whole file"
+        if size <= 4 * part
+        else f"size, then {part} bytes at 0, size // 2 and size - {part}"
+    )
     return {"file": path.name, "bytes": size, "sha256": h.hexdigest(), "sha256_of": kind}
 
 

@@ -38,10 +38,14 @@ from prepare import open_dataset
 out_dir = "out"
 init_from = "scratch"  # scratch | resume (ckpt_last.pt) | auto (resume or scratch) | a diffusers model's folder
 eval_interval = 1000  # iterations between evaluations
-save_interval = 1000  # iterations between writes of ckpt_last.pt; ckpt_best.pt follows the evaluations
+save_interval = (
+    1000  # iterations between writes of ckpt_last.pt; ckpt_best.pt follows the evaluations
+)
 log_interval = 10  # iterations between log lines; reading the loss is a GPU sync point
 eval_only = False  # with init_from=resume: evaluate ckpt_last.pt, print, exit
-time_limit: float | None = None  # minutes after which to save ckpt_last.pt and end, as SIGTERM and SIGINT do at once
+time_limit: float | None = (
+    None  # minutes after which to save ckpt_last.pt and end, as SIGTERM and SIGINT do at once
+)
 dry_run = False  # set up, run one forward and backward pass, print the memory it took, exit
 debug = False  # 64 samples, 10 iterations, anomaly detection, no wandb
 wandb_log = False
@@ -70,8 +74,12 @@ qk_norm = True
 conditioning = "auto"  # auto (aligned if condition and target have as many tokens, else cross) | aligned | cross
 conv = True  # a depthwise 3x3 convolution before each block
 rope = "grid"  # RoPE's frequencies: grid (for some ten rows and columns) | lumina (as in texts)
-prior: bool | None = None  # start from the best linear denoiser; None: where the data has more channels than dim
-gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more compute
+prior: bool | None = (
+    None  # start from the best linear denoiser; None: where the data has more channels than dim
+)
+gradient_checkpointing = (
+    False  # recompute blocks in the backward pass: less memory, a third more compute
+)
 # ---- flow
 path = "linear"  # linear | cosine
 sigma_min = 0.0  # noise left at t = 1 (data)
@@ -81,7 +89,9 @@ loss_space = "native"  # of the error: native (the prediction's own) | v (taken 
 t_sampling = "uniform"  # uniform | logit_normal
 t_mean = 0.0  # of logit(t), for logit_normal
 t_std = 1.0
-t_shift: float | None = None  # > 1 trains more near noise; None: sqrt(tokens * channels / 4096), at least 1
+t_shift: float | None = (
+    None  # > 1 trains more near noise; None: sqrt(tokens * channels / 4096), at least 1
+)
 cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
 l2_weight = 0.0  # weight of mean(output^2) in the loss
 # ---- optimizer
@@ -96,7 +106,9 @@ weight_decay = 0.05  # on matrices only: not on norms, biases and gates
 beta1 = 0.9
 beta2 = 0.95  # of adamw
 grad_clip = 1.0  # 0: off
-max_bad_steps = 10  # end the run after so many iterations in a row whose loss or gradient was not finite
+max_bad_steps = (
+    10  # end the run after so many iterations in a row whose loss or gradient was not finite
+)
 ema_decay = 0.9999  # reached gradually: min(this, (1 + i) / (10 + i)); 0: the weights themselves
 # ---- system
 device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
@@ -108,9 +120,13 @@ seed = 0
 
 config = configure(globals())
 if debug:
-    config |= dict(subset_size=min(subset_size or 64, 64), max_iters=min(max_iters, 10), num_epochs=None)
+    config |= dict(
+        subset_size=min(subset_size or 64, 64), max_iters=min(max_iters, 10), num_epochs=None
+    )
     config |= dict(eval_interval=5, log_interval=1, wandb_log=False)
-    globals().update(config)  # from here on config is a snapshot: what follows may change these names
+    globals().update(
+        config
+    )  # from here on config is a snapshot: what follows may change these names
 
 # ---------------------------------------------------------------- system
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -118,7 +134,9 @@ master = rank == 0
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)  # of every process: torchrun ends them all when the first is gone
+    print(
+        f"error: {message}", file=sys.stderr
+    )  # of every process: torchrun ends them all when the first is gone
     sys.exit(1) if world_size == 1 else leave(1)
 
 
@@ -128,41 +146,65 @@ except ValueError as e:
     fail(e)
 device_type = device.split(":")[0]
 if dtype == "auto":
-    dtype = "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    dtype = (
+        "float32"
+        if device_type != "cuda"
+        else "bfloat16"
+        if torch.cuda.is_bf16_supported()
+        else "float16"
+    )
 if dtype not in ("float32", "bfloat16", "float16"):
     fail(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
-check_range(config, "batch_size gradient_accumulation_steps eval_batch_size eval_interval save_interval", 1)
-check_range(config, "log_interval eval_size eval_sample_steps max_iters subset_size max_bad_steps", 1)
 check_range(
-    config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip l2_weight time_limit", 0
+    config, "batch_size gradient_accumulation_steps eval_batch_size eval_interval save_interval", 1
+)
+check_range(
+    config, "log_interval eval_size eval_sample_steps max_iters subset_size max_bad_steps", 1
+)
+check_range(
+    config,
+    "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip l2_weight time_limit",
+    0,
 )
 check_range(config, "num_epochs norm_eps dist_timeout", 0, above=True)
 check_range(config, "beta1 beta2 ema_decay", 0, 1)
-if optimizer_in_backward and (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or dtype == "float16"):
-    fail("optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16")
+if optimizer_in_backward and (
+    world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or dtype == "float16"
+):
+    fail(
+        "optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16"
+    )
 if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
     fail("fsdp=True needs several processes (torchrun), float32 or bfloat16, and adamw or muon")
 if gradient_accumulation_steps % world_size:
     multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
-    fail(f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can")
+    fail(
+        f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can"
+    )
 if world_size > 1:
     device = start(device, dist_timeout)
 interrupts = Interrupts(time_limit)
 # TF32 on cuda; on a CPU oneDNN, which is up to twice as fast as MKL, and float32 too unless there is AMX
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once in a pass, and its casts would be a second copy of the model
-autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False)
+autocast = torch.autocast(
+    device_type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False
+)
 
 # ---------------------------------------------------------------- data
 try:
     data = open_dataset(data_dir)
-    loader = Loader(data, normalize, device, batch_size, gradient_accumulation_steps, subset_size, seed, preload)
+    loader = Loader(
+        data, normalize, device, batch_size, gradient_accumulation_steps, subset_size, seed, preload
+    )
     flow_config = FlowConfig.of(config, *data["train_target"].shape[1:])
     model_config = NextDiTConfig.of(config, data)
 except ValueError as e:
     fail(e)
 samples_per_iter = batch_size * gradient_accumulation_steps
-max_iters = max_iters if num_epochs is None else math.ceil(num_epochs * loader.n_train / samples_per_iter)
+max_iters = (
+    max_iters if num_epochs is None else math.ceil(num_epochs * loader.n_train / samples_per_iter)
+)
 
 # ---------------------------------------------------------------- model and optimizer
 torch.manual_seed(seed)
@@ -175,27 +217,41 @@ try:
         raw_model = NextDiT(model_config)
     else:
         raw_model = NextDiT.from_diffusers(init_from, model_config.grid, lambda p: p.float())
-        raw_model.config.gradient_checkpointing, held = gradient_checkpointing, asdict(raw_model.config)
+        raw_model.config.gradient_checkpointing, held = (
+            gradient_checkpointing,
+            asdict(raw_model.config),
+        )
         wanted = {name: getattr(model_config, name) for name in ("grid", "target_dim", "cond_dim")}
-        if differ := [f"{k} is {held[k]}, the data's {v}" for k, v in wanted.items() if held[k] != v]:
+        if differ := [
+            f"{k} is {held[k]}, the data's {v}" for k, v in wanted.items() if held[k] != v
+        ]:
             raise ValueError(f"{init_from} does not fit {data_dir}: {', '.join(differ)}")
     model_args = asdict(raw_model.config)
     learning_rate = 1.6 / raw_model.config.dim if learning_rate is None else learning_rate
-    chosen = model_args | asdict(flow_config) | {"learning_rate": learning_rate}  # a diffusers model has its own sizes
+    chosen = (
+        model_args | asdict(flow_config) | {"learning_rate": learning_rate}
+    )  # a diffusers model has its own sizes
     config |= {k: v for k, v in chosen.items() if k in config}
     if raw_model.prior is not None and not resume:
         raw_model.prior.fit(loader.target_tokens())
-    raw_model.null_cond.requires_grad_(cond_dropout > 0)  # else nothing trains it, and DDP would wait for its gradient
+    raw_model.null_cond.requires_grad_(
+        cond_dropout > 0
+    )  # else nothing trains it, and DDP would wait for its gradient
     ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
     nets = {"model": raw_model} | ({"ema": ema_model} if ema_decay else {})
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
     ckpt = {"iter": 0, "best_val_loss": math.inf, "bad_steps": 0, "wandb_id": None}
     if resume:
-        settings = {k: config[k] for k in ("optimizer", "normalize", "path", "prediction", "sigma_min", "sigma_max")}
+        settings = {
+            k: config[k]
+            for k in ("optimizer", "normalize", "path", "prediction", "sigma_min", "sigma_max")
+        }
         settings |= {k: v for k, v in model_args.items() if k != "gradient_checkpointing"}
         ckpt = restore_checkpoint(last, settings, loader.stats, nets, scaler)
         old = ckpt["config"] | {"init_from": init_from}
-        if master and (changed := [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]):
+        if master and (
+            changed := [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]
+        ):
             print("changed since the checkpoint:", ", ".join(changed))
     for net in nets.values():  # until now on the CPU, so that a GPU never holds more than its part
         if fsdp:
@@ -206,11 +262,19 @@ try:
         restore_optimizer(last, opt)
 except ValueError as e:
     fail(e)
-step, best_val_loss, wandb_id, bad_steps = (ckpt[k] for k in ("iter", "best_val_loss", "wandb_id", "bad_steps"))
-if total(device, step % 10007)[0] != world_size * (step % 10007):  # float32 counts no further than 2^24
-    fail(f"the processes do not see the same {last}: out_dir must be on a file system that they share")
+step, best_val_loss, wandb_id, bad_steps = (
+    ckpt[k] for k in ("iter", "best_val_loss", "wandb_id", "bad_steps")
+)
+if total(device, step % 10007)[0] != world_size * (
+    step % 10007
+):  # float32 counts no further than 2^24
+    fail(
+        f"the processes do not see the same {last}: out_dir must be on a file system that they share"
+    )
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
-norms = step_in_backward(opt) if optimizer_in_backward else None  # of the gradients, as backward meets them
+norms = (
+    step_in_backward(opt) if optimizer_in_backward else None
+)  # of the gradients, as backward meets them
 model = raw_model
 if device_type == "cuda" if compile is None else compile:
     by_block = optimizer_in_backward or fsdp  # where parameters come and go during a pass
@@ -218,7 +282,9 @@ if device_type == "cuda" if compile is None else compile:
         block.compile()
     model = raw_model if by_block else torch.compile(raw_model)
 if fsdp:
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # nothing is written into it
+    warnings.filterwarnings(
+        "ignore", message=".*returned a view tensor"
+    )  # nothing is written into it
 elif world_size > 1:
     model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -275,7 +341,14 @@ if wandb_log:
     import wandb
 
     try:
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, id=wandb_id, resume="allow")
+        wandb.init(
+            project=wandb_project,
+            name=wandb_run_name,
+            config=config,
+            dir=out_dir,
+            id=wandb_id,
+            resume="allow",
+        )
     except wandb.errors.Error as e:
         fail(f"wandb: {e} (run `wandb login`, or set WANDB_MODE=offline)")
     wandb_id = wandb.run.id
@@ -283,15 +356,25 @@ if wandb_log:
 # ---------------------------------------------------------------- training loop
 if master:
     print(" ".join(f"{k}={v}" for k, v in config.items()))
-    print(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}")
+    print(
+        f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}"
+    )
     epochs = max_iters * samples_per_iter / loader.n_train
-    print(f"{loader.n_train} samples, {samples_per_iter} an iteration, {max_iters} iterations ({epochs:.1f} epochs)")
+    print(
+        f"{loader.n_train} samples, {samples_per_iter} an iteration, {max_iters} iterations ({epochs:.1f} epochs)"
+    )
 micro_steps = gradient_accumulation_steps // world_size  # of this process
-micros = range(rank * micro_steps, (rank + 1) * micro_steps)  # in the global batch: what decides their data and noise
+micros = range(
+    rank * micro_steps, (rank + 1) * micro_steps
+)  # in the global batch: what decides their data and noise
 batches, generator = loader.stream(step, micros), torch.Generator(device)
 evaluation = eval_size, eval_batch_size, eval_samples, eval_sample_steps
-evaluate = Evaluator(loader, flow_config, autocast, *evaluation, lambda: total(device, interrupts.late())[0] > 0)
-flops = flops_per_sample(raw_model.config, data["train_cond"].shape[1]) / (world_size * product_rate(device, dtype))
+evaluate = Evaluator(
+    loader, flow_config, autocast, *evaluation, lambda: total(device, interrupts.late())[0] > 0
+)
+flops = flops_per_sample(raw_model.config, data["train_cond"].shape[1]) / (
+    world_size * product_rate(device, dtype)
+)
 torch.autograd.set_detect_anomaly(debug)
 clock, first_step, stop, saved, bad_in_a_row = time.perf_counter(), step, False, True, 0
 while True:
@@ -305,7 +388,9 @@ while True:
         results = evaluate(ema_model, generate=True)  # the EMA weights are what gets sampled
         if results and ema_decay:
             raw = evaluate(raw_model, generate=False)
-            results = raw and results | {name.replace("loss", "loss_raw"): value for name, value in raw.items()}
+            results = raw and results | {
+                name.replace("loss", "loss_raw"): value for name, value in raw.items()
+            }
         if results is None:
             stop = True
         else:
@@ -320,14 +405,22 @@ while True:
         saved = not stop
         break
     # not while steps are skipped: the weights may be why, and the last good checkpoint is where to go on from
-    if (step > 0 and step % save_interval == 0 or final or stop) and (bad_in_a_row == 0 or final) and not dry_run:
+    if (
+        (step > 0 and step % save_interval == 0 or final or stop)
+        and (bad_in_a_row == 0 or final)
+        and not dry_run
+    ):
         saved = save("ckpt_last.pt")
     if final or stop:
         if master and stop:
-            print(f"stopped before iteration {step} by {interrupts.reason or 'a signal to another process'}")
+            print(
+                f"stopped before iteration {step} by {interrupts.reason or 'a signal to another process'}"
+            )
         elif master:
             write_log(record)
-            print(f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}")
+            print(
+                f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}"
+            )
         break
 
     loss, output_norm = torch.zeros(2, device=device)  # of the global batch
@@ -346,10 +439,14 @@ while True:
         loss += micro_loss.detach()
         output_norm += output.detach().norm(dim=-1).mean() / micro_steps
     if dry_run:
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
         peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else rss
         if master:
-            print(f"dry run: loss {loss.item():.4f}; peak memory of the forward and backward pass {peak / 1e9:.2f} GB")
+            print(
+                f"dry run: loss {loss.item():.4f}; peak memory of the forward and backward pass {peak / 1e9:.2f} GB"
+            )
         break
     if optimizer_in_backward:
         grad_norm = torch.stack(norms).norm() if norms else math.nan
@@ -368,7 +465,9 @@ while True:
         scaler.update()
         opt.zero_grad(set_to_none=True)
     if good and ema_decay:
-        with torch.no_grad():  # the parameters require gradients, and the averages would remember every iteration
+        with (
+            torch.no_grad()
+        ):  # the parameters require gradients, and the averages would remember every iteration
             torch._foreach_lerp_(ema_params, params, 1 - min(ema_decay, (1 + step) / (10 + step)))
     bad_steps, bad_in_a_row = bad_steps + (not good), 0 if good else bad_in_a_row + 1
     if not good and master:
@@ -376,9 +475,13 @@ while True:
 
     if step % log_interval == 0:
         pace = (time.perf_counter() - clock) / (step + 1 - first_step)  # seconds an iteration
-        record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, bad_steps=bad_steps)
+        record |= dict(
+            loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, bad_steps=bad_steps
+        )
         record |= dict(ms=1000 * pace, samples_per_s=samples_per_iter / pace)
-        record |= dict(utilization=flops * samples_per_iter / pace, seconds_left=pace * (max_iters - step - 1))
+        record |= dict(
+            utilization=flops * samples_per_iter / pace, seconds_left=pace * (max_iters - step - 1)
+        )
         if master:
             left = datetime.timedelta(seconds=round(record["seconds_left"]))
             rate = f"{record['samples_per_s']:.1f} samples/s, {record['utilization']:.0%} of peak | {left} left"
@@ -387,13 +490,17 @@ while True:
     if master and len(record) > 1:
         write_log(record)
     if bad_in_a_row >= max_bad_steps:
-        fail(f"no finite loss and gradient in {bad_in_a_row} iterations in a row; lower {learning_rate=}")
+        fail(
+            f"no finite loss and gradient in {bad_in_a_row} iterations in a row; lower {learning_rate=}"
+        )
     step += 1
 if wandb_log:
     wandb.finish()
 if not saved:
     fail(
-        "the evaluation was broken off" if eval_only else f"{last} could not be written at the end: it is an older one"
+        "the evaluation was broken off"
+        if eval_only
+        else f"{last} could not be written at the end: it is an older one"
     )
 if world_size > 1:
     dist.barrier()

@@ -23,7 +23,10 @@ from pickle import UnpicklingError
 import numpy as np
 
 VIEW = 256  # bytes: a longer string is a view of the map, a shorter one a copy
-ROOM, MORE = 1 << 26, 1 << 29  # bytes of small objects that a file may make: ROOM + min(size, MORE) + size / 8
+ROOM, MORE = (
+    1 << 26,
+    1 << 29,
+)  # bytes of small objects that a file may make: ROOM + min(size, MORE) + size / 8
 PIECE = 1 << 24  # bytes of text decoded at a time
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what a torch.save file of the format before zip begins with
 
@@ -61,7 +64,9 @@ class Reader:
         return part if n >= VIEW else part.tobytes()
 
     def readline(self):
-        line, newline, _ = self.data[self.position : self.position + VIEW].tobytes().partition(b"\n")
+        line, newline, _ = (
+            self.data[self.position : self.position + VIEW].tobytes().partition(b"\n")
+        )
         return bytes(self.read(len(line) + len(newline)))
 
 
@@ -80,7 +85,9 @@ class ZipBytes(Reader):
     def read(self, n=-1):
         part = self.data[self.position :][: n if n >= 0 else None]
         self.position += len(part)
-        self.room[0] -= 8 * len(part)  # an entry of 46 bytes and a name becomes an object of several hundred
+        self.room[0] -= 8 * len(
+            part
+        )  # an entry of 46 bytes and a name becomes an object of several hundred
         if self.room[0] < 0:
             raise UnpicklingError("it holds more zip entries than embeddings of this size would")
         return part.tobytes()
@@ -99,7 +106,9 @@ class Spool:
             self.map = memoryview(mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ))
         decoder, start = codecs.getincrementaldecoder("utf-8")(), self.used
         for i in range(0, len(data), PIECE):
-            part = decoder.decode(data[i : i + PIECE].tobytes(), i + PIECE >= len(data)).encode("latin1")
+            part = decoder.decode(data[i : i + PIECE].tobytes(), i + PIECE >= len(data)).encode(
+                "latin1"
+            )
             if self.used + len(part) > self.size:
                 raise UnpicklingError("it uses the same text as bytes again and again")
             self.file.seek(self.used)
@@ -152,7 +161,9 @@ def as_array(data, dtype, shape, order):
         return data
     array = np.ndarray(shape, dtype.value, data, order=order)
     if array.nbytes != memoryview(data).nbytes:
-        raise UnpicklingError(f"an array of {array.nbytes} bytes in a string of {memoryview(data).nbytes}")
+        raise UnpicklingError(
+            f"an array of {array.nbytes} bytes in a string of {memoryview(data).nbytes}"
+        )
     return array
 
 
@@ -183,12 +194,20 @@ def make_bytes(unpickler, text, encoding):
 def make_tensor(unpickler, storage, offset, size, stride, *flags):
     if storage.data is None:
         return None  # the first pass over a torch file: see load_legacy
-    if len(size) > 8 or len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+    if (
+        len(size) > 8
+        or len(size) != len(stride)
+        or any(type(n) is not int or n < 0 for n in (offset, *size, *stride))
+    ):
         raise UnpicklingError("a tensor of impossible shape or stride")
     width = storage.dtype.itemsize
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))  # numpy's own check overflows
+    last = offset + sum(
+        (n - 1) * step for n, step in zip(size, stride)
+    )  # numpy's own check overflows
     if max(math.prod(size), last + 1 if math.prod(size) else 0) * width > len(storage.data):
-        raise UnpicklingError(f"a tensor of more elements than its storage holds: shape {tuple(size)}")
+        raise UnpicklingError(
+            f"a tensor of more elements than its storage holds: shape {tuple(size)}"
+        )
     strides = [n * width for n in stride]
     return np.ndarray.__new__(Tensor, size, storage.dtype, storage.data, offset * width, strides)
 
@@ -208,7 +227,8 @@ CALLS = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): make_array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): make_scalar for core in ("core", "_core")},
     **{
-        (f"numpy.{core}.numeric", "_frombuffer"): lambda unpickler, *args: as_array(*args) for core in ("core", "_core")
+        (f"numpy.{core}.numeric", "_frombuffer"): lambda unpickler, *args: as_array(*args)
+        for core in ("core", "_core")
     },
     ("torch", "Size"): lambda unpickler, size: tuple(size[:8]),
     ("__builtin__", "bytes"): lambda unpickler: b"",  # protocol 2's only way to say so
@@ -234,7 +254,9 @@ OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BIN
 
 class Dispatch(dict):
     def __missing__(self, opcode):
-        raise UnpicklingError(f"it uses the opcode {bytes([opcode])!r}, which embeddings do not need")
+        raise UnpicklingError(
+            f"it uses the opcode {bytes([opcode])!r}, which embeddings do not need"
+        )
 
 
 class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
@@ -252,7 +274,12 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
         return functools.partial(CALLS[module, name], self)
 
     def persistent_load(self, pid):
-        if self.storages is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+        if (
+            self.storages is None
+            or not isinstance(pid, tuple)
+            or len(pid) < 5
+            or pid[0] != "storage"
+        ):
             raise UnpicklingError("a persistent id outside a torch file")
         if not isinstance(pid[1], np.dtype) or not isinstance(pid[2], str):
             raise UnpicklingError("a torch storage of unknown type")
@@ -265,7 +292,9 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
 
     def load_reduce(self):
         args = self.stack.pop()
-        if type(args) is not tuple or len(args) > 16:  # a long string would come apart into its bytes
+        if (
+            type(args) is not tuple or len(args) > 16
+        ):  # a long string would come apart into its bytes
             raise UnpicklingError("it calls something with arguments that nothing takes")
         self.stack[-1] = self.stack[-1](*args)
 
@@ -277,9 +306,14 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
 
     def load_text(self, layout):
         data = self.read(*struct.unpack(layout, self.read(struct.calcsize(layout))))
-        self.append(Text(data) if isinstance(data, memoryview) else str(data, "utf-8", "surrogatepass"))
+        self.append(
+            Text(data) if isinstance(data, memoryview) else str(data, "utf-8", "surrogatepass")
+        )
 
-    dispatch = Dispatch((op, pickle._Unpickler.dispatch[op]) for op in (getattr(pickle, name)[0] for name in OPCODES))
+    dispatch = Dispatch(
+        (op, pickle._Unpickler.dispatch[op])
+        for op in (getattr(pickle, name)[0] for name in OPCODES)
+    )
     dispatch |= {
         pickle.FRAME[0]: load_frame,
         pickle.REDUCE[0]: load_reduce,
@@ -306,7 +340,9 @@ def load_zip(data, room, spool):
     def read(name):
         entry = entries[name]
         start = entry.header_offset
-        start += 30 + sum(struct.unpack("<HH", data[start + 26 : start + 30]))  # the lengths of name and extra field
+        start += 30 + sum(
+            struct.unpack("<HH", data[start + 26 : start + 30])
+        )  # the lengths of name and extra field
         if entry.compress_type or start + entry.file_size > len(data):
             raise UnpicklingError(f"{name!r} in the zip file is compressed or cut short")
         return data[start : start + entry.file_size]
@@ -314,7 +350,9 @@ def load_zip(data, room, spool):
     if prefix + "byteorder" in entries and bytes(read(prefix + "byteorder")[:8]) != b"little":
         raise UnpicklingError("it was saved on a machine of another byte order")
     return Unpickler(
-        Reader(read(names[0]), room), spool, lambda key, dtype: Storage(read(f"{prefix}data/{key}"), dtype)
+        Reader(read(names[0]), room),
+        spool,
+        lambda key, dtype: Storage(read(f"{prefix}data/{key}"), dtype),
     ).load()
 
 

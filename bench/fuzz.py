@@ -31,7 +31,20 @@ from sources import DataError  # noqa: E402
 
 COND, TARGET = "eva_blip3o_embeddings", "clip_blip3o_embeddings"
 OPCODES = bytes(op[0] for op in vars(pickle).values() if type(op) is bytes and len(op) == 1)
-EXTREMES = [0, 1, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+EXTREMES = [
+    0,
+    1,
+    255,
+    256,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**63 - 1,
+    2**64 - 1,
+]
 
 
 def seeds(folder):
@@ -39,18 +52,36 @@ def seeds(folder):
     x, y = np.random.default_rng(0).standard_normal((2, 8, 4, 20), np.float32)
     tx, ty = torch.from_numpy(x), torch.from_numpy(y)
     names = dict(
-        keys=[f"key {i}" for i in range(8)], captions=["a caption", "long " * 99] * 4, config={"a": [1, {"b": 2.5}]}
+        keys=[f"key {i}" for i in range(8)],
+        captions=["a caption", "long " * 99] * 4,
+        config={"a": [1, {"b": 2.5}]},
     )
-    found = [(".pkl", pickle.dumps({COND: x, TARGET: y, **names}, protocol)) for protocol in (2, 3, 4, 5)]
+    found = [
+        (".pkl", pickle.dumps({COND: x, TARGET: y, **names}, protocol)) for protocol in (2, 3, 4, 5)
+    ]
     found += [
         (".pkl", pickle.dumps({COND: tx.half(), TARGET: ty.bfloat16(), **names}, 4)),
         (".pkl", pickle.dumps({COND: tx[::2], TARGET: ty[1::2].transpose(1, 2)}, 2)),
-        (".pkl", pickle.dumps({COND: list(x), TARGET: list(y.astype(">f8")), "keys": np.arange(8)})),
-        (".pkl", pickle.dumps({COND: np.asfortranarray(x), TARGET: y, "captions": np.array(["a", "b"] * 4, object)})),
+        (
+            ".pkl",
+            pickle.dumps({COND: list(x), TARGET: list(y.astype(">f8")), "keys": np.arange(8)}),
+        ),
+        (
+            ".pkl",
+            pickle.dumps(
+                {
+                    COND: np.asfortranarray(x),
+                    TARGET: y,
+                    "captions": np.array(["a", "b"] * 4, object),
+                }
+            ),
+        ),
     ]
     for zipped in (True, False):
         torch.save(
-            {COND: tx, TARGET: ty[:, :, :10], **names}, folder / "seed.pt", _use_new_zipfile_serialization=zipped
+            {COND: tx, TARGET: ty[:, :, :10], **names},
+            folder / "seed.pt",
+            _use_new_zipfile_serialization=zipped,
         )
         found.append((".pt", (folder / "seed.pt").read_bytes()))
     np.save(folder / "seed.npy", x)
@@ -132,14 +163,18 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
             signal.setitimer(signal.ITIMER_REAL, 0)
             kept = folder / f"failed{suffix}"
             kept.write_bytes(path.read_bytes())
-            raise AssertionError(f"case {case} of seed {seed} ended in {e!r}; it is kept as {kept}") from e
+            raise AssertionError(
+                f"case {case} of seed {seed} ended in {e!r}; it is kept as {kept}"
+            ) from e
         signal.setitimer(signal.ITIMER_REAL, 0)
         assert (grown := peak() - start) < megabytes, f"case {case} of seed {seed} took {grown} MB"
     return outcomes
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -148,7 +183,9 @@ def main():
     args = parser.parse_args()
     messages = collections.Counter()
     outcomes = fuzz(args.folder, args.cases, args.seed, args.seconds, args.megabytes, messages)
-    print(f"{args.cases} cases: {outcomes['dataset']} datasets, {outcomes['error']} errors, at most {peak()} MB")
+    print(
+        f"{args.cases} cases: {outcomes['dataset']} datasets, {outcomes['error']} errors, at most {peak()} MB"
+    )
     for message, count in messages.most_common(25):
         print(f"{count:7}  {message}")
 

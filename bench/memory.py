@@ -54,7 +54,9 @@ def run(script, *args, **flags):
     """Peak resident memory in GB of a run that must succeed."""
     command = [sys.executable, ROOT / script, *args, *(f"--{k}={v}" for k, v in flags.items())]
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=os.environ | MALLOC)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, cwd=ROOT, env=os.environ | MALLOC
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -66,7 +68,10 @@ def run(script, *args, **flags):
 def make_dataset(folder):
     rng = np.random.default_rng(0)
     arrays = {"eva_blip3o_embeddings": 1280, "clip_blip3o_embeddings": 768}
-    content = {name: rng.standard_normal((80, 64, c), np.float32).astype(np.float16) for name, c in arrays.items()}
+    content = {
+        name: rng.standard_normal((80, 64, c), np.float32).astype(np.float16)
+        for name, c in arrays.items()
+    }
     (folder / "random.pkl").write_bytes(pickle.dumps(content))
     run("prepare.py", folder / "random.pkl", out=folder / "data", overwrite=True)
     return folder / "data"
@@ -81,17 +86,36 @@ def measure(folder, sizes):
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     for name in sizes:
         with torch.device("meta"):
-            model = NextDiT(NextDiTConfig(grid=(8, 8), target_dim=768, cond_dim=1280, **SIZES[name]))
+            model = NextDiT(
+                NextDiTConfig(grid=(8, 8), target_dim=768, cond_dim=1280, **SIZES[name])
+            )
         count = sum(p.numel() for p in model.parameters())
         print(f"\n{SIZES[name]}: {count / 1e6:,.0f} M parameters", flush=True)
-        short = dict(max_iters=2, warmup_iters=1, eval_interval=2, eval_size=8, eval_batch_size=8, eval_samples=0)
+        short = dict(
+            max_iters=2,
+            warmup_iters=1,
+            eval_interval=2,
+            eval_size=8,
+            eval_batch_size=8,
+            eval_samples=0,
+        )
         for setting, flags in TRAIN.items():
-            least = count * {"AdamW, EMA": 20, "lean": 6, "lean, bfloat16": 6}.get(setting, 16) / 1e9
+            least = (
+                count * {"AdamW, EMA": 20, "lean": 6, "lean, bfloat16": 6}.get(setting, 16) / 1e9
+            )
             if least > 0.8 * ram:
-                print(f"  train batch 32  {setting:22} more than {least:.1f} GB, not run", flush=True)
+                print(
+                    f"  train batch 32  {setting:22} more than {least:.1f} GB, not run", flush=True
+                )
                 continue
             shutil.rmtree(out, ignore_errors=True)
-            peak = run("train.py", BLIP3O, data_dir=data, out_dir=out, **SIZES[name] | ONE_STEP | short | flags)
+            peak = run(
+                "train.py",
+                BLIP3O,
+                data_dir=data,
+                out_dir=out,
+                **SIZES[name] | ONE_STEP | short | flags,
+            )
             print(f"  train batch 32  {setting:22} {peak:6.2f} GB", flush=True)
         for setting, flags in SAMPLE.items():
             few = dict(subset_size=8, batch_size=8, steps=2, draws=1)
@@ -107,13 +131,20 @@ def compare(config, data_dir, seeds):
         for flags in ({}, LEAN):
             with tempfile.TemporaryDirectory() as out:
                 run("train.py", config, out_dir=out, seed=seed, **where | ONE_STEP | flags)
-                losses.append(json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1])["val_loss"])
+                losses.append(
+                    json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
+                )
         a, b = losses
-        print(f"{config} seed {seed}: validation loss {a:.4f}, lean {b:.4f} ({100 * (b / a - 1):+.1f}%)", flush=True)
+        print(
+            f"{config} seed {seed}: validation loss {a:.4f}, lean {b:.4f} ({100 * (b / a - 1):+.1f}%)",
+            flush=True,
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--compare", metavar="CONFIG")

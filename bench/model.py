@@ -38,7 +38,10 @@ import flow
 from model import NextDiT
 
 T, D, C = 64, 768, 1280
-SIZES = {"256": dict(dim=256, n_layer=6, n_head=4, batch=32), "768": dict(dim=768, n_layer=12, n_head=12, batch=8)}
+SIZES = {
+    "256": dict(dim=256, n_layer=6, n_head=4, batch=32),
+    "768": dict(dim=768, n_layer=12, n_head=12, batch=8),
+}
 
 
 def build(dim, n_layer, n_head):
@@ -54,13 +57,17 @@ def build(dim, n_layer, n_head):
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         ours = NextDiT.from_diffusers(folder)
-        ours.load_state_dict({k: v.clone() for k, v in ours.state_dict().items()}, assign=True)  # not the file's
+        ours.load_state_dict(
+            {k: v.clone() for k, v in ours.state_dict().items()}, assign=True
+        )  # not the file's
     rope = get_2d_rotary_pos_embed_lumina(dim // n_head, 8, 8)
     mask = torch.ones(1, T)
 
     def wrapped(x, t, cond):  # (B, T, D) at our time; the velocity runs the other way
         image = x.transpose(1, 2).unflatten(2, (8, 8))
-        out = reference(image, 1000 * (1 - t), cond, mask.expand(len(x), T), rope, cross_attention_kwargs={}).sample
+        out = reference(
+            image, 1000 * (1 - t), cond, mask.expand(len(x), T), rope, cross_attention_kwargs={}
+        ).sample
         return -out.flatten(2).transpose(1, 2)
 
     wrapped.parameters = reference.parameters
@@ -68,7 +75,9 @@ def build(dim, n_layer, n_head):
 
 
 def step(model, parameters, batch):
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)  # all the work, and the weights stay equal
+    optimizer = torch.optim.AdamW(
+        parameters, lr=0.0, fused=True
+    )  # all the work, and the weights stay equal
     x, t, cond, target = batch
 
     def run():
@@ -82,7 +91,10 @@ def step(model, parameters, batch):
 def tera(model, batch):
     """10^12 operations of a training step's matrix products."""
     x, t, cond, target = batch
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not counted
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # others are not counted
         F.mse_loss(model(x, t, cond), target).backward()
     for p in model.parameters():
         p.grad = None
@@ -109,7 +121,9 @@ def race(title, runs, rounds, flops=0.0):
         if "product" in runs:
             work = 2 * 4096**3 / 1e12 if name == "product" else flops[name]
             line += f"   {work / statistics.median(seconds):6.3f} TFLOP/s"
-            shares = sorted(work / s / (2 * 4096**3 / 1e12 / p) for s, p in zip(seconds, times["product"]))
+            shares = sorted(
+                work / s / (2 * 4096**3 / 1e12 / p) for s, p in zip(seconds, times["product"])
+            )
             line += f"   {100 * statistics.median(shares):5.1f}% of the product"
         print(line, flush=True)
 
@@ -143,12 +157,18 @@ def bench_size(size, precision, rounds, product):
     config = flow.FlowConfig(cond_dropout=0.1)
     with torch.no_grad():
         for guidance in (1.0, 3.0):
-            mine, fast = (flow.guided_velocity(net, cond, config, guidance) for net in (ours, compiled))
+            mine, fast = (
+                flow.guided_velocity(net, cond, config, guidance) for net in (ours, compiled)
+            )
 
             def theirs(x, t):  # the null condition of BLIP3-o is zero
                 times = torch.full((len(x),), t)
                 v = reference(x, times, cond)
-                return v if guidance == 1 else (null := reference(x, times, 0 * cond)) + guidance * (v - null)
+                return (
+                    v
+                    if guidance == 1
+                    else (null := reference(x, times, 0 * cond)) + guidance * (v - null)
+                )
 
             assert torch.allclose(mine(x, 0.4), theirs(x, 0.4), atol=1e-3)
             runs = {"reference": theirs, "ours": mine, "ours, compiled": fast}
@@ -162,10 +182,16 @@ KEEP = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=3435973
 
 def main():
     if "GLIBC_TUNABLES" not in os.environ:  # it is read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": KEEP})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": KEEP}
+        )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--precision", nargs="+", choices=["highest", "medium"], default=["highest", "medium"])
+    parser.add_argument(
+        "--precision", nargs="+", choices=["highest", "medium"], default=["highest", "medium"]
+    )
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -39,8 +39,13 @@ def kept(config, n_layer, B, S):
         return x
 
     T = math.prod(config.grid)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        out = model(torch.randn(B, T, config.target_dim), torch.rand(B), torch.randn(B, S, config.cond_dim))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        out = model(
+            torch.randn(B, T, config.target_dim), torch.rand(B), torch.randn(B, S, config.cond_dim)
+        )
     assert out.shape == (B, T, config.target_dim)
     return sum(storage.nbytes() for at, storage in storages.items() if at not in weights)
 
@@ -52,25 +57,42 @@ def kept_per_sample(config, S):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="of train.py; by default its defaults, the paper's size")
     parser.add_argument("--pairs", type=float, default=60e6)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--per-gpu", type=int, default=128, help="samples a GPU and pass")
     parser.add_argument("--accumulate", type=int, default=1, help="passes a step")
-    parser.add_argument("--shape", type=int, nargs=3, default=[64, 1280, 768], help="tokens, channels of both")
-    parser.add_argument("--tflops", type=float, default=989, help="peak of a GPU in bfloat16, 10^12 a second")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=[64, 1280, 768], help="tokens, channels of both"
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=989, help="peak of a GPU in bfloat16, 10^12 a second"
+    )
     parser.add_argument("--share", type=float, default=0.4, help="of that peak that is reached")
     parser.add_argument("--node", type=int, default=8, help="GPUs of a node")
-    parser.add_argument("--nvlink", type=float, default=450, help="GB a second and GPU inside a node, one way")
-    parser.add_argument("--network", type=float, default=50, help="GB a second and GPU between nodes (400 Gbit)")
-    parser.add_argument("--disk", type=float, default=2, help="GB a second at which a checkpoint is written")
+    parser.add_argument(
+        "--nvlink", type=float, default=450, help="GB a second and GPU inside a node, one way"
+    )
+    parser.add_argument(
+        "--network", type=float, default=50, help="GB a second and GPU between nodes (400 Gbit)"
+    )
+    parser.add_argument(
+        "--disk", type=float, default=2, help="GB a second at which a checkpoint is written"
+    )
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if name != "config" and not all(n > 0 for n in (value if isinstance(value, list) else [value])):
+        if name != "config" and not all(
+            n > 0 for n in (value if isinstance(value, list) else [value])
+        ):
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    defaults = {name: default["value"] for name, default in read_defaults((ROOT / "train.py").read_text()).items()}
+    defaults = {
+        name: default["value"]
+        for name, default in read_defaults((ROOT / "train.py").read_text()).items()
+    }
     sizes = read_file(args.config, ROOT) if args.config else {}
     T, C, D = args.shape
     data = {"train_cond": np.empty((0, T, C)), "train_target": np.empty((0, T, D))}
@@ -91,16 +113,30 @@ def main():
         flops, per_sample = flops_per_sample(config, T), kept_per_sample(config, T)
         print(f"\n{name}: {n / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP a sample, forward and backward; "
               f"{args.pairs:.3g} pairs x {args.epochs:g}: {samples * flops:.2e} FLOP")  # fmt: skip
-        columns = ["GPUs", "batch", "steps", "samples/s", "hours", "read/s node", "DDP a GPU", "FSDP a GPU"]
+        columns = [
+            "GPUs",
+            "batch",
+            "steps",
+            "samples/s",
+            "hours",
+            "read/s node",
+            "DDP a GPU",
+            "FSDP a GPU",
+        ]
         columns += ["all-reduce", "of a step", "checkpoint"]
         print("".join(f"{c:>12}" for c in columns))
         for gpus in args.gpus:
             batch = gpus * args.per_gpu * args.accumulate
-            seconds = batch / gpus * flops / (args.share * args.tflops * 1e12)  # of a step's arithmetic
+            seconds = (
+                batch / gpus * flops / (args.share * args.tflops * 1e12)
+            )  # of a step's arithmetic
             volume = 2 * (gpus - 1) / gpus * 4 * n  # that a GPU sends in a step
             reduction = volume / (1e9 * (args.nvlink if gpus <= args.node else args.network))
             hidden = 2 / 3 * seconds / args.accumulate
-            rate, activations = batch / (seconds + max(0, reduction - hidden)), args.per_gpu * per_sample
+            rate, activations = (
+                batch / (seconds + max(0, reduction - hidden)),
+                args.per_gpu * per_sample,
+            )
             read = min(gpus, args.node) / gpus * rate * T * (C + D) * 2
             row = (f"{gpus}", f"{batch}", f"{samples / batch:.0f}", f"{rate:.0f}", f"{samples / rate / 3600:.3g}",
                    f"{read / 1e9:.2f} GB", f"{(20 * n + activations) / 1e9:.3g} GB",

@@ -35,8 +35,15 @@ for key in ("eva_blip3o_embeddings", "clip_blip3o_embeddings"):
 def write_pickle(path, gb, dtype):
     """In a process of its own, since this one's memory should stay small."""
     n = int(gb * 1e9 / (64 * sum(KEYS.values()) * np.dtype(dtype).itemsize))
-    block = np.random.default_rng(0).standard_normal((min(n, 128), 64, max(KEYS.values())), np.float32).astype(dtype)
-    content = {"keys": [f"{i:08d}" for i in range(n)], "captions": [f"photograph number {i}" for i in range(n)]}
+    block = (
+        np.random.default_rng(0)
+        .standard_normal((min(n, 128), 64, max(KEYS.values())), np.float32)
+        .astype(dtype)
+    )
+    content = {
+        "keys": [f"{i:08d}" for i in range(n)],
+        "captions": [f"photograph number {i}" for i in range(n)],
+    }
     for key, channels in KEYS.items():
         content[key] = np.tile(block[..., :channels], (-(-n // len(block)), 1, 1))[:n]
     with open(path, "wb") as f:
@@ -71,7 +78,10 @@ def drop_cache(path):
 
 def measure(folder, gb, dtype, rounds):
     source, out = folder / "bench.pkl", folder / "bench-out"
-    subprocess.run([sys.executable, __file__, str(folder), f"--gb={gb}", f"--dtype={dtype}", "--write"], check=True)
+    subprocess.run(
+        [sys.executable, __file__, str(folder), f"--gb={gb}", f"--dtype={dtype}", "--write"],
+        check=True,
+    )
     size = source.stat().st_size / 1e9
     convert = [sys.executable, ROOT / "prepare.py", source, f"--out={out}"]
     commands = {"cp": ["cp", source, out / "copy"], "prepare.py": convert}
@@ -104,7 +114,9 @@ def measure(folder, gb, dtype, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gb", type=float, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", default=["float16", "float32"])

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
-FLAGS = (
-    "--dim=64 --n_layer=2 --n_head=2 --multiple_of=32 --batch_size=4 --gradient_accumulation_steps=4 --ema_decay=0.9"
+FLAGS = "--dim=64 --n_layer=2 --n_head=2 --multiple_of=32 --batch_size=4 --gradient_accumulation_steps=4 --ema_decay=0.9"
+FLAGS += (
+    " --warmup_iters=10 --learning_rate=3e-3 --save_interval=7 --eval_interval=10 --log_interval=3"
 )
-FLAGS += " --warmup_iters=10 --learning_rate=3e-3 --save_interval=7 --eval_interval=10 --log_interval=3"
 FLAGS += " --eval_batch_size=4 --eval_samples=8 --eval_sample_steps=4"
 CLOCK = ("ms", "samples_per_s", "utilization", "seconds_left")
 
@@ -38,10 +38,17 @@ CLOCK = ("ms", "samples_per_s", "utilization", "seconds_left")
 def make_dataset(folder):
     rng = np.random.default_rng(0)
     cond = rng.standard_normal((200, 16, 12), np.float32)
-    target = cond @ rng.standard_normal((12, 8), np.float32) + rng.standard_normal((200, 16, 8), np.float32)
+    target = cond @ rng.standard_normal((12, 8), np.float32) + rng.standard_normal(
+        (200, 16, 8), np.float32
+    )
     content = {"eva_blip3o_embeddings": cond, "clip_blip3o_embeddings": target}
     (folder / "random.pkl").write_bytes(pickle.dumps(content))
-    prepare = [sys.executable, ROOT / "prepare.py", folder / "random.pkl", f"--out={folder / 'data'}"]
+    prepare = [
+        sys.executable,
+        ROOT / "prepare.py",
+        folder / "random.pkl",
+        f"--out={folder / 'data'}",
+    ]
     subprocess.run([*prepare, "--overwrite=True"], check=True, capture_output=True)
     return folder / "data"
 
@@ -53,10 +60,18 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.rng = rng
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launch if processes > 1 else []), ROOT / "train.py", f"--out_dir={out}", *flags]
+        command = [
+            sys.executable,
+            *(launch if processes > 1 else []),
+            ROOT / "train.py",
+            f"--out_dir={out}",
+            *flags,
+        ]
         self.output, self.start = out / "stdout.txt", time.monotonic()
         with open(self.output, "w") as f:
-            self.process = subprocess.Popen(command, stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            self.process = subprocess.Popen(
+                command, stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
 
     def wait_for_iterations(self):
         while self.process.poll() is None and "\niter " not in self.output.read_text():
@@ -101,12 +116,16 @@ def measured(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--iters", type=int, default=300)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--flags", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of train.py")
+    parser.add_argument(
+        "--flags", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of train.py"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.kills < 1:
@@ -123,12 +142,18 @@ def main():
     if run.process.wait():
         sys.exit(run.output.read_text())
     loop = time.monotonic() - run.start - setup
-    print(f"uninterrupted: {args.iters} iterations, {setup:.1f} s of set-up, {loop:.1f} s of the rest", flush=True)
+    print(
+        f"uninterrupted: {args.iters} iterations, {setup:.1f} s of set-up, {loop:.1f} s of the rest",
+        flush=True,
+    )
 
     rng = random.Random(args.seed)
     for kill in range(args.kills):
         kind = rng.choice(["SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "time limit"])
-        delay, early = rng.uniform(0, 0.9 * loop / args.kills), rng.random() < 0.15 and kind == "SIGKILL"
+        delay, early = (
+            rng.uniform(0, 0.9 * loop / args.kills),
+            rng.random() < 0.15 and kind == "SIGKILL",
+        )
         limit = [f"--time_limit={(0.4 * setup + delay) / 60}"] if kind == "time limit" else []
         run = Run(parts, args.processes, [*flags, "--init_from=auto", *limit], rng)
         if kind == "time limit":
@@ -146,7 +171,10 @@ def main():
             sys.exit(f"the run ended before it was killed {args.kills} times: give it more --iters")
         if kind != "SIGKILL" and "stopped before iteration" not in text:
             sys.exit(f"{kind}: no clean end\n{text}")
-        print(f"{kill + 1:3} {kind:10} log at {reached(parts)}, checkpoint of {saved(parts)['iter']}", flush=True)
+        print(
+            f"{kill + 1:3} {kind:10} log at {reached(parts)}, checkpoint of {saved(parts)['iter']}",
+            flush=True,
+        )
     run = Run(parts, args.processes, [*flags, "--init_from=auto"])
     if run.process.wait():
         sys.exit(run.output.read_text())

@@ -65,9 +65,14 @@ def reference(loaded):
             c = loaded.cond.encode(torch.as_tensor(cond[i : i + batch_size]))
             scheduler = FlowMatchEulerDiscreteScheduler()
             scheduler.set_timesteps(50, sigmas=np.linspace(1, 1 / 50, 50))
-            x, mask = noise[i : i + batch_size].transpose(1, 2).unflatten(2, (H, W)), torch.ones(c.shape[:2])
+            x, mask = (
+                noise[i : i + batch_size].transpose(1, 2).unflatten(2, (H, W)),
+                torch.ones(c.shape[:2]),
+            )
             for timestep in scheduler.timesteps:
-                v = model(x, timestep.expand(len(x)), c, mask, rope, cross_attention_kwargs={}).sample
+                v = model(
+                    x, timestep.expand(len(x)), c, mask, rope, cross_attention_kwargs={}
+                ).sample
                 x = scheduler.step(v, timestep, x).prev_sample
             made.append(loaded.target.decode(x.flatten(2).transpose(1, 2)))
         return torch.cat(made)
@@ -84,19 +89,28 @@ def bench(folder, evaluations, rounds, batch_size, shift):
 
     def ours(**settings):
         parts = range(0, len(cond), batch_size)
-        return torch.cat([sample.generate(loaded, cond[i : i + batch_size], first=i, **settings) for i in parts])
+        return torch.cat(
+            [sample.generate(loaded, cond[i : i + batch_size], first=i, **settings) for i in parts]
+        )
 
     torch.set_float32_matmul_precision(PRECISION)
     print(f"\n{folder}: {len(cond)} conditions, batches of {batch_size}, shift {shift:g}\n")
     exact = encode(ours(steps=1000, method="ab3", shift=shift))
 
     def row(name, n, samples, seconds=""):
-        error, metrics = ((samples - exact).norm() / exact.norm()).item(), score.metrics(samples, truth)
-        figures = " | ".join(f"{metrics[m]:.4f}" for m in ("frechet", "token_cosine", "retrieval_r1"))
+        error, metrics = (
+            ((samples - exact).norm() / exact.norm()).item(),
+            score.metrics(samples, truth),
+        )
+        figures = " | ".join(
+            f"{metrics[m]:.4f}" for m in ("frechet", "token_cosine", "retrieval_r1")
+        )
         print(f"| {name} | {n} | {error:.4f} | {figures} | {seconds} |", flush=True)
         return metrics["frechet"]
 
-    print("| solver, steps | NFE | error | Frechet | token cosine | R@1 | seconds |\n|---|---|---|---|---|---|---|")
+    print(
+        "| solver, steps | NFE | error | Frechet | token cosine | R@1 | seconds |\n|---|---|---|---|---|---|---|"
+    )
     row("ab3, 1000", 1001, exact)
     frechet = {}
     for n in evaluations:
@@ -123,7 +137,9 @@ def bench(folder, evaluations, rounds, batch_size, shift):
             results[name] = run()
             times[name].append(time.perf_counter() - start)
     torch.set_float32_matmul_precision(PRECISION)
-    euler = ours(steps=50, method="euler")  # they are the same samples, or the race would be no race
+    euler = ours(
+        steps=50, method="euler"
+    )  # they are the same samples, or the race would be no race
     assert (results["diffusers, 50 Euler steps"] - euler).norm() < 1e-3 * euler.norm()
     quality = []
     for seed in range(1, 6):
@@ -144,7 +160,9 @@ PRECISION = "medium"  # float32_matmul_precision of sample.py
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", help="folders of runs on the linear path, predicting v")
     parser.add_argument("--evaluations", nargs="+", type=int, default=[4, 6, 8, 10, 16, 24, 50])
     parser.add_argument("--rounds", type=int, default=5)

@@ -47,7 +47,11 @@ from prepare import open_dataset
 ROOT, SLICES = Path(__file__).parents[1], 12
 METRICS = ("token_cosine", "retrieval_r1", "frechet")
 # what --ours may set; the rest of train.py's settings has no part in a race, or is the same for all
-OURS = {*NextDiTConfig.__dataclass_fields__, *flow.FlowConfig.__dataclass_fields__} - {"path", "sigma_min", "sigma_max"}
+OURS = {*NextDiTConfig.__dataclass_fields__, *flow.FlowConfig.__dataclass_fields__} - {
+    "path",
+    "sigma_min",
+    "sigma_max",
+}
 OURS |= {"optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "ema_decay"}
 OURS |= {"batch_size", "gradient_accumulation_steps"}
 
@@ -77,7 +81,9 @@ class Reference(torch.nn.Module):
         cond = cond if context is None else context
         cond = cond if drop is None else cond * ~drop[:, None, None]
         image, mask = x_t.transpose(1, 2).unflatten(2, self.grid), torch.ones(cond.shape[:2])
-        out = self.net(image, 1000 * (1 - t), cond, mask, self.rope, cross_attention_kwargs={}).sample
+        out = self.net(
+            image, 1000 * (1 - t), cond, mask, self.rope, cross_attention_kwargs={}
+        ).sample
         return -out.flatten(2).transpose(1, 2)
 
 
@@ -103,15 +109,23 @@ class Run:
         self.params = [list(net.parameters()) for net in (self.net, self.average)]
         self.rate = settings["learning_rate"] or 1.6 / config.dim
         betas = settings["beta1"], settings["beta2"]
-        self.opt = make_optimizer(self.net, settings["optimizer"], self.rate, settings["weight_decay"], betas)
-        self.size = sum(v.numel() for v in self.net.state_dict().values())  # with what the prior holds
+        self.opt = make_optimizer(
+            self.net, settings["optimizer"], self.rate, settings["weight_decay"], betas
+        )
+        self.size = sum(
+            v.numel() for v in self.net.state_dict().values()
+        )  # with what the prior holds
 
     def train(self, seconds):
         until = min(self.seconds + seconds, self.budget)
         while self.seconds < until:
             start = time.perf_counter()
             done = self.seconds / self.budget
-            rate = min(20 * done, 1) if done < 0.05 else 0.5 * (1 + math.cos(math.pi * (done - 0.05) / 0.95))
+            rate = (
+                min(20 * done, 1)
+                if done < 0.05
+                else 0.5 * (1 + math.cos(math.pi * (done - 0.05) / 0.95))
+            )
             for group in self.opt.param_groups:
                 group["lr"] = self.rate * max(rate, 0.01)
             self.generator.manual_seed(flow.mix(flow.TRAINING, self.seed, self.steps, 0))
@@ -130,7 +144,9 @@ class Run:
     def evaluate(self):
         n = self.loader.n_val
         evaluate = Evaluator(self.loader, self.plain, contextlib.nullcontext(), n, samples=0)
-        self.losses = [evaluate(net, generate=False)["val_loss"] for net in (self.net, self.average)]
+        self.losses = [
+            evaluate(net, generate=False)["val_loss"] for net in (self.net, self.average)
+        ]
         self.curve.append([self.seconds, min(self.losses)])
 
     @torch.no_grad()
@@ -141,9 +157,15 @@ class Run:
         net, parts = (self.net, self.average)[int(np.argmin(self.losses))], []
         for rows in np.array_split(np.arange(len(truth[0])), -(-len(truth[0]) // 64)):
             noise = flow.sample_noise(rows, truth[0].shape[1:], seed=0, draw=1)
-            parts.append(flow.integrate(flow.guided_velocity(net, truth[1][rows], self.plain), noise, 10))
+            parts.append(
+                flow.integrate(flow.guided_velocity(net, truth[1][rows], self.plain), noise, 10)
+            )
         samples = torch.cat(parts)
-        scores = score.metrics(samples, truth[0]) if samples.isfinite().all() else dict.fromkeys(METRICS, math.nan)
+        scores = (
+            score.metrics(samples, truth[0])
+            if samples.isfinite().all()
+            else dict.fromkeys(METRICS, math.nan)
+        )
         shuffled = score.cosine(samples, truth[0].roll(1, 0)).mean().item()
         return {
             "name": self.name, "seed": self.seed, "budget": self.budget, "loss": self.curve[-1][1],
@@ -166,7 +188,18 @@ def race(runs, slice_seconds, goal=None):
     return results
 
 
-COLUMNS = ("seed", "budget", "loss", "to goal", "cosine", "shuffled", "R@1", "Frechet", "samples/s", "numbers")
+COLUMNS = (
+    "seed",
+    "budget",
+    "loss",
+    "to goal",
+    "cosine",
+    "shuffled",
+    "R@1",
+    "Frechet",
+    "samples/s",
+    "numbers",
+)
 
 
 def line(r, goal=None):
@@ -176,7 +209,9 @@ def line(r, goal=None):
         figures.append("-" if seconds is None else f"{seconds:.1f} s")
     figures += [f"{r[k]:.4f}" for k in ("token_cosine", "shuffled")] + [f"{r['retrieval_r1']:.3f}"]
     figures += [f"{r['frechet']:.3f}", f"{r['samples_per_s']:.1f}", f"{r['numbers'] / 1e6:.2f}M"]
-    return f"{r['name']:40}" + "".join(f"{f:>10}" for f in (r["seed"], f"{r['budget']:g} s", *figures))
+    return f"{r['name']:40}" + "".join(
+        f"{f:>10}" for f in (r["seed"], f"{r['budget']:g} s", *figures)
+    )
 
 
 def reached(curve, loss):
@@ -192,20 +227,28 @@ def verdict(results):
     lines, ratios = [], []
     for seed in sorted({r["seed"] for r in results}):
         of_seed = [r for r in results if r["seed"] == seed]
-        theirs = min((r for r in of_seed if r["name"].startswith("reference")), key=lambda r: r["loss"])
+        theirs = min(
+            (r for r in of_seed if r["name"].startswith("reference")), key=lambda r: r["loss"]
+        )
         ours = [r for r in of_seed if r["name"].startswith("ours")]
-        times = [(s, r["budget"]) for r in ours if (s := reached(r["curve"], theirs["loss"])) is not None]
+        times = [
+            (s, r["budget"]) for r in ours if (s := reached(r["curve"], theirs["loss"])) is not None
+        ]
         whole = max(ours, key=lambda r: r["budget"])
         better = [k for k in METRICS if (whole[k] - theirs[k]) * (-1 if k == "frechet" else 1) > 0]
         if not times:
-            lines.append(f"seed {seed}: ours never has the loss {theirs['loss']:.4f} of {theirs['name']}")
+            lines.append(
+                f"seed {seed}: ours never has the loss {theirs['loss']:.4f} of {theirs['name']}"
+            )
             ratios.append(0.0)
             continue
         seconds, budget = min(times)
         ratios.append(theirs["budget"] / max(seconds, 1e-9))
         goal = f"seed {seed}: {theirs['loss']:.4f}, the loss of {theirs['name']} at {theirs['budget']:g} s"
         time_of_ours = f"after {seconds:.1f} s of a run of {budget:g} s: 1/{ratios[-1]:.1f}"
-        lines.append(f"{goal}, {time_of_ours}. At equal time better in {', '.join(better) or 'nothing'}")
+        lines.append(
+            f"{goal}, {time_of_ours}. At equal time better in {', '.join(better) or 'nothing'}"
+        )
     if ratios:
         lines.append(f"ratio, median of {len(ratios)} seeds: 1/{statistics.median(ratios):.1f}")
     return lines
@@ -221,23 +264,38 @@ def picture(folder):
     races = [json.loads(path.read_text()) for path in sorted(folder.glob("race-*.json"))]
     if not races:
         raise ValueError(f"{folder} has no race-*.json")
-    figure, all_axes = plt.subplots(1, len(races), figsize=(6.4 * len(races), 4.2), squeeze=False, layout="constrained")
+    figure, all_axes = plt.subplots(
+        1, len(races), figsize=(6.4 * len(races), 4.2), squeeze=False, layout="constrained"
+    )
     for axes, race in zip(all_axes[0], races):
         results = race["results"]
         best = min((r for r in results if "reference" in r["name"]), key=lambda r: r["loss"])
         for r in results:
             theirs = "reference" in r["name"]
-            blue = {1.0: "#1d4e89", 0.2: "#4a90d9"}.get(round(r["budget"] / best["budget"], 2), "#9cc9ee")
+            blue = {1.0: "#1d4e89", 0.2: "#4a90d9"}.get(
+                round(r["budget"] / best["budget"], 2), "#9cc9ee"
+            )
             faint = theirs and r["rate"] != best["rate"]
-            label = {True: "diffusers, other rates" if faint else f"diffusers, AdamW {best['rate']:g}"}.get(
-                theirs, f"ours, {r['budget']:g} s"
-            )
+            label = {
+                True: "diffusers, other rates" if faint else f"diffusers, AdamW {best['rate']:g}"
+            }.get(theirs, f"ours, {r['budget']:g} s")
             axes.plot(
-                *zip(*r["curve"]), color="#b3541e" if theirs else blue, alpha=0.25 if faint else 1, lw=1.4, label=label
+                *zip(*r["curve"]),
+                color="#b3541e" if theirs else blue,
+                alpha=0.25 if faint else 1,
+                lw=1.4,
+                label=label,
             )
-        losses = [loss for r in results if "ours" in r["name"] or r["rate"] == best["rate"] for _, loss in r["curve"]]
+        losses = [
+            loss
+            for r in results
+            if "ours" in r["name"] or r["rate"] == best["rate"]
+            for _, loss in r["curve"]
+        ]
         axes.axhline(best["loss"], color="#b3541e", lw=0.8, ls=":")
-        axes.set(title=race["data"], xlabel="training seconds", ylabel="validation loss", yscale="log")
+        axes.set(
+            title=race["data"], xlabel="training seconds", ylabel="validation loss", yscale="log"
+        )
         axes.set_ylim(min(losses) * 0.97, min(max(losses), 2.1))
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
         axes.legend(handles.values(), handles.keys(), fontsize=8, framealpha=0.8, edgecolor="none")
@@ -249,18 +307,30 @@ def picture(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="for results and picture")
     parser.add_argument("data", nargs="?", help="a dataset that prepare.py made")
-    parser.add_argument("--config", default="config/train_digits.py", help="of train.py: sizes of both models")
+    parser.add_argument(
+        "--config", default="config/train_digits.py", help="of train.py: sizes of both models"
+    )
     parser.add_argument("--budget", type=float, default=100, help="training seconds of a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--rates", type=float, nargs="*", default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], help="of the reference"
+        "--rates",
+        type=float,
+        nargs="*",
+        default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+        help="of the reference",
     )
     parser.add_argument("--batch", type=int, default=32, help="of the reference")
-    parser.add_argument("--ours", nargs="*", metavar="SETTINGS", help='lines of KEY=VALUE, "" for none')
-    parser.add_argument("--goal", type=float, metavar="LOSS", help="print when each run first had it")
+    parser.add_argument(
+        "--ours", nargs="*", metavar="SETTINGS", help='lines of KEY=VALUE, "" for none'
+    )
+    parser.add_argument(
+        "--goal", type=float, metavar="LOSS", help="print when each run first had it"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--picture", action="store_true")
     args = parser.parse_args()
@@ -275,7 +345,9 @@ def main():
     torch.set_float32_matmul_precision("medium")  # for all, as train.py does
     torch.empty(33_000_000, dtype=torch.uint8)  # so that glibc keeps freed memory, for all
     defaults = read_defaults((ROOT / "train.py").read_text())
-    base = {name: default["value"] for name, default in defaults.items()} | read_file(args.config, ROOT)
+    base = {name: default["value"] for name, default in defaults.items()} | read_file(
+        args.config, ROOT
+    )
     data = open_dataset(args.data)
 
     def settings(text=""):
@@ -296,7 +368,9 @@ def main():
     )
     T, fractions = args.budget, (1, 5, 10)
     lines = [("", f) for f in fractions] if args.ours is None else [(text, 1) for text in args.ours]
-    print(f"{args.data}, {args.config}, {args.threads} threads, torch {torch.__version__}", flush=True)
+    print(
+        f"{args.data}, {args.config}, {args.threads} threads, torch {torch.__version__}", flush=True
+    )
     columns = (c for c in COLUMNS if c != "to goal" or args.goal is not None)
     print(f"{'':40}" + "".join(f"{c:>10}" for c in columns), flush=True)
     results, rates = [], args.rates
@@ -304,16 +378,30 @@ def main():
         runs = []
         for rate in rates:
             runs.append(
-                Run(f"reference {rate:g}", data, base | plain | {"learning_rate": rate}, T, seed, reference=True)
+                Run(
+                    f"reference {rate:g}",
+                    data,
+                    base | plain | {"learning_rate": rate},
+                    T,
+                    seed,
+                    reference=True,
+                )
             )
-        runs += [Run(f"ours {text}" if text else "ours", data, settings(text), T / f, seed) for text, f in lines]
+        runs += [
+            Run(f"ours {text}" if text else "ours", data, settings(text), T / f, seed)
+            for text, f in lines
+        ]
         results += race(runs, T / SLICES, args.goal)
         rates = (
-            [min((r for r in results if "reference" in r["name"]), key=lambda r: r["loss"])["rate"]] if rates else []
+            [min((r for r in results if "reference" in r["name"]), key=lambda r: r["loss"])["rate"]]
+            if rates
+            else []
         )
         name = Path(args.data).name
         record = {"data": name, "config": args.config, "threads": args.threads, "results": results}
-        kind = "race" if args.ours is None else "trials"  # of one recipe against the reference, or of variants
+        kind = (
+            "race" if args.ours is None else "trials"
+        )  # of one recipe against the reference, or of variants
         (args.folder / f"{kind}-{name}.json").write_text(json.dumps(record, indent=1))
     if args.rates and lines:
         print("\n".join(verdict(results)))

@@ -39,16 +39,27 @@ CASES = {  # name: config, samples, (tokens, condition's channels), (tokens, tar
     "digits": ("config/train_digits.py", 1617, (64, 48), (64, 32)),
     "real": ("config/train_real.py", 800, (64, 1280), (64, 768)),
 }
-WARMUP, ACCUMULATION = 3, 4  # two micro-batches for each of two processes, so that one does not synchronize
+WARMUP, ACCUMULATION = (
+    3,
+    4,
+)  # two micro-batches for each of two processes, so that one does not synchronize
 
 
 def make_dataset(folder, samples, cond, target):
     rng = np.random.default_rng(0)
     names = ("eva_blip3o_embeddings", cond), ("clip_blip3o_embeddings", target)
-    content = {name: rng.standard_normal((samples, *shape), np.float32).astype(np.float16) for name, shape in names}
+    content = {
+        name: rng.standard_normal((samples, *shape), np.float32).astype(np.float16)
+        for name, shape in names
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "random.pkl").write_bytes(pickle.dumps(content))
-    prepare = [sys.executable, ROOT / "prepare.py", folder / "random.pkl", f"--out={folder / 'data'}"]
+    prepare = [
+        sys.executable,
+        ROOT / "prepare.py",
+        folder / "random.pkl",
+        f"--out={folder / 'data'}",
+    ]
     subprocess.run([*prepare, "--overwrite=True"], check=True, capture_output=True)
     return folder / "data"
 
@@ -98,7 +109,9 @@ def profiled(args):
             yield wait()
 
     loader.Loader.stream = timed_stream
-    flow.loss = timed("forward", flow.loss, when=lambda kwargs: "generator" in kwargs)  # not that of evaluations
+    flow.loss = timed(
+        "forward", flow.loss, when=lambda kwargs: "generator" in kwargs
+    )  # not that of evaluations
     torch.Tensor.backward = timed("backward", torch.Tensor.backward, backwards)
     parallel.total = timed("all-reduce", parallel.total)
     parallel.leave = lambda code: None
@@ -118,29 +131,42 @@ def profiled(args):
     if run["master"]:
         iters = len(backwards) // micro_steps
         print(
-            "\nRESULT " + json.dumps({"rate": iters * run["samples_per_iter"] / whole, "parts": spent, "whole": whole})
+            "\nRESULT "
+            + json.dumps(
+                {"rate": iters * run["samples_per_iter"] / whole, "parts": spent, "whole": whole}
+            )
         )
 
 
 def measure(processes, threads, flags):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, *launch, __file__, "--profile", *flags]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
     if done.returncode or "RESULT" not in done.stdout:
         sys.exit(done.stdout + done.stderr)
-    return json.loads(next(line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT")))
+    return json.loads(
+        next(line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    )
 
 
 def main():
     if sys.argv[1:2] == ["--profile"]:
         return profiled(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iters", type=int, default=30)
-    parser.add_argument("--flags", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of train.py")
+    parser.add_argument(
+        "--flags", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of train.py"
+    )
     args = parser.parse_args()
     if args.rounds < 1 or args.iters < 1:
         parser.error("--rounds and --iters are at least 1")
@@ -149,21 +175,40 @@ def main():
         folder = args.folder / name
         flags = [ROOT / "config/train_blip3o.py", ROOT / config]
         flags += [f"--data_dir={make_dataset(folder, *shapes)}", f"--out_dir={folder / 'out'}"]
-        flags += [f"--gradient_accumulation_steps={ACCUMULATION}", f"--max_iters={WARMUP + args.iters}"]
-        flags += ["--batch_size=8", "--eval_interval=100000", "--save_interval=100000", "--eval_size=8"]
+        flags += [
+            f"--gradient_accumulation_steps={ACCUMULATION}",
+            f"--max_iters={WARMUP + args.iters}",
+        ]
+        flags += [
+            "--batch_size=8",
+            "--eval_interval=100000",
+            "--save_interval=100000",
+            "--eval_size=8",
+        ]
         flags += ["--eval_samples=0", *(f"--{flag}" for flag in args.flags)]
         print(f"\n{name}: {config}, 4 micro-batches of 8 an iteration", flush=True)
         print(
-            f"{'processes x threads':24}" + "".join(f"{part:>12}" for part in PARTS) + f"{'samples/s':>12}", flush=True
+            f"{'processes x threads':24}"
+            + "".join(f"{part:>12}" for part in PARTS)
+            + f"{'samples/s':>12}",
+            flush=True,
         )
         runs = {"1 x 1": [], "2 x 1": [], "1 x 2": []}
         for _ in range(args.rounds):
             for setting, results in runs.items():
                 results.append(measure(int(setting[0]), int(setting[-1]), flags))
         for setting, results in runs.items():
-            shares = (statistics.median(r["parts"].get(part, 0) / r["whole"] for r in results) for part in PARTS)
+            shares = (
+                statistics.median(r["parts"].get(part, 0) / r["whole"] for r in results)
+                for part in PARTS
+            )
             rate = statistics.median(r["rate"] for r in results)
-            print(f"{setting:24}" + "".join(f"{100 * share:11.1f}%" for share in shares) + f"{rate:12.1f}", flush=True)
+            print(
+                f"{setting:24}"
+                + "".join(f"{100 * share:11.1f}%" for share in shares)
+                + f"{rate:12.1f}",
+                flush=True,
+            )
         for setting in ("2 x 1", "1 x 2"):
             ratios = sorted(b["rate"] / a["rate"] for a, b in zip(runs["1 x 1"], runs[setting]))
             spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"

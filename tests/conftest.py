@@ -10,7 +10,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # where two processes of tests compete for two cores
+THREADS = (
+    1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+)  # where two processes of tests compete for two cores
 torch.set_num_threads(THREADS)
 
 TINY = "--dim=32 --n_layer=2 --n_head=2 --multiple_of=16 --batch_size=2 --gradient_accumulation_steps=4 --max_iters=6"
@@ -22,7 +24,12 @@ def run(*args, cwd=ROOT, check=True, threads=1, **env):
     """Run a script as a user would; returns the finished process with its text output."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
     done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -54,7 +61,9 @@ def start(*args, stdout=subprocess.PIPE, cwd=ROOT):
     """A process that goes on while the test does, its text output in one pipe."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     args = [sys.executable, *map(str, args)]
-    return subprocess.Popen(args, cwd=cwd, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        args, cwd=cwd, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for(process, words):
@@ -96,7 +105,9 @@ def make_pickle(path, n=40, seed=0, grid=(2, 2), C=6, D=5, **changes):
     cond = torch.randn(n, grid[0] * grid[1], C, generator=g)
     content = {
         "eva_blip3o_embeddings": cond,
-        "clip_blip3o_embeddings": cond @ weight + 0.5 * torch.randn(n, grid[0] * grid[1], D, generator=g) + 3,
+        "clip_blip3o_embeddings": cond @ weight
+        + 0.5 * torch.randn(n, grid[0] * grid[1], D, generator=g)
+        + 3,
         "captions": [f"caption {seed}.{i}" for i in range(n)],
         "keys": [f"key {seed}.{i}" for i in range(n)],
         "total_samples": n,

@@ -30,11 +30,15 @@ def test_defaults_are_the_block_and_nothing_else():
         out_dir="out", rate=1e-3, count=-1, flag=True, limit=None
     )
     assert defaults["rate"]["comment"] == "a float that goes on"
-    assert defaults["limit"] == dict(value=None, kinds=["int", "None"], group="second group", comment="optional")
+    assert defaults["limit"] == dict(
+        value=None, kinds=["int", "None"], group="second group", comment="optional"
+    )
 
 
 def test_values_keep_their_types(script):
-    config = configure(script, ["--out_dir=a=b c", "--rate=2", "--count=-7", "--flag=False", "--limit=3"])
+    config = configure(
+        script, ["--out_dir=a=b c", "--rate=2", "--count=-7", "--flag=False", "--limit=3"]
+    )
     assert config == dict(out_dir="a=b c", rate=2.0, count=-7, flag=False, limit=3)
     assert type(config["rate"]) is float and script["count"] == -7
     assert configure(script, ["--limit=3", "--limit=None", "--out_dir=None"]) == dict(
@@ -48,7 +52,9 @@ def test_files_and_flags_apply_in_order(script, tmp_path, monkeypatch):
     )
     assert configure(script, ["--count=9", str(tmp_path / "c.py"), "--flag=False"])["count"] == 3
     monkeypatch.chdir("/")  # a path relative to the script's folder works from anywhere
-    assert configure(script, ["c.py", "--count=4"]) == dict(out_dir="out", rate=2.0, count=4, flag=True, limit=None)
+    assert configure(script, ["c.py", "--count=4"]) == dict(
+        out_dir="out", rate=2.0, count=4, flag=True, limit=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,5 +88,10 @@ def test_help_prints_groups_defaults_and_comments(script, capsys):
         configure(script, ["--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0
-    assert text.index("Run me.") < text.index("first group:") < text.index("--rate=0.001") < text.index("second group:")
+    assert (
+        text.index("Run me.")
+        < text.index("first group:")
+        < text.index("--rate=0.001")
+        < text.index("second group:")
+    )
     assert "a float that goes on" in text and "--limit=None" in text

@@ -36,12 +36,19 @@ def test_loss_trains_on_the_noise_it_shows(path, prediction, loss_space):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x"])
 def test_loss_space_v_is_the_velocity_error(prediction):
-    cfg, g = FlowConfig(prediction=prediction, loss_space="v", cond_dropout=0.0), torch.Generator().manual_seed(0)
+    cfg, g = (
+        FlowConfig(prediction=prediction, loss_space="v", cond_dropout=0.0),
+        torch.Generator().manual_seed(0),
+    )
     x_0, x_1, wrong = torch.randn(3, 6, 4, 3, generator=g)
     t = torch.linspace(0.2, 0.8, 6)
     losses, _ = flow.loss(lambda *args: wrong, x_1, None, cfg, x_0=x_0, t=t)
-    native, _ = flow.loss(lambda *args: wrong, x_1, None, replace(cfg, loss_space="native"), x_0=x_0, t=t)
-    assert torch.allclose(losses, native / {"x": (1 - t) ** 2, "epsilon": t**2}[prediction], rtol=1e-4)
+    native, _ = flow.loss(
+        lambda *args: wrong, x_1, None, replace(cfg, loss_space="native"), x_0=x_0, t=t
+    )
+    assert torch.allclose(
+        losses, native / {"x": (1 - t) ** 2, "epsilon": t**2}[prediction], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -56,7 +63,9 @@ def test_path_derivatives_and_conversions(path):
     alpha, sigma, d_alpha, d_sigma = here
     x_t, v = alpha * x_1 + sigma * x_0, d_alpha * x_1 + d_sigma * x_0
     for prediction, out in (("v", v), ("epsilon", x_0), ("x", x_1)):
-        for got, want in zip(flow.convert(out, x_t, t, replace(cfg, prediction=prediction)), (v, x_0, x_1)):
+        for got, want in zip(
+            flow.convert(out, x_t, t, replace(cfg, prediction=prediction)), (v, x_0, x_1)
+        ):
             assert torch.allclose(got, want, atol=1e-10)
     ends = flow.coefficients(torch.tensor([0.0, 1.0]), cfg)
     assert torch.allclose(ends[0].flatten(), torch.tensor([0.0, 1.0]), atol=1e-6)
@@ -66,7 +75,11 @@ def test_path_derivatives_and_conversions(path):
 def test_training_times():
     g = torch.Generator().manual_seed(0)
     uniform = flow.sample_t(20000, FlowConfig(), g)
-    assert torch.allclose(uniform.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([0.25, 0.5, 0.75]), atol=0.02)
+    assert torch.allclose(
+        uniform.quantile(torch.tensor([0.25, 0.5, 0.75])),
+        torch.tensor([0.25, 0.5, 0.75]),
+        atol=0.02,
+    )
     normal = flow.sample_t(20000, FlowConfig(t_sampling="logit_normal", t_mean=0.5, t_std=2.0), g)
     assert abs(normal.logit().mean() - 0.5) < 0.05 and abs(normal.logit().std() - 2) < 0.05
     shifted = flow.sample_t(20000, FlowConfig(t_shift=3.0), g)
@@ -93,7 +106,11 @@ def test_solvers_have_their_order_on_an_exact_flow(method, order, shift):
     x_0 = torch.randn(64, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     target = m + math.sqrt(s**2 + cfg.sigma_min**2) * x_0
     errors = [
-        (flow.integrate(velocity, cfg.sigma_max * x_0, n, method, shift) - target).abs().max().item() for n in (64, 128)
+        (flow.integrate(velocity, cfg.sigma_max * x_0, n, method, shift) - target)
+        .abs()
+        .max()
+        .item()
+        for n in (64, 128)
     ]
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1, errors
     assert errors[1] < {1: 0.03, 2: 1e-3, 3: 2e-5, 4: 1e-9}[order]
@@ -107,8 +124,13 @@ def test_integrate_counts_evaluations_and_keeps_the_trajectory():
             calls.append(t)
             return torch.ones_like(x)
 
-        states = flow.integrate(velocity, torch.zeros(2, 1, 1, dtype=torch.bfloat16), 5, method, shift, True)
-        assert len(calls) == {"rk4": 20, "heun": 10, "midpoint": 10, "ab3": 6}.get(method, 5) and calls[0] == 0
+        states = flow.integrate(
+            velocity, torch.zeros(2, 1, 1, dtype=torch.bfloat16), 5, method, shift, True
+        )
+        assert (
+            len(calls) == {"rk4": 20, "heun": 10, "midpoint": 10, "ab3": 6}.get(method, 5)
+            and calls[0] == 0
+        )
         grid = [i / (i + shift * (5 - i)) for i in range(6)]  # finer near noise where shift > 1
         assert states.dtype == torch.float32 and states[:, 0, 0, 0].tolist() == pytest.approx(grid)
         assert method not in ("euler", "ab2") or calls == pytest.approx(grid[:-1])
@@ -137,7 +159,13 @@ def test_noise_is_a_function_of_seed_sample_and_draw():
 
 def test_training_never_sees_the_noise_of_sampling():
     assert (
-        len({flow.mix(stream, *rest) for stream in (flow.TRAINING, flow.SAMPLING) for rest in ((0, 5, 1), (5, 0, 1))})
+        len(
+            {
+                flow.mix(stream, *rest)
+                for stream in (flow.TRAINING, flow.SAMPLING)
+                for rest in ((0, 5, 1), (5, 0, 1))
+            }
+        )
         == 4
     )
 
@@ -161,7 +189,9 @@ def test_guidance():
         )
     )
     assert len(calls) == 6  # two where guidance acts, else one
-    assert (plain - null).abs().max() > 0.1 and torch.equal(early, plain) and torch.equal(late, plain)
+    assert (
+        (plain - null).abs().max() > 0.1 and torch.equal(early, plain) and torch.equal(late, plain)
+    )
     assert torch.allclose(guided, null + 3 * (plain - null), atol=1e-4)
     for bad in ((0.5, 0.5), (-0.1, 1), (0, 1.1)):
         with pytest.raises(ValueError, match=f"interval {bad[0]} to {bad[1]}"):
@@ -172,23 +202,33 @@ def test_guidance():
 
 def test_condition_dropout_trains_the_null_condition():
     model = NextDiT(NextDiTConfig((2, 2), 3, 4, dim=16, n_layer=1, n_head=2, multiple_of=8))
-    losses, _ = flow.loss(model, torch.randn(64, 4, 3), torch.randn(64, 4, 4), FlowConfig(cond_dropout=0.5))
+    losses, _ = flow.loss(
+        model, torch.randn(64, 4, 3), torch.randn(64, 4, 4), FlowConfig(cond_dropout=0.5)
+    )
     losses.mean().backward()
     assert model.null_cond.grad.abs().max() > 0
     drops = []
     flow.loss(
-        lambda x, t, c, m, drop: drops.append(drop) or x, torch.randn(4000, 1, 1), None, FlowConfig(cond_dropout=0.3)
+        lambda x, t, c, m, drop: drops.append(drop) or x,
+        torch.randn(4000, 1, 1),
+        None,
+        FlowConfig(cond_dropout=0.3),
     )
     assert abs(drops[0].float().mean() - 0.3) < 0.03
 
 
 @pytest.mark.parametrize("mode", ["channel", "l2", "none"])
 def test_normalizer_round_trip(mode):
-    x = torch.randn(500, 4, 6) * torch.tensor([0.1, 1, 10, 3, 2, 0]) + torch.tensor([5.0, 0, 0, 1, 2, 7])
+    x = torch.randn(500, 4, 6) * torch.tensor([0.1, 1, 10, 3, 2, 0]) + torch.tensor(
+        [5.0, 0, 0, 1, 2, 7]
+    )
     n = Normalizer(mode, x.mean((0, 1)), x.std((0, 1)))
     z = n.encode(x)
     if mode == "channel":
-        assert torch.allclose(z[..., :5].std((0, 1)), torch.ones(5), atol=1e-4) and z[..., 5].abs().max() < 1e-5
+        assert (
+            torch.allclose(z[..., :5].std((0, 1)), torch.ones(5), atol=1e-4)
+            and z[..., 5].abs().max() < 1e-5
+        )
     if mode == "l2":
         assert torch.allclose(z.norm(dim=-1), torch.full((500, 4), math.sqrt(6)), atol=1e-4)
         ratio = n.decode(z).norm(dim=-1) / x.square().sum(-1).mean().sqrt()
@@ -236,7 +276,12 @@ def train_tiny(prediction, shuffle, steps=500):
         optimizer.step()
         optimizer.zero_grad()
     cond = torch.tensor([-1.0, 1.0]).repeat(400)[:, None, None].expand(-1, 2, -1)
-    x = flow.integrate(flow.guided_velocity(model, cond, cfg), flow.sample_noise(range(800), (2, 1), 0), 20, "midpoint")
+    x = flow.integrate(
+        flow.guided_velocity(model, cond, cfg),
+        flow.sample_noise(range(800), (2, 1), 0),
+        20,
+        "midpoint",
+    )
     return x[::2].flatten(), x[1::2].flatten()
 
 
@@ -266,7 +311,10 @@ def test_epsilon_matches_it_but_for_rare_strays(one_thread):
     """At t = 0 epsilon says nothing of the data, so an error there is divided by a small alpha: a start
     from extreme noise can go astray, and the modes come out wider than with v or x."""
     for samples, c in zip(train_tiny("epsilon", shuffle=False), (-1, 1)):
-        assert posterior_error(samples, c, width=0.5, strays=0.01) is None, (samples.mean(), samples.std())
+        assert posterior_error(samples, c, width=0.5, strays=0.01) is None, (
+            samples.mean(),
+            samples.std(),
+        )
 
 
 def test_shuffled_conditions_fail_that_test(one_thread):

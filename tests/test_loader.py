@@ -16,14 +16,38 @@ def rows_of(loader, steps):
 
 def test_epochs_without_replacement(dataset):
     """Back to back: an epoch may end within a micro-batch; each is another permutation, and another seed's others."""
-    loader = Loader(open_dataset(dataset), "channel", "cpu", batch_size=4, micro_batches=2, subset_size=22, seed=3)
+    loader = Loader(
+        open_dataset(dataset),
+        "channel",
+        "cpu",
+        batch_size=4,
+        micro_batches=2,
+        subset_size=22,
+        seed=3,
+    )
     rows = np.concatenate(rows_of(loader, range(11)))  # 88 = 4 epochs of 22
     epochs = rows.reshape(4, 22)
     assert (np.sort(epochs) == np.arange(22)).all() and len({tuple(epoch) for epoch in epochs}) == 4
-    other = Loader(open_dataset(dataset), "channel", "cpu", batch_size=4, micro_batches=2, subset_size=22, seed=4)
+    other = Loader(
+        open_dataset(dataset),
+        "channel",
+        "cpu",
+        batch_size=4,
+        micro_batches=2,
+        subset_size=22,
+        seed=4,
+    )
     assert not np.array_equal(np.concatenate(rows_of(other, range(11))), rows)
     # the same rows in micro-batches of another size: what counts is the place in the iteration
-    halves = Loader(open_dataset(dataset), "channel", "cpu", batch_size=2, micro_batches=4, subset_size=22, seed=3)
+    halves = Loader(
+        open_dataset(dataset),
+        "channel",
+        "cpu",
+        batch_size=2,
+        micro_batches=4,
+        subset_size=22,
+        seed=3,
+    )
     assert np.array_equal(np.concatenate(rows_of(halves, range(11))), rows)
 
 
@@ -33,7 +57,9 @@ def test_stream_starts_anywhere(dataset):
     for i, (target, cond) in enumerate(batches):
         rows = loader.rows(5 + i // 2, 2 + i % 2)
         data = open_dataset(dataset)
-        assert torch.equal(target, loader.target.encode(torch.from_numpy(data["train_target"][rows])))
+        assert torch.equal(
+            target, loader.target.encode(torch.from_numpy(data["train_target"][rows]))
+        )
         assert torch.equal(cond, loader.cond.encode(torch.from_numpy(data["train_cond"][rows])))
     assert batches[0][0].mean().abs() < 0.5 and 0.5 < batches[0][0].std() < 1.5  # normalized
 
@@ -48,12 +74,21 @@ def mapped(folder):
 def test_reading_leaves_memory_flat(tmp_path, preload):
     """What was read does not stay; preloaded, it is held once."""
     rng = np.random.default_rng(0)
-    data = {"stats": {f"{n}_{s}": np.ones(256) for n in ("target", "cond") for s in ("mean", "std")}}
-    for name, n in (("train_target", 5000), ("train_cond", 5000), ("val_target", 1), ("val_cond", 1)):
+    data = {
+        "stats": {f"{n}_{s}": np.ones(256) for n in ("target", "cond") for s in ("mean", "std")}
+    }
+    for name, n in (
+        ("train_target", 5000),
+        ("train_cond", 5000),
+        ("val_target", 1),
+        ("val_cond", 1),
+    ):
         np.save(tmp_path / f"{name}.npy", rng.standard_normal((n, 32, 256), np.float32))
         data[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
     loader = Loader(data, "channel", "cpu", batch_size=50, preload=preload)
-    assert all(array.flags.owndata == preload for array in loader.arrays.values())  # a copy, or views of the files
+    assert all(
+        array.flags.owndata == preload for array in loader.arrays.values()
+    )  # a copy, or views of the files
     for step in range(100):
         loader.read("train", loader.rows(step, 0))
         assert mapped(tmp_path) == 0

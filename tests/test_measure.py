@@ -15,13 +15,19 @@ from prepare import open_dataset
 @pytest.mark.parametrize("n_kv_head, cond_tokens", [(4, 9), (2, 5)])
 def test_flops_per_sample(n_kv_head, cond_tokens):
     """By hand: 2 operations a weight and token forward, 4 backward, or 2 where the input needs no gradient."""
-    config = NextDiTConfig((3, 3), 10, 12, dim=32, n_layer=2, n_head=4, n_kv_head=n_kv_head, multiple_of=16)
+    config = NextDiTConfig(
+        (3, 3), 10, 12, dim=32, n_layer=2, n_head=4, n_kv_head=n_kv_head, multiple_of=16
+    )
     model, T = NextDiT(config), 9
     by_hand = 4 * T * model.x_embed.weight.numel() + 6 * T * model.final.weight.numel()
     by_hand += 4 * model.t_embed[0].weight.numel()
-    by_hand += 6 * sum(m.weight.numel() for m in (model.t_embed[2], model.cond_embed[1], model.final_ada))
+    by_hand += 6 * sum(
+        m.weight.numel() for m in (model.t_embed[2], model.cond_embed[1], model.final_ada)
+    )
     for block in model.layers:
-        by_hand += 6 * T * sum(m.weight.numel() for m in (block.qkvq, block.out, block.w13, block.w2))
+        by_hand += (
+            6 * T * sum(m.weight.numel() for m in (block.qkvq, block.out, block.w13, block.w2))
+        )
         by_hand += 6 * block.ada.weight.numel() + 4 * cond_tokens * block.cond_kv.weight.numel()
         by_hand += 3 * (4 * T * T + 4 * T * cond_tokens) * config.dim
     assert flops_per_sample(config, cond_tokens) == by_hand
@@ -51,18 +57,29 @@ def test_evaluation_of_an_oracle_and_of_the_mean(dataset):
     loader = Loader(data, "channel", "cpu", batch_size=4)
     target, cond = loader.batch("val", np.arange(10))
     oracle = Oracle({tuple(c.flatten()[:3].tolist()): x for x, c in zip(target, cond)})
-    evaluate = Evaluator(loader, FlowConfig(), contextlib.nullcontext(), size=10, batch_size=3, samples=7, steps=4)
+    evaluate = Evaluator(
+        loader, FlowConfig(), contextlib.nullcontext(), size=10, batch_size=3, samples=7, steps=4
+    )
     result = evaluate(oracle, generate=True)
-    assert result["val_loss"] < 1e-8 and result["val_token_cosine"] > 0.9999 and result["val_retrieval_r1"] == 1
+    assert (
+        result["val_loss"] < 1e-8
+        and result["val_token_cosine"] > 0.9999
+        and result["val_retrieval_r1"] == 1
+    )
     assert result["val_frechet"] < 1e-3 < result["ridge_frechet"]
     assert {f"val_loss_t{i}" for i in range(4)} <= result.keys()
     silent = evaluate(lambda x, t, *rest: torch.zeros_like(x), generate=False)
-    assert 1.5 < silent["val_loss"] < 2.5 and not any("ridge" in key or "cosine" in key for key in silent)
+    assert 1.5 < silent["val_loss"] < 2.5 and not any(
+        "ridge" in key or "cosine" in key for key in silent
+    )
     by_bin = [silent[f"val_loss_t{i}"] for i in range(4)]
     counts = np.bincount(((np.arange(10) + 0.5) * 0.6180339887498949 % 1 * 4).astype(int))
     assert np.average(by_bin, weights=counts) == pytest.approx(silent["val_loss"], rel=1e-5)
     # the baseline is score.py's
-    to = {n: score.standardizer(data["stats"][f"{n}_mean"], data["stats"][f"{n}_std"]) for n in ("cond", "target")}
+    to = {
+        n: score.standardizer(data["stats"][f"{n}_mean"], data["stats"][f"{n}_std"])
+        for n in ("cond", "target")
+    }
     ridge = score.Ridge(data["train_cond"], data["train_target"], to["cond"], to["target"])
     expected = score.metrics(ridge(data["val_cond"][:7]), to["target"](data["val_target"][:7]))
     assert result["ridge_token_cosine"] == pytest.approx(expected["token_cosine"], rel=1e-5)
@@ -75,8 +92,15 @@ def test_batch_size_and_breaking_off_change_nothing_else(dataset):
     assert isinstance(loader.target, Normalizer)
     model = NextDiT(NextDiTConfig((2, 2), 5, 6, dim=32, n_layer=1, n_head=2, multiple_of=16))
     settings = loader, FlowConfig(), contextlib.nullcontext()
-    a, b = (Evaluator(*settings, size=10, batch_size=n, samples=5, steps=2)(model, True) for n in (10, 3))
+    a, b = (
+        Evaluator(*settings, size=10, batch_size=n, samples=5, steps=2)(model, True)
+        for n in (10, 3)
+    )
     assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     asked = []
-    stopping = Evaluator(*settings, 10, 3, 5, 2, stopping=lambda: bool(asked.append(1)) or len(asked) == 6)
-    assert stopping(model, True) is None and len(asked) == 6  # four batches of losses, and at the second of samples
+    stopping = Evaluator(
+        *settings, 10, 3, 5, 2, stopping=lambda: bool(asked.append(1)) or len(asked) == 6
+    )
+    assert (
+        stopping(model, True) is None and len(asked) == 6
+    )  # four batches of losses, and at the second of samples

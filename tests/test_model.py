@@ -9,7 +9,9 @@ import flow
 from exchange import reference_names
 from model import NextDiT, NextDiTConfig, attention, rope_2d, rotate
 
-CONFIG = NextDiTConfig(grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8)
+CONFIG = NextDiTConfig(
+    grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8
+)
 
 
 def build(seed=0, **changes):
@@ -26,7 +28,11 @@ OURS = dict(conditioning="aligned", conv=True, prior=True, rope="grid")
 
 def inputs(B=3, S=6):
     g = torch.Generator().manual_seed(1)
-    return torch.randn(B, 6, 5, generator=g), torch.rand(B, generator=g), torch.randn(B, S, 7, generator=g)
+    return (
+        torch.randn(B, 6, 5, generator=g),
+        torch.rand(B, generator=g),
+        torch.randn(B, S, 7, generator=g),
+    )
 
 
 def reference(folder, config, shards=False, random=True):
@@ -43,7 +49,9 @@ def reference(folder, config, shards=False, random=True):
     torch.nn.init.zeros_(model.pad_token)
     for name, p in model.named_parameters() if random else ():
         torch.nn.init.normal_(
-            p, 1 if "norm" in name and p.ndim == 1 else 0, 0.3 if p.ndim == 1 else p.shape[-1] ** -0.5
+            p,
+            1 if "norm" in name and p.ndim == 1 else 0,
+            0.3 if p.ndim == 1 else p.shape[-1] ** -0.5,
         )
     model.save_pretrained(folder, max_shard_size="20KB" if shards else "10GB")
     return model
@@ -87,7 +95,9 @@ def test_equals_the_reference(tmp_path, name, dtype, tolerance, masked):
     ours = NextDiT.from_diffusers(tmp_path, config.grid).to(dtype)
     T = config.grid[0] * config.grid[1]
     g = torch.Generator().manual_seed(1)
-    x, cond, weight = (torch.randn(3, n, c, generator=g, dtype=dtype) for n, c in ((T, 5), (T + 3, 7), (T, 5)))
+    x, cond, weight = (
+        torch.randn(3, n, c, generator=g, dtype=dtype) for n, c in ((T, 5), (T + 3, 7), (T, 5))
+    )
     mask = torch.ones(3, T + 3)
     mask[1, T:], mask[2, 1:] = 0, 0
     mask = mask if masked else None
@@ -105,7 +115,9 @@ def test_equals_the_reference(tmp_path, name, dtype, tolerance, masked):
             results[0].append(-expected if n.startswith("final.") else expected)
             results[1].append(p.grad)
     assert not their_grads and ours.null_cond.grad is None
-    floor = 1e-2 * max(v.norm() for v in results[0])  # a bias of all keys changes nothing: its gradient is only noise
+    floor = 1e-2 * max(
+        v.norm() for v in results[0]
+    )  # a bias of all keys changes nothing: its gradient is only noise
     for expected, got in zip(*results):
         assert (got - expected).norm() <= tolerance * max(expected.norm(), floor)
 
@@ -161,7 +173,9 @@ def test_exchange_with_diffusers(tmp_path):
         assert torch.equal(NextDiT.from_diffusers(tmp_path / "b")(x, t, cond), ours(x, t, cond))
     del plain["layers.1.norm2.weight"]
     save_file(plain | {"extra": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match=r"missing parameters \['layers.1.norm2.weight'\], surplus \['extra'\]"):
+    with pytest.raises(
+        ValueError, match=r"missing parameters \['layers.1.norm2.weight'\], surplus \['extra'\]"
+    ):
         NextDiT.from_diffusers(tmp_path / "b")
     save_file(plain | {"layers.1.norm2.weight": torch.zeros(9)}, file)
     with pytest.raises(ValueError, match="size mismatch for layers.1.norm2.weight"):
@@ -192,16 +206,23 @@ def test_exchange_with_diffusers(tmp_path):
 
 def test_initialization_is_the_references(tmp_path):
     """Every parameter has the spread and the bounds of diffusers' own: uniform, one or zero."""
-    config = dataclasses.replace(CONFIG, dim=128, target_dim=96, cond_dim=160, grid=(2, 2), n_kv_head=2)
+    config = dataclasses.replace(
+        CONFIG, dim=128, target_dim=96, cond_dim=160, grid=(2, 2), n_kv_head=2
+    )
     reference(tmp_path, config, random=False)
     theirs, ours = NextDiT.from_diffusers(tmp_path).state_dict(), NextDiT(config).state_dict()
     assert theirs.keys() == ours.keys()
     for name, value in ours.items():
-        expected, noise = theirs[name], 4 / value.numel() ** 0.5  # of an estimated standard deviation, at 6 sigma or so
+        expected, noise = (
+            theirs[name],
+            4 / value.numel() ** 0.5,
+        )  # of an estimated standard deviation, at 6 sigma or so
         if expected.std() == 0:
             assert torch.equal(value, expected), name
         else:
-            assert abs(value.std() / expected.std() - 1) < noise and not torch.equal(value, expected), name
+            assert abs(value.std() / expected.std() - 1) < noise and not torch.equal(
+                value, expected
+            ), name
             assert abs(value.abs().max() / expected.abs().max() - 1) < noise, name
 
 
@@ -217,7 +238,9 @@ def test_rope_turns_by_relative_position():
     q, k = torch.randn(2, 8)
     turned_q, turned_k = (rotate(v.expand(1, 12, 1, 8), rope)[0, :, 0] for v in (q, k))
     scores = turned_q @ turned_k.T  # (12, 12) over positions (row, column)
-    assert torch.allclose(scores[0, 5], scores[6, 11], atol=1e-5)  # both one row and one column apart
+    assert torch.allclose(
+        scores[0, 5], scores[6, 11], atol=1e-5
+    )  # both one row and one column apart
     assert not torch.allclose(scores[0, 1], scores[0, 4], atol=1e-3)  # a column is not a row
 
 
@@ -234,7 +257,9 @@ def test_plain_attention_is_sdpa(masked):
 def gaussian_tokens(n=4000, D=5):
     """Tokens (n, D) of the given mean and covariance, exactly."""
     g = torch.Generator().manual_seed(2)
-    x, mix, mean = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n, D), (D, D), (D,)))
+    x, mix, mean = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n, D), (D, D), (D,))
+    )
     x -= x.mean(0)
     x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / n).T)
     return x @ mix + mean, mean, mix.T @ mix
@@ -256,7 +281,9 @@ def test_the_prior_is_the_best_linear_denoiser():
     noise = torch.randn(2000, 6, 5, dtype=torch.float64)
     velocity = flow.guided_velocity(model, cond[:1].expand(2000, 6, 7), flow.FlowConfig())
     made = flow.integrate(velocity, noise, 50).flatten(0, 1)
-    assert (made.T.cov() - covariance).norm() < 0.05 * covariance.norm() and (made.mean(0) - mean).norm() < 0.1
+    assert (made.T.cov() - covariance).norm() < 0.05 * covariance.norm() and (
+        made.mean(0) - mean
+    ).norm() < 0.1
 
 
 def test_the_prior_starts_at_its_known_loss():
@@ -267,7 +294,9 @@ def test_the_prior_starts_at_its_known_loss():
     x_1, cond = tokens.float().view(-1, 6, 5), torch.zeros(4000, 6, 7)
     g, config = torch.Generator().manual_seed(0), flow.FlowConfig(cond_dropout=0)
     with torch.no_grad():
-        losses, _ = flow.loss(model, x_1, cond, config, generator=g, t=(torch.arange(4000) + 0.5) / 4000)
+        losses, _ = flow.loss(
+            model, x_1, cond, config, generator=g, t=(torch.arange(4000) + 0.5) / 4000
+        )
     expected = math.pi / 2 * torch.linalg.eigvalsh(covariance).sqrt().mean()
     assert losses.mean().item() == pytest.approx(expected.item(), rel=0.02)
 
@@ -291,28 +320,44 @@ def test_aligned_conditions():
     masked = cond.clone()
     masked[:, 4] = model.null_cond.detach()
     assert torch.allclose(model(x, t, cond, mask), model(x, t, masked), atol=1e-6)
-    with pytest.raises(ValueError, match=r"5 tokens of condition are not on the grid \(2, 3\): .*cross"):
+    with pytest.raises(
+        ValueError, match=r"5 tokens of condition are not on the grid \(2, 3\): .*cross"
+    ):
         model(x, t, cond[:, :5])
 
 
 def test_what_the_data_decides():
     """Conditions on the target's grid are aligned, others attended to; the prior is for models narrower than it."""
-    settings = {k: v for k, v in vars(CONFIG).items() if k not in ("grid", "target_dim", "cond_dim")}
-    settings |= dict(conditioning="auto", prior=None, path="linear", prediction="v", sigma_min=0.0, sigma_max=1.0)
+    settings = {
+        k: v for k, v in vars(CONFIG).items() if k not in ("grid", "target_dim", "cond_dim")
+    }
+    settings |= dict(
+        conditioning="auto", prior=None, path="linear", prediction="v", sigma_min=0.0, sigma_max=1.0
+    )
 
     def of(S=6, **changes):
-        data = {"train_cond": np.zeros((4, S, 7)), "train_target": np.zeros((4, 6, 5)), "meta": {"grid": [2, 3]}}
+        data = {
+            "train_cond": np.zeros((4, S, 7)),
+            "train_target": np.zeros((4, 6, 5)),
+            "meta": {"grid": [2, 3]},
+        }
         return NextDiTConfig.of(settings | changes, data)
 
     aligned = dataclasses.replace(CONFIG, conditioning="aligned")
     assert of() == aligned and of(S=9) == CONFIG
     narrow = dict(dim=4, n_head=1, n_kv_head=1)
     assert of(**narrow) == dataclasses.replace(aligned, prior=True, **narrow)
-    assert of(**narrow, path="cosine") == of(**narrow, prior=False) == dataclasses.replace(aligned, **narrow)
+    assert (
+        of(**narrow, path="cosine")
+        == of(**narrow, prior=False)
+        == dataclasses.replace(aligned, **narrow)
+    )
     assert NextDiT(of(S=9, prior=True))(*inputs(S=9)).shape == (3, 6, 5)
     with pytest.raises(ValueError, match="prior=True needs path=linear"):
         of(prior=True, path="cosine")
-    with pytest.raises(ValueError, match="aligned: 9 condition tokens are not on the grid of 6 target tokens"):
+    with pytest.raises(
+        ValueError, match="aligned: 9 condition tokens are not on the grid of 6 target tokens"
+    ):
         of(S=9, conditioning="aligned")
     with pytest.raises(ValueError, match="conditioning='both'"):
         of(conditioning="both")
@@ -342,7 +387,10 @@ def test_context_and_drop(changes):
     assert torch.allclose(model(x, t, cond, mask, drop), out, atol=1e-5)
     null = model.context(model.null_cond.expand(3, 1, -1))
     assert torch.allclose(out[drop], model(x, t, context=null)[drop], atol=1e-5)
-    grads = [torch.autograd.grad(y.square().sum(), model.null_cond)[0] for y in (out, model(x, t, expected))]
+    grads = [
+        torch.autograd.grad(y.square().sum(), model.null_cond)[0]
+        for y in (out, model(x, t, expected))
+    ]
     assert torch.allclose(*grads, rtol=1e-4) and grads[0].norm() > 1e-3
 
 
@@ -370,10 +418,14 @@ def test_compiles_without_a_graph_break(changes):
         net(x, t, cond, None, drop).square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
-    assert all((a - b).norm() < 1e-4 * max(a.norm(), 1e-3) for a, b in zip(*grads)) and grads[0][0].norm() > 1e-3
+    assert (
+        all((a - b).norm() < 1e-4 * max(a.norm(), 1e-3) for a, b in zip(*grads))
+        and grads[0][0].norm() > 1e-3
+    )
     with torch.no_grad():
         a, b = (
-            flow.integrate(flow.guided_velocity(net, cond, config, guidance=2.0), x, 3) for net in (model, compiled)
+            flow.integrate(flow.guided_velocity(net, cond, config, guidance=2.0), x, 3)
+            for net in (model, compiled)
         )
     assert (a - b).norm() < 1e-4 * a.norm()
 

@@ -10,7 +10,16 @@ from optim import Muon, make_optimizer, orthogonalize
 def tiny():
     torch.manual_seed(0)
     return NextDiT(
-        NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=6, dim=32, n_layer=2, n_head=2, multiple_of=16, conv=True)
+        NextDiTConfig(
+            grid=(2, 2),
+            target_dim=5,
+            cond_dim=6,
+            dim=32,
+            n_layer=2,
+            n_head=2,
+            multiple_of=16,
+            conv=True,
+        )
     )
 
 
@@ -25,7 +34,9 @@ def test_orthogonalize(shape):
     rotated = u.T @ y @ v.T
     values = rotated.diagonal()
     assert (rotated - torch.diag(values)).abs().max() < 1e-4
-    assert (values[: len(s) // 2] > 0.65).all() and (values < 1.25).all()  # the smallest need more than five steps
+    assert (values[: len(s) // 2] > 0.65).all() and (
+        values < 1.25
+    ).all()  # the smallest need more than five steps
     assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
 
 
@@ -36,10 +47,14 @@ def test_muon_is_torchs(monkeypatch, exact):
     p = torch.nn.Parameter(torch.randn(48, 96))
     q = copy.deepcopy(p)
     if exact:
-        monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda x, *_: orthogonalize(x))
+        monkeypatch.setattr(
+            torch.optim._muon, "_zeropower_via_newtonschulz", lambda x, *_: orthogonalize(x)
+        )
     group = {"params": [p], "weight_decay": 0.1, "muon": True}
     ours = Muon([group], lr=0.02, fused=True)
-    torchs = torch.optim.Muon([q], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    torchs = torch.optim.Muon(
+        [q], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     start = p.detach().clone()
     for _ in range(5):
         p.grad = torch.randn_like(p)
@@ -64,8 +79,12 @@ def test_muon_leaves_the_rest_to_adamw():
     for (name, p), q in zip(model.named_parameters(), both.parameters()):
         hidden = name.startswith("layers.") and p.dim() == 2
         assert torch.equal(p, q) != hidden, name
-        assert set(opt.state[p]) == ({"momentum_buffer"} if hidden else {"step", "exp_avg", "exp_avg_sq"})
-    assert sum(p.numel() for group in opt.param_groups if group["muon"] for p in group["params"]) > 0
+        assert set(opt.state[p]) == (
+            {"momentum_buffer"} if hidden else {"step", "exp_avg", "exp_avg_sq"}
+        )
+    assert (
+        sum(p.numel() for group in opt.param_groups if group["muon"] for p in group["params"]) > 0
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
@@ -74,8 +93,12 @@ def test_every_parameter_is_in_one_group(name):
     opt = make_optimizer(model, name, 1e-2, 0.1, (0.9, 0.95))
     grouped = [id(p) for group in opt.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    decayed = {id(p) for group in opt.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {
+        id(p) for group in opt.param_groups if group["weight_decay"] for p in group["params"]
+    }
     assert decayed == {id(p) for p in model.parameters() if p.dim() >= 2}
     model.layers[0].gate = model.layers[1].gate  # shared: named once, and must be stepped once
     opt = make_optimizer(model, name, 1e-2, 0.1, (0.9, 0.95))
-    assert sum(p is model.layers[0].gate for group in opt.param_groups for p in group["params"]) == 1
+    assert (
+        sum(p is model.layers[0].gate for group in opt.param_groups for p in group["params"]) == 1
+    )

@@ -26,7 +26,13 @@ from conftest import (
     wait_for,
 )
 
-EVEN = ["--max_iters=20", "--learning_rate=2e-3", "--min_lr=2e-3", "--eval_interval=10", "--eval_samples=3"]
+EVEN = [
+    "--max_iters=20",
+    "--learning_rate=2e-3",
+    "--min_lr=2e-3",
+    "--eval_interval=10",
+    "--eval_samples=3",
+]
 
 
 def assert_close(a, b):
@@ -34,7 +40,9 @@ def assert_close(a, b):
     assert [line.keys() for line in a] == [line.keys() for line in b]
     for x, y in zip(a, b):
         for key in x:
-            tolerance = dict(rel=1e-3, abs=1e-4) if "frechet" in key else dict(rel=0, abs=1e-5)  # a square root of 0
+            tolerance = (
+                dict(rel=1e-3, abs=1e-4) if "frechet" in key else dict(rel=0, abs=1e-5)
+            )  # a square root of 0
             tolerance = dict(rel=1e-4, abs=0) if key == "grad_norm" else tolerance
             assert x[key] == pytest.approx(y[key], **tolerance), (x["iter"], key)
 
@@ -88,7 +96,9 @@ pathlib.Path({str(tmp_path)!r}, os.environ["RANK"] + run["out_dir"][-1]).write_t
     held = {name: json.loads((tmp_path / name).read_text()) for name in ("0a", "1a", "0b", "1b")}
     assert held["0a"] == held["1a"] and all(held["0a"])
     for rank in "01":
-        assert all(0.45 < part / full < 0.55 for part, full in zip(held[f"{rank}b"], held[f"{rank}a"]))
+        assert all(
+            0.45 < part / full < 0.55 for part, full in zip(held[f"{rank}b"], held[f"{rank}a"])
+        )
     assert [a + b for a, b in zip(held["0b"], held["1b"])] == held["0a"]
     assert_close(measured(tmp_path / "a"), measured(tmp_path / "b"))
 
@@ -100,11 +110,16 @@ def test_fully_shard_in_bfloat16_and_compiled(dataset, tmp_path):
     for a, b in zip(measured(tmp_path / "a"), measured(tmp_path / "b")):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=2e-2) if "val_loss" in a else True
     assert all(v.dtype == torch.float32 for v in checkpoint(tmp_path / "b")["model"].values())
-    assert "needs several processes" in refused("train.py", *TINY, f"--data_dir={dataset}", "--fsdp=True")
+    assert "needs several processes" in refused(
+        "train.py", *TINY, f"--data_dir={dataset}", "--fsdp=True"
+    )
 
 
 def workers(torchrun):
-    return [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    ]
 
 
 LONG = ["--max_iters=60", "--save_interval=5", "--eval_interval=30"]
@@ -131,7 +146,14 @@ def test_a_signal_to_one_process_ends_all_of_them(dataset, tmp_path, two):
 
 
 def test_a_dead_process_ends_the_job_and_torchrun_restarts_it(dataset, tmp_path, two):
-    args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *LONG, "--init_from=auto"]
+    args = [
+        "train.py",
+        *TINY,
+        f"--data_dir={dataset}",
+        f"--out_dir={tmp_path / 'out'}",
+        *LONG,
+        "--init_from=auto",
+    ]
     launch = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     job = start(*launch, *args)
     wait_for(job, "iter 12 |")
@@ -151,7 +173,13 @@ def test_a_dead_process_ends_the_job_and_torchrun_restarts_it(dataset, tmp_path,
 
 
 def test_a_process_that_hangs_ends_the_job(dataset, tmp_path):
-    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", "--max_iters=500", "--dist_timeout=0.05"]
+    args = [
+        *TINY,
+        f"--data_dir={dataset}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--max_iters=500",
+        "--dist_timeout=0.05",
+    ]
     job = start(*TORCHRUN, "--standalone", "--nproc_per_node=2", "train.py", *args)
     wait_for(job, "iter 12 |")
     hung, stopped = workers(job)[1], time.monotonic()
@@ -168,7 +196,13 @@ def two_nodes(*outs, flags):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launch = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--local_addr=127.0.0.1"]
+    launch = [
+        *TORCHRUN,
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        "--local_addr=127.0.0.1",
+    ]
     launch += [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "train.py", *TINY, *flags]
     nodes = [start(*launch, f"--out_dir={out}") for out in outs]
     return [(node.communicate(timeout=120)[0], node.returncode) for node in nodes]
@@ -180,8 +214,12 @@ def test_two_torchruns_are_one_job(dataset, tmp_path, one):
     assert codes == (0, 0) and sum("on 2 x cpu" in output for output in outputs) == 1, outputs
     assert_close(measured(one), measured(out))
     # each with a disk of its own, only one of which has a checkpoint
-    outputs, codes = zip(*two_nodes(out, tmp_path / "elsewhere", flags=[*flags, "--init_from=auto"]))
-    assert codes == (1, 1) and any("out_dir must be on a file system that they share" in o for o in outputs), outputs
+    outputs, codes = zip(
+        *two_nodes(out, tmp_path / "elsewhere", flags=[*flags, "--init_from=auto"])
+    )
+    assert codes == (1, 1) and any(
+        "out_dir must be on a file system that they share" in o for o in outputs
+    ), outputs
 
 
 def test_processes_must_divide_the_accumulation(dataset, tmp_path):

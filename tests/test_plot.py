@@ -13,7 +13,9 @@ from prepare import open_dataset
 def test_smooth_is_the_mean_of_a_window():
     values = np.random.default_rng(0).standard_normal(50)
     by_hand = [values[max(i - 3, 0) : i + 4].mean() for i in range(50)]
-    assert smooth(values, 7) == pytest.approx(by_hand) and smooth(values, 1) == pytest.approx(values)
+    assert smooth(values, 7) == pytest.approx(by_hand) and smooth(values, 1) == pytest.approx(
+        values
+    )
 
 
 def test_curves(tmp_path, trained):
@@ -48,7 +50,9 @@ def test_colours_are_principal_components():
     expected = np.clip((components - low) / (high - low), 0, 1).reshape(50, 6, 3)
     colours = principal_colours(tokens, mean, std)(tokens)
     for i in range(3):
-        errors = [np.abs(colours[..., i] - x).max() for x in (expected[..., i], 1 - expected[..., i])]
+        errors = [
+            np.abs(colours[..., i] - x).max() for x in (expected[..., i], 1 - expected[..., i])
+        ]
         assert min(errors) < 1e-3 < max(errors)
 
 
@@ -65,7 +69,9 @@ def test_samples(tmp_path, dataset):
         image = plt.imread(tmp_path / "samples.png")
         sizes.append(image.shape[0])
         blue = np.array([59, 76, 192]) / 255  # the map's colour for a cosine of 1
-        assert image.shape[1] == 1200 and (np.abs(image[..., :3] - blue).max(-1) < 0.02).mean() > 0.02
+        assert (
+            image.shape[1] == 1200 and (np.abs(image[..., :3] - blue).max(-1) < 0.02).mean() > 0.02
+        )
         yellow = np.array([253, 231, 37]) / 255  # the largest of the retrieval matrix: its diagonal
         assert (np.abs(image[..., :3] - yellow).max(-1) < 0.02).mean() > 0.001
         assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 500
@@ -91,10 +97,16 @@ def test_cosines_of_the_histogram(dataset):
     samples = rng.standard_normal((10, 3, 4, 5)).astype(np.float32)
     ours = token_cosines(samples, encode, rows, 8)
     x, y = encode(samples)[:8], encode(data["val_target"])[:8]
-    by_hand = {"samples": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[[7, 0, 1, 2, 3, 4, 5, 6], 0]}
+    by_hand = {
+        "samples": x[:, 0],
+        "mean of 3": x.mean(1),
+        "shuffled": x[[7, 0, 1, 2, 3, 4, 5, 6], 0],
+    }
     assert ours.keys() == by_hand.keys() | {"ridge", "nearest"}
     for name, z in by_hand.items():
-        assert ours[name] == pytest.approx(torch.cosine_similarity(z, y, -1).mean(1).numpy(), abs=1e-5)
+        assert ours[name] == pytest.approx(
+            torch.cosine_similarity(z, y, -1).mean(1).numpy(), abs=1e-5
+        )
     assert ours["ridge"].mean() > 0.8
 
 

@@ -24,7 +24,9 @@ def convert(source, out, *args):
 def load(out):
     data = prepare.open_dataset(out)
     items = {
-        which: [json.loads(line) for line in (out / f"{which}_items.jsonl").read_text().splitlines()]
+        which: [
+            json.loads(line) for line in (out / f"{which}_items.jsonl").read_text().splitlines()
+        ]
         for which in ("train", "val")
     }
     return data, items
@@ -41,7 +43,9 @@ def test_round_trip(tmp_path):
         for name, key in (("cond", COND), ("target", TARGET)):
             array = data[f"{which}_{name}"]
             assert array.dtype == np.float32 and np.array_equal(array, content[key][rows].numpy())
-        assert items[which] == [{"key": content["keys"][i], "caption": content["captions"][i]} for i in rows]
+        assert items[which] == [
+            {"key": content["keys"][i], "caption": content["captions"][i]} for i in rows
+        ]
     for name, key in (("cond", COND), ("target", TARGET)):
         x = content[key][train].double().flatten(0, 1).numpy()
         assert data["stats"][f"{name}_mean"].dtype == np.float64
@@ -54,14 +58,20 @@ def test_round_trip(tmp_path):
         and meta["val_fraction"] == 0.25
         and meta["grid"] == [2, 2]
     )
-    assert meta["sources"][0]["file"] == "e.pkl" and meta["sources"][0]["bytes"] == (tmp_path / "e.pkl").stat().st_size
+    assert (
+        meta["sources"][0]["file"] == "e.pkl"
+        and meta["sources"][0]["bytes"] == (tmp_path / "e.pkl").stat().st_size
+    )
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("kind", ["f2", ">f4", "f8", "fortran", torch.float16, torch.bfloat16])
 def test_every_kind_of_array(tmp_path, kind, protocol):
     make = {"fortran": lambda x: np.asfortranarray(x.numpy())}.get(
-        kind, (lambda x: x.to(kind)) if isinstance(kind, torch.dtype) else lambda x: x.numpy().astype(kind)
+        kind,
+        (lambda x: x.to(kind))
+        if isinstance(kind, torch.dtype)
+        else lambda x: x.numpy().astype(kind),
     )
     content = make_pickle(tmp_path / "e.pkl")
     for key in (COND, TARGET):
@@ -69,7 +79,9 @@ def test_every_kind_of_array(tmp_path, kind, protocol):
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     prepare.prepare([tmp_path / "e.pkl"], tmp_path / "out", COND, TARGET, 0.25, 0)
     array = prepare.open_dataset(tmp_path / "out")["val_cond"]
-    kept = {"f2": "f2", "f8": "f8", torch.float16: "f2"}.get(kind, "f4")  # bfloat16 has no numpy type: widened
+    kept = {"f2": "f2", "f8": "f8", torch.float16: "f2"}.get(
+        kind, "f4"
+    )  # bfloat16 has no numpy type: widened
     want = content[COND][prepare.split(40, 0.25, 0)[1]]
     want = want.double().numpy() if isinstance(want, torch.Tensor) else want
     assert array.dtype == np.dtype(kept) and np.array_equal(array.astype("f8"), want.astype("f8"))
@@ -77,7 +89,10 @@ def test_every_kind_of_array(tmp_path, kind, protocol):
 
 def test_tensor_views_and_spatial_grids(tmp_path):
     big = torch.randn(80, 6, 6, 7)
-    content = {COND: big[::2, 1:3, 2:5, :6].transpose(1, 2), TARGET: big[1::2, :2, :3].transpose(1, 2)}
+    content = {
+        COND: big[::2, 1:3, 2:5, :6].transpose(1, 2),
+        TARGET: big[1::2, :2, :3].transpose(1, 2),
+    }
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
     convert(tmp_path / "e.pkl", tmp_path / "out")
     data, items = load(tmp_path / "out")
@@ -92,15 +107,24 @@ def test_tensor_views_and_spatial_grids(tmp_path):
 def test_folder_of_shards_in_natural_order(tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
-    contents = [make_pickle(shards / f"embeddings_shard_{i}.pkl", n=n, seed=i) for i, n in ((2, 10), (10, 13))]
+    contents = [
+        make_pickle(shards / f"embeddings_shard_{i}.pkl", n=n, seed=i)
+        for i, n in ((2, 10), (10, 13))
+    ]
     (shards / "embeddings_manifest.json").write_text('{"total_samples": 23}')
     convert(shards, tmp_path / "out")
     data, items = load(tmp_path / "out")
     train, val = prepare.split(23, 0.25, 0)
     whole = torch.cat([c[COND] for c in contents])
-    assert np.array_equal(data["train_cond"], whole[train]) and np.array_equal(data["val_cond"], whole[val])
-    assert [i["key"] for i in items["val"]] == [(contents[0]["keys"] + contents[1]["keys"])[i] for i in val]
-    convert([shards / "embeddings_shard_2.pkl", shards / "embeddings_shard_10.pkl"], tmp_path / "again")
+    assert np.array_equal(data["train_cond"], whole[train]) and np.array_equal(
+        data["val_cond"], whole[val]
+    )
+    assert [i["key"] for i in items["val"]] == [
+        (contents[0]["keys"] + contents[1]["keys"])[i] for i in val
+    ]
+    convert(
+        [shards / "embeddings_shard_2.pkl", shards / "embeddings_shard_10.pkl"], tmp_path / "again"
+    )
     assert np.array_equal(load(tmp_path / "again")[0]["train_cond"], data["train_cond"])
     (shards / "embeddings_manifest.json").write_text('{"total_samples": 23, "total_shards": 3}')
     assert "23 samples in 3 shards" in refused("prepare.py", shards, f"--out={tmp_path / 'bad'}")
@@ -121,7 +145,9 @@ def test_a_dataset_is_not_overwritten_by_another(tmp_path):
     assert "already holds exactly this" in convert(tmp_path / "elsewhere" / "a.pkl", out).stdout
     (tmp_path / "elsewhere" / "a.pkl").rename(tmp_path / "a.pkl")
     assert "--overwrite=True" in refused("prepare.py", tmp_path / "b.pkl", f"--out={out}")
-    assert "--overwrite=True" in refused("prepare.py", tmp_path / "a.pkl", f"--out={out}", "--seed=1")
+    assert "--overwrite=True" in refused(
+        "prepare.py", tmp_path / "a.pkl", f"--out={out}", "--seed=1"
+    )
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
     convert(tmp_path / "b.pkl", out, "--overwrite=True")
     assert load(out)[1]["val"][0]["key"].startswith("key 2.")
@@ -138,10 +164,17 @@ def bad(tmp_path, **changes):
 def test_bad_input(tmp_path):
     nan = torch.randn(40, 4, 5)
     nan[3, 2, 1], nan[7, 0, 0] = float("nan"), float("inf")
-    assert "2 of 40 samples" in (line := bad(tmp_path, **{TARGET: nan})) and "sample 3 (key 'key 0.3')" in line
+    assert (
+        "2 of 40 samples" in (line := bad(tmp_path, **{TARGET: nan}))
+        and "sample 3 (key 'key 0.3')" in line
+    )
     assert "40 conditions but 39 targets" in bad(tmp_path, **{TARGET: torch.randn(39, 4, 5)})
-    assert "4 tokens in a condition but 9 in a target" in bad(tmp_path, **{TARGET: torch.randn(40, 9, 5)})
-    assert "5 target tokens are not a square" in bad(tmp_path, **{c: torch.randn(40, 5, 5) for c in (COND, TARGET)})
+    assert "4 tokens in a condition but 9 in a target" in bad(
+        tmp_path, **{TARGET: torch.randn(40, 9, 5)}
+    )
+    assert "5 target tokens are not a square" in bad(
+        tmp_path, **{c: torch.randn(40, 5, 5) for c in (COND, TARGET)}
+    )
     assert "int64" in bad(tmp_path, **{COND: torch.ones(40, 4, 5, dtype=torch.int64)})
     assert "complex64" in bad(tmp_path, **{TARGET: torch.ones(40, 4, 5, dtype=torch.complex64)})
     assert "(40, 0, 5)" in bad(tmp_path, **{COND: torch.ones(40, 0, 5)})
@@ -158,12 +191,20 @@ def test_bad_input(tmp_path):
         "prepare.py", tmp_path / "three.pkl", f"--out={tmp_path / 'out'}"
     )
     (tmp_path / "e.pkl").write_bytes((tmp_path / "three.pkl").read_bytes()[:-200])
-    assert "not a readable pickle" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
+    assert "not a readable pickle" in refused(
+        "prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}"
+    )
     (tmp_path / "e.pkl").write_bytes(pickle.dumps({}))
-    assert "it holds nothing" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
+    assert "it holds nothing" in refused(
+        "prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}"
+    )
     (tmp_path / "e.pkl").write_bytes(pickle.dumps([1, 2]))
-    assert "holds a list, not a dict" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}")
-    assert "no such file" in refused("prepare.py", tmp_path / "nowhere.pkl", f"--out={tmp_path / 'out'}")
+    assert "holds a list, not a dict" in refused(
+        "prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}"
+    )
+    assert "no such file" in refused(
+        "prepare.py", tmp_path / "nowhere.pkl", f"--out={tmp_path / 'out'}"
+    )
     (tmp_path / "empty").mkdir()
     assert "without .pkl" in refused("prepare.py", tmp_path / "empty", f"--out={tmp_path / 'out'}")
     make_pickle(tmp_path / "a.pkl", seed=1)
@@ -172,14 +213,18 @@ def test_bad_input(tmp_path):
         "prepare.py", tmp_path / "a.pkl", tmp_path / "b.pkl", f"--out={tmp_path / 'out'}"
     )
     make_pickle(tmp_path / "b.pkl", seed=2, C=7)
-    assert "b.pkl" in refused("prepare.py", tmp_path / "a.pkl", tmp_path / "b.pkl", f"--out={tmp_path / 'out'}")
+    assert "b.pkl" in refused(
+        "prepare.py", tmp_path / "a.pkl", tmp_path / "b.pkl", f"--out={tmp_path / 'out'}"
+    )
 
 
 def test_grid_of_tokens_that_are_not_a_square(tmp_path):
     make_pickle(tmp_path / "e.pkl", grid=(2, 3))
     convert(tmp_path / "e.pkl", tmp_path / "out", "--grid=2x3")
     assert load(tmp_path / "out")[0]["meta"]["grid"] == [2, 3]
-    assert "--grid=4x3" in refused("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'o2'}", "--grid=4x3")
+    assert "--grid=4x3" in refused(
+        "prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'o2'}", "--grid=4x3"
+    )
 
 
 def test_incomplete_and_damaged_datasets_are_refused(dataset, tmp_path):
@@ -222,12 +267,22 @@ def same(data, cond, target):
 
 def test_lists_of_samples_and_of_batches(tmp_path):
     cond, target = np.random.default_rng(0).standard_normal((2, 12, 4, 90), np.float32)
-    same(arrays({COND: list(cond), TARGET: [*map(torch.tensor, target)]}, tmp_path / "a")[0], cond, target)
-    same(arrays({COND: [cond[:5], cond[5:]], TARGET: np.split(target, 4)}, tmp_path / "b")[0], cond, target)
+    same(
+        arrays({COND: list(cond), TARGET: [*map(torch.tensor, target)]}, tmp_path / "a")[0],
+        cond,
+        target,
+    )
+    same(
+        arrays({COND: [cond[:5], cond[5:]], TARGET: np.split(target, 4)}, tmp_path / "b")[0],
+        cond,
+        target,
+    )
     objects = np.empty(12, object)
     objects[:] = list(cond)
     same(arrays({COND: objects, TARGET: tuple(target)}, tmp_path / "c")[0], cond, target)
-    with pytest.raises(prepare.DataError, match=r"mixes array \(1, 4, 90\) float32 and array \(1, 3, 90\) float32"):
+    with pytest.raises(
+        prepare.DataError, match=r"mixes array \(1, 4, 90\) float32 and array \(1, 3, 90\) float32"
+    ):
         arrays({COND: [cond[0], cond[0, :3]], TARGET: target[:2]}, tmp_path / "d")
     with pytest.raises(prepare.DataError, match="stack them"):
         arrays({COND: list(cond.reshape(12, 2, 2, 90)), TARGET: list(target)}, tmp_path / "grids")
@@ -243,15 +298,26 @@ def test_cls_tokens_are_dropped_and_grids_pooled(tmp_path):
     data, grid = arrays(content, tmp_path / "a", drop_cls=True)
     assert grid == [4, 4]
     same(data, x[:, 1:], x[:, 1:])
-    pooled = torch.nn.functional.avg_pool2d(torch.tensor(x[:, 1:]).mT.reshape(8, 6, 4, 4), 2).flatten(2).mT.numpy()
+    pooled = (
+        torch.nn.functional.avg_pool2d(torch.tensor(x[:, 1:]).mT.reshape(8, 6, 4, 4), 2)
+        .flatten(2)
+        .mT.numpy()
+    )
     data, grid = arrays(content, tmp_path / "b", drop_cls=True, pool=2)
     assert grid == [2, 2]
     assert all(
-        np.allclose(data["val_" + name], pooled[prepare.split(8, 0.25, 0)[1]], atol=1e-6) for name in ("cond", "target")
+        np.allclose(data["val_" + name], pooled[prepare.split(8, 0.25, 0)[1]], atol=1e-6)
+        for name in ("cond", "target")
     )
-    data, grid = arrays({COND: x[:, :12], TARGET: x[:, :12].reshape(8, 2, 6, 6)}, tmp_path / "c", pool=2, grid="2x6")
+    data, grid = arrays(
+        {COND: x[:, :12], TARGET: x[:, :12].reshape(8, 2, 6, 6)}, tmp_path / "c", pool=2, grid="2x6"
+    )
     assert grid == [1, 3] and np.allclose(data["val_cond"], data["val_target"], atol=1e-6)
-    assert np.allclose(data["train_cond"][0, 0], x[prepare.split(8, 0.25, 0)[0][0], [0, 1, 6, 7]].mean(0), atol=1e-6)
+    assert np.allclose(
+        data["train_cond"][0, 0],
+        x[prepare.split(8, 0.25, 0)[0][0], [0, 1, 6, 7]].mean(0),
+        atol=1e-6,
+    )
     for options, message in (
         (dict(), "16 tokens in a condition but 17 in a target; --drop_cls=True drops"),
         (dict(drop_cls=True, pool=3), r"--pool=3 does not divide its grid, \(4, 4\)"),
@@ -272,26 +338,35 @@ def test_npy_pairs(tmp_path):
     paths = [tmp_path / f"{name}_{i}.npy" for name in ("cond", "target") for i in (0, 1)]
     convert(paths, tmp_path / "out")
     same(prepare.open_dataset(tmp_path / "out"), cond, target)
-    assert "3 .npy files: name all conditions first" in refused("prepare.py", *paths[:3], f"--out={tmp_path / 'o'}")
+    assert "3 .npy files: name all conditions first" in refused(
+        "prepare.py", *paths[:3], f"--out={tmp_path / 'o'}"
+    )
 
 
 def test_output_dtype(tmp_path):
     x = np.random.default_rng(0).standard_normal((8, 4, 60), np.float32)
     for source in (x, torch.tensor(x).bfloat16(), x.astype("f8"), x.astype("f2")):
         for dtype in ("float16", "float32"):
-            data, _ = arrays({COND: source, TARGET: source}, tmp_path / f"{source.dtype}{dtype}", dtype=dtype)
+            data, _ = arrays(
+                {COND: source, TARGET: source}, tmp_path / f"{source.dtype}{dtype}", dtype=dtype
+            )
             want = source.float().numpy() if isinstance(source, torch.Tensor) else source
             same(data, want.astype(dtype), want.astype(dtype))
-            wide = data["train_cond"].astype("f8").reshape(-1, 60)  # statistics are of what is stored
+            wide = (
+                data["train_cond"].astype("f8").reshape(-1, 60)
+            )  # statistics are of what is stored
             assert np.allclose(data["stats"]["cond_std"], wide.std(0), rtol=1e-12)
     x[5, 3, 2] = -70000
     with pytest.raises(prepare.DataError, match="from sample 0 on: 70000 is too large for float16"):
         arrays({COND: x, TARGET: x}, tmp_path / "over", dtype="float16")
     with pytest.raises(prepare.DataError, match="from sample 0 on: 70144 is too large for float16"):
-        arrays({COND: 0 * x, TARGET: torch.tensor(x).bfloat16()}, tmp_path / "over16", dtype="float16")
+        arrays(
+            {COND: 0 * x, TARGET: torch.tensor(x).bfloat16()}, tmp_path / "over16", dtype="float16"
+        )
     x[5, 3, 2] = np.inf
     with pytest.raises(
-        prepare.DataError, match=r"NaN or Inf in 1 of 8 samples, the first in the cond of sample 5 \(key None"
+        prepare.DataError,
+        match=r"NaN or Inf in 1 of 8 samples, the first in the cond of sample 5 \(key None",
     ):
         arrays({COND: x, TARGET: x}, tmp_path / "inf", dtype="float16")
     x[5, 3, 2] = 1
@@ -308,7 +383,9 @@ def test_sums_are_exact_for_every_float16():
         x = finite.astype(dtype)
         skip = np.arange(len(x)) % 3 == 0
         wide = x[~skip, 0].astype(np.float64)
-        assert np.allclose(prepare.moments(x, skip), [wide.sum(0), (wide**2).sum(0)], rtol=1e-13, atol=0)
+        assert np.allclose(
+            prepare.moments(x, skip), [wide.sum(0), (wide**2).sum(0)], rtol=1e-13, atol=0
+        )
         for value in (np.inf, -np.inf, np.nan):
             for i in (0, 1):  # a sample that is skipped, and one that is not
                 bad = x.copy()
@@ -337,14 +414,23 @@ WATCH = """if True:
 
 @pytest.mark.parametrize("kind", ["numpy", "text", "fortran", "tensor", "zip", "list"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
-    x = np.random.default_rng(0).integers(0, 0x3C00, (100, 64, 2048), dtype=np.uint16).view(np.float16)
-    x = np.tile(x, (12, 1, 1))  # 315 MB
-    x = {"fortran": np.asfortranarray, "tensor": torch.tensor, "zip": torch.tensor, "list": list}.get(kind, np.asarray)(
-        x
+    x = (
+        np.random.default_rng(0)
+        .integers(0, 0x3C00, (100, 64, 2048), dtype=np.uint16)
+        .view(np.float16)
     )
+    x = np.tile(x, (12, 1, 1))  # 315 MB
+    x = {
+        "fortran": np.asfortranarray,
+        "tensor": torch.tensor,
+        "zip": torch.tensor,
+        "list": list,
+    }.get(kind, np.asarray)(x)
     content = {COND: x, TARGET: np.zeros((1200, 64, 5), np.float32)}
     with open(tmp_path / "e.pkl", "wb") as f:
-        torch.save(content, f) if kind == "zip" else pickle.dump(content, f, protocol=2 if kind == "text" else 4)
+        torch.save(content, f) if kind == "zip" else pickle.dump(
+            content, f, protocol=2 if kind == "text" else 4
+        )
     del x, content
     out = run("-c", WATCH, ROOT, tmp_path / "e.pkl", f"--out={tmp_path / 'out'}").stdout
     assert int(out.split("peak ")[1]) < 150, out  # MB, numpy and tqdm included
@@ -380,7 +466,14 @@ def test_killed_at_any_moment(tmp_path, call, old):
     out = tmp_path / "out"
     if old:
         convert(tmp_path / "a.pkl", out)
-    args = ROOT, *call.split(), tmp_path / "b.pkl", f"--out={out}", "--val_fraction=0.25", "--overwrite=True"
+    args = (
+        ROOT,
+        *call.split(),
+        tmp_path / "b.pkl",
+        f"--out={out}",
+        "--val_fraction=0.25",
+        "--overwrite=True",
+    )
     assert run("-c", KILL, *args, check=False).returncode == -signal.SIGKILL
     if old and call.startswith("pwrite"):
         assert load(out)[1]["val"][0]["key"].startswith("key 1.")
@@ -401,11 +494,18 @@ def test_interrupted_or_out_of_disk(tmp_path, monkeypatch):
     args = tmp_path / "b.pkl", f"--out={out}", "--overwrite=True"
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
     assert "too large" in (
-        line := refused("-c", KILL.replace("import prepare", f"import prepare; {full}"), ROOT, "link", 1, *args)
+        line := refused(
+            "-c", KILL.replace("import prepare", f"import prepare; {full}"), ROOT, "link", 1, *args
+        )
     )
-    assert "no new dataset was left" in line and {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert (
+        "no new dataset was left" in line
+        and {p.name: p.read_bytes() for p in out.iterdir()} == before
+    )
     until = f"any(time.sleep(0.05) for _ in iter(lambda: os.path.exists({str(tmp_path / 'go')!r}), True))"
-    pause = KILL.replace("import prepare", f"import os, prepare, time; prepare.moments = lambda *args: {until}")
+    pause = KILL.replace(
+        "import prepare", f"import os, prepare, time; prepare.moments = lambda *args: {until}"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", pause, ROOT, "link", "1", *args], stderr=subprocess.PIPE, text=True
     )
@@ -436,10 +536,15 @@ def test_inspect_converts_nothing(tmp_path):
     before = sorted(tmp_path.iterdir())
     out = run("prepare.py", tmp_path / "e.pkl", "--inspect=True").stdout
     low, high = content[COND][:8].min(), content[COND][:8].max()
-    assert f"'{COND}': tensor (40, 4, 6) float32; 40 samples, the first 8: {low:.4g} to {high:.4g}, mean" in out
+    assert (
+        f"'{COND}': tensor (40, 4, 6) float32; 40 samples, the first 8: {low:.4g} to {high:.4g}, mean"
+        in out
+    )
     assert "1 not finite" in out and "'grid_embeddings': array (1,) complex128\n" in out
     assert (
-        'list of 40, first "key 0.0"' in out and '{"eva_model": "test"}' in out and sorted(tmp_path.iterdir()) == before
+        'list of 40, first "key 0.0"' in out
+        and '{"eva_model": "test"}' in out
+        and sorted(tmp_path.iterdir()) == before
     )
 
 
@@ -459,12 +564,16 @@ def test_verify_finds_what_is_wrong(tmp_path):
 
     broken("train_cond.npy", whole + b"x", "bytes instead of")
     broken("train_cond.npy", whole[:-4], "damaged")
-    broken("train_cond.npy", whole[:-4] + np.float32(50).tobytes(), "other statistics than stats.npz")
+    broken(
+        "train_cond.npy", whole[:-4] + np.float32(50).tobytes(), "other statistics than stats.npz"
+    )
     broken("stats.npz", whole, "damaged")
     broken("meta.json", b"[" * 100_000, "damaged")
     broken("val_items.jsonl", b"\xff{\n" * 10, "damaged")
     val = (out / "val_target.npy").read_bytes()
-    broken("val_target.npy", val[:-4] + np.float32(np.nan).tobytes(), "NaN or Inf among samples 0 to 9")
+    broken(
+        "val_target.npy", val[:-4] + np.float32(np.nan).tobytes(), "NaN or Inf among samples 0 to 9"
+    )
     broken(
         "val_items.jsonl",
         (out / "val_items.jsonl").read_bytes()[:-1].rpartition(b"\n")[0] + b"\n",
@@ -483,7 +592,10 @@ def test_verify_finds_what_is_wrong(tmp_path):
 
 def test_rows_of_a_file_are_sliced(tmp_path):
     """Over the borders of the arrays that hold them."""
-    pieces = [np.random.default_rng(i).standard_normal((n, 4, 6)).astype(np.float32) for i, n in enumerate((3, 1, 4))]
+    pieces = [
+        np.random.default_rng(i).standard_normal((n, 4, 6)).astype(np.float32)
+        for i, n in enumerate((3, 1, 4))
+    ]
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"cond": pieces}))
     rows, whole = (
         sources.get_rows(sources.load_pickle(tmp_path / "a.pkl"), "cond", tmp_path / "a.pkl"),

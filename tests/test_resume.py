@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from checkpoint import read_checkpoint, restore_optimizer, save_checkpoint
-from conftest import ROOT, TINY, checkpoint, log, measured, refused, run, same, start, train, wait_for
+from conftest import (
+    ROOT,
+    TINY,
+    checkpoint,
+    log,
+    measured,
+    refused,
+    run,
+    same,
+    start,
+    train,
+    wait_for,
+)
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -53,8 +65,20 @@ def test_time_limit(dataset, tmp_path, trained):
 
 def patched(patch, dataset, out, *args, check=True):
     """train.py after some lines of python in its process."""
-    code = patch + "\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
-    return run("-c", code, "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args, check=check)
+    code = (
+        patch
+        + "\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    )
+    return run(
+        "-c",
+        code,
+        "train.py",
+        *TINY,
+        f"--data_dir={dataset}",
+        f"--out_dir={out}",
+        *args,
+        check=check,
+    )
 
 
 FULL_DISK = """
@@ -74,7 +98,9 @@ def test_a_full_disk_stops_no_run(dataset, tmp_path, trained):
     done = patched(FULL_DISK, dataset, out, "--save_interval=5")
     assert "log.jsonl not written" in done.stdout and "ckpt_last.pt not written" in done.stdout
     assert "done: 6 iterations" in done.stdout and not list(out.glob("*.partial"))
-    assert measured(out) == [line for line in measured(trained) if line["iter"] != 4]  # and no half a line
+    assert measured(out) == [
+        line for line in measured(trained) if line["iter"] != 4
+    ]  # and no half a line
     assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
 
 
@@ -84,7 +110,10 @@ def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
     before = (out / "ckpt_last.pt").read_bytes()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     done = patched(limit, dataset, out, "--init_from=resume", check=False)
-    assert "ckpt_last.pt not written ([Errno 27] File too large)" in done.stdout and "done: 6 iterations" in done.stdout
+    assert (
+        "ckpt_last.pt not written ([Errno 27] File too large)" in done.stdout
+        and "done: 6 iterations" in done.stdout
+    )
     assert done.returncode == 1 and "could not be written at the end" in done.stderr
     assert (out / "ckpt_last.pt").read_bytes() == before and not list(out.glob("*.partial"))
 
@@ -106,22 +135,39 @@ def test_a_bad_step_is_skipped(dataset, tmp_path):
     done = patched(SPOILED, dataset, out, "--save_interval=2", "--eval_interval=100")
     assert "WARNING: iter 2 skipped: loss nan, gradient norm nan" in done.stdout
     lines = log(out)
-    assert [line["bad_steps"] for line in lines[:-1]] == [0, 0, 1, 1, 1, 1] and lines[2]["loss"] is None
+    assert [line["bad_steps"] for line in lines[:-1]] == [0, 0, 1, 1, 1, 1] and lines[2][
+        "loss"
+    ] is None
     ckpt = checkpoint(out)
     assert ckpt["bad_steps"] == 1 and ckpt["optimizer"]["state"][1]["step"] == 5  # of 6
-    assert all(v.isfinite().all() for v in ckpt["ema"].values()) and lines[-1]["val_loss"] < lines[0]["val_loss"]
+    assert (
+        all(v.isfinite().all() for v in ckpt["ema"].values())
+        and lines[-1]["val_loss"] < lines[0]["val_loss"]
+    )
 
 
 @pytest.mark.parametrize(
-    "lean", [[], ["--optimizer_in_backward=True", "--grad_clip=0", "--gradient_accumulation_steps=1"]]
+    "lean",
+    [[], ["--optimizer_in_backward=True", "--grad_clip=0", "--gradient_accumulation_steps=1"]],
 )
 def test_a_run_that_diverges_ends(dataset, tmp_path, lean):
     out = tmp_path / "out"
     train(dataset, out, "--max_iters=2", *lean)
     before = (out / "ckpt_last.pt").read_bytes()
-    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--max_iters=50", "--init_from=resume", *lean]
-    words = refused("train.py", *args, "--learning_rate=1e30", "--max_bad_steps=3", "--save_interval=4")
-    assert "no finite loss and gradient in 3 iterations in a row; lower learning_rate=1e+30" in words
+    args = [
+        *TINY,
+        f"--data_dir={dataset}",
+        f"--out_dir={out}",
+        "--max_iters=50",
+        "--init_from=resume",
+        *lean,
+    ]
+    words = refused(
+        "train.py", *args, "--learning_rate=1e30", "--max_bad_steps=3", "--save_interval=4"
+    )
+    assert (
+        "no finite loss and gradient in 3 iterations in a row; lower learning_rate=1e+30" in words
+    )
     assert (out / "ckpt_last.pt").read_bytes() == before
     assert log(out)[-1]["bad_steps"] == 3 and log(out)[-1]["loss"] is None
 
@@ -164,8 +210,13 @@ print(peak() - before, len(opt.state))
     grown, count = map(float, done.stdout.split())
     state = 2 * n * size * 4 / 2**20  # MB
     assert count == n and state < grown < 1.6 * state  # with 16 parameters' pages of the file
-    assert read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["state"].keys() == opt.state_dict()["state"].keys()
-    other = torch.optim.AdamW([torch.nn.Parameter(torch.empty(1024, 1024)) for _ in range(n)], fused=True)
+    assert (
+        read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["state"].keys()
+        == opt.state_dict()["state"].keys()
+    )
+    other = torch.optim.AdamW(
+        [torch.nn.Parameter(torch.empty(1024, 1024)) for _ in range(n)], fused=True
+    )
     restore_optimizer(tmp_path / "ckpt.pt", other)
     assert same(opt.state_dict()["state"], other.state_dict()["state"])
 
@@ -174,8 +225,14 @@ def test_what_is_in_the_folder_is_not_lost(dataset, tmp_path, trained):
     """A new run moves an old one; a full disk, a broken log or a foreign optimizer leave all as it is."""
     out = shutil.copytree(trained, tmp_path / "out")
     done = train(dataset, out, "--max_iters=2")
-    assert "the run that was in" in done.stdout and checkpoint(out)["iter"] == 2 and log(out)[-1]["iter"] == 2
-    assert same(checkpoint(out / "previous"), checkpoint(trained)) and log(out / "previous") == log(trained)
+    assert (
+        "the run that was in" in done.stdout
+        and checkpoint(out)["iter"] == 2
+        and log(out)[-1]["iter"] == 2
+    )
+    assert same(checkpoint(out / "previous"), checkpoint(trained)) and log(out / "previous") == log(
+        trained
+    )
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume"]
     before = (out / "log.jsonl").read_bytes()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
@@ -197,7 +254,16 @@ def test_dry_run_and_evaluation_alone_write_nothing(dataset, tmp_path, trained):
     out = shutil.copytree(trained, tmp_path / "out")
     done = train(dataset, out, "--init_from=resume", "--dry_run=True")
     assert "dry run: loss" in done.stdout and "done" not in done.stdout
-    args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume", "--eval_only=True"]
+    args = [
+        "train.py",
+        *TINY,
+        f"--data_dir={dataset}",
+        f"--out_dir={out}",
+        "--init_from=resume",
+        "--eval_only=True",
+    ]
     assert "the evaluation was broken off" in refused(*args, "--time_limit=0")
     assert "no dry_run=True" in refused(*args, "--dry_run=True")
-    assert all((out / f.name).read_bytes() == f.read_bytes() for f in trained.iterdir() if f.is_file())
+    assert all(
+        (out / f.name).read_bytes() == f.read_bytes() for f in trained.iterdir() if f.is_file()
+    )

@@ -35,13 +35,17 @@ def test_python_api(trained, dataset):
     target = sample.generate(loaded, cond, steps=5)
     assert target.shape == (10, 4, 5) and target.dtype == torch.float32 and target.isfinite().all()
     truth = np.load(dataset / "val_target.npy")
-    assert abs(target.mean() - truth.mean()) < 0.5  # raw targets, un-normalized: the dataset's mean is 3
+    assert (
+        abs(target.mean() - truth.mean()) < 0.5
+    )  # raw targets, un-normalized: the dataset's mean is 3
 
 
 def test_a_sample_depends_on_its_own_noise_only(loaded, dataset):
     cond = torch.from_numpy(np.load(dataset / "val_cond.npy"))
     together = sample.generate(loaded, cond, steps=3)
-    alone = torch.cat([sample.generate(loaded, cond[i : i + 1], steps=3, first=i) for i in range(10)])
+    alone = torch.cat(
+        [sample.generate(loaded, cond[i : i + 1], steps=3, first=i) for i in range(10)]
+    )
     assert torch.allclose(together, alone, atol=1e-5)
     states = sample.generate(loaded, cond, steps=3, batch_size=4, trajectory=True)
     assert states.shape == (4, 10, 4, 5) and torch.allclose(states[-1], together, atol=1e-5)
@@ -62,18 +66,28 @@ def test_guidance_trajectory_and_interpolation(loaded, dataset):
     path = sample.interpolate_embeddings(loaded, cond[0], cond[1], n=3, steps=4)
     assert torch.allclose(path[0], plain[0], atol=1e-5) and path.shape == (3, 4, 5)
     assert torch.allclose(path[2], sample.generate(loaded, cond[1:2], steps=4)[0], atol=1e-5)
-    assert torch.allclose(path[1], sample.generate(loaded, (cond[:1] + cond[1:2]) / 2, steps=4)[0], atol=1e-5)
+    assert torch.allclose(
+        path[1], sample.generate(loaded, (cond[:1] + cond[1:2]) / 2, steps=4)[0], atol=1e-5
+    )
 
 
 def test_command_line_scores_and_saves_a_split(run_dir, dataset):
     args = ["--steps=4", "--draws=3", "--batch_size=3", "--plot=True", "--save_draws=True"]
-    done = run("sample.py", f"--out_dir={run_dir}", *args, f"--save_pickle={run_dir / 'results.pkl'}")
+    done = run(
+        "sample.py", f"--out_dir={run_dir}", *args, f"--save_pickle={run_dir / 'results.pkl'}"
+    )
     assert "10 conditions, 3 draws, 4 model evaluations a sample" in done.stdout
     generated, draws = np.load(run_dir / "generated.npy"), np.load(run_dir / "generated_draws.npy")
-    assert generated.shape == (10, 4, 5) and draws.shape == (10, 3, 4, 5) and np.array_equal(draws[:, 0], generated)
+    assert (
+        generated.shape == (10, 4, 5)
+        and draws.shape == (10, 3, 4, 5)
+        and np.array_equal(draws[:, 0], generated)
+    )
     conditions, loaded = np.load(dataset / "val_cond.npy"), sample.load(run_dir)
     for draw in range(3):
-        assert np.allclose(draws[:, draw], sample.generate(loaded, conditions, steps=4, draw=draw), atol=1e-5)
+        assert np.allclose(
+            draws[:, draw], sample.generate(loaded, conditions, steps=4, draw=draw), atol=1e-5
+        )
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics.keys() == {
         *score.METRICS,
@@ -86,15 +100,22 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
     }
     assert metrics["baselines"].keys() == {"mean", "ridge", "nearest", "floor", "shuffled"}
     assert metrics["mean_of_draws"]["draws"] == metrics["spread"]["draws"] == 3
-    assert metrics["confidence"].keys() == set(score.METRICS) and score.SPREAD.keys() < metrics["spread"].keys()
+    assert (
+        metrics["confidence"].keys() == set(score.METRICS)
+        and score.SPREAD.keys() < metrics["spread"].keys()
+    )
     for row in metrics["baselines"].values():
         assert row.keys() == set(score.METRICS)
     stats = np.load(dataset / "stats.npz")
     standardized = [
-        (x - stats["target_mean"]) / stats["target_std"] for x in (generated, np.load(dataset / "val_target.npy"))
+        (x - stats["target_mean"]) / stats["target_std"]
+        for x in (generated, np.load(dataset / "val_target.npy"))
     ]
     cosine = np.mean(
-        [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*(s.reshape(-1, 5) for s in standardized))]
+        [
+            a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+            for a, b in zip(*(s.reshape(-1, 5) for s in standardized))
+        ]
     )
     assert metrics["token_cosine"] == pytest.approx(cosine, abs=1e-5)
     for row in ("generated", "mean of 3", "mean", "ridge", "nearest", "floor", "shuffled"):
@@ -113,7 +134,9 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
     items = [json.loads(line) for line in (dataset / "val_items.jsonl").read_text().splitlines()]
     assert np.array_equal(results["eva_embeddings"], conditions)
     assert np.array_equal(results["clip_targets"], np.load(dataset / "val_target.npy"))
-    assert results["keys"] == [i["key"] for i in items] and np.array_equal(results["generated_clip"], generated)
+    assert results["keys"] == [i["key"] for i in items] and np.array_equal(
+        results["generated_clip"], generated
+    )
     assert results["generation_metrics"]["token_cosine"] == metrics["token_cosine"]
 
 
@@ -130,7 +153,10 @@ def test_conditions_from_files(run_dir, dataset, tmp_path):
             f"--save_pickle={tmp_path}/{kind}.out",
             "--plot=True",
         )
-        assert "4 conditions, 1 draws, 2 model evaluations" in done.stdout and "ridge" not in done.stdout
+        assert (
+            "4 conditions, 1 draws, 2 model evaluations" in done.stdout
+            and "ridge" not in done.stdout
+        )
     assert pickle.loads((tmp_path / "pkl.out").read_bytes())["keys"] == content["keys"][:4]
     a, b = np.load(tmp_path / "npy.npy"), np.load(tmp_path / "pkl.npy")
     assert a.shape == (4, 4, 5) and np.array_equal(a, b)
@@ -149,7 +175,10 @@ def test_half_the_memory(trained, dataset):
     cond = np.load(dataset / "val_cond.npy")
     half, whole = sample.load(trained, dtype="bfloat16"), sample.load(trained)
     kept = {p.dtype for p in half.model.parameters() if p.dim() > 1}
-    assert kept == {torch.bfloat16} and {p.dtype for p in half.model.parameters()} == {torch.bfloat16, torch.float32}
+    assert kept == {torch.bfloat16} and {p.dtype for p in half.model.parameters()} == {
+        torch.bfloat16,
+        torch.float32,
+    }
     expected, exact = sample.generate(whole, cond, steps=4), sample.generate(half, cond, steps=4)
     whole.dtype = "bfloat16"
     assert (exact - sample.generate(whole, cond, steps=4)).norm() < 2e-3 * exact.norm()
@@ -169,18 +198,30 @@ for p in loaded.model.parameters():
 print(size, peak() - before)"""
 
 
-@pytest.mark.parametrize("kind, dtype", [("ckpt", "bfloat16"), ("ckpt", "float32"), ("diffusers", "bfloat16")])
+@pytest.mark.parametrize(
+    "kind, dtype", [("ckpt", "bfloat16"), ("ckpt", "float32"), ("diffusers", "bfloat16")]
+)
 def test_loading_holds_one_copy(tmp_path, kind, dtype):
     config = NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=6, dim=512, n_layer=16, n_head=8)
     model = NextDiT(config)
     if kind == "diffusers":
         model.to_diffusers(tmp_path)
     else:
-        stats = {f"{n}_{m}": torch.ones(c) for n, c in (("cond", 6), ("target", 5)) for m in ("mean", "std")}
-        state = dict(model=model.state_dict(), ema=model.state_dict(), model_args=dataclasses.asdict(config))
-        state |= dict(stats=stats, flow={}, normalize="none", config={"data_dir": ""}, iter=0, cond_tokens=4)
+        stats = {
+            f"{n}_{m}": torch.ones(c)
+            for n, c in (("cond", 6), ("target", 5))
+            for m in ("mean", "std")
+        }
+        state = dict(
+            model=model.state_dict(), ema=model.state_dict(), model_args=dataclasses.asdict(config)
+        )
+        state |= dict(
+            stats=stats, flow={}, normalize="none", config={"data_dir": ""}, iter=0, cond_tokens=4
+        )
         save_checkpoint(tmp_path / "ckpt_best.pt", state)
-    no_gaps = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # freed memory is the system's again, not a gap in glibc's heap
+    no_gaps = {
+        "MALLOC_MMAP_THRESHOLD_": "1048576"
+    }  # freed memory is the system's again, not a gap in glibc's heap
     size, growth = map(float, run("-c", LOAD, ROOT, tmp_path, dtype, **no_gaps).stdout.split())
     assert size > 120 and growth < 1.3 * size, (size, growth)
 
@@ -205,7 +246,9 @@ def refuse(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             sample.main()
         torch.set_float32_matmul_precision(precision)
-        printed = capsys.readouterr().err or end.value.code  # a text is printed by Python, which then ends with code 1
+        printed = (
+            capsys.readouterr().err or end.value.code
+        )  # a text is printed by Python, which then ends with code 1
         lines = [line for line in printed.splitlines() if line.strip() and "batch/s" not in line]
         assert end.value.code in (1, printed) and len(lines) == 1 and lines[0].startswith("error: ")
         return lines[0]
@@ -218,17 +261,25 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     np.save(tmp_path / "wide.npy", np.zeros((3, 4, 9), np.float32))
     np.save(tmp_path / "long.npy", np.zeros((3, 5, 6), np.float32))
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 6), np.float32))
-    assert "(1, 4, 9); this model was trained on (B, 4, 6)" in refuse(*args, f"--cond={tmp_path}/wide.npy")
-    assert "(1, 5, 6); this model was trained on (B, 4, 6)" in refuse(*args, f"--cond={tmp_path}/long.npy")
+    assert "(1, 4, 9); this model was trained on (B, 4, 6)" in refuse(
+        *args, f"--cond={tmp_path}/wide.npy"
+    )
+    assert "(1, 5, 6); this model was trained on (B, 4, 6)" in refuse(
+        *args, f"--cond={tmp_path}/long.npy"
+    )
     np.save(tmp_path / "nan.npy", np.full((3, 4, 6), np.nan, np.float32))
     np.save(tmp_path / "flat.npy", np.zeros((3, 6), np.float32))
     assert "NaN or Inf in 1 of 1" in refuse(*args, f"--cond={tmp_path}/nan.npy")
     late = np.zeros((3, 4, 6), np.float32)
     late[2] = np.inf
     np.save(tmp_path / "late.npy", late)
-    assert "1 of 3 conditions, the first is number 2" in refuse(*args, f"--cond={tmp_path}/late.npy")
+    assert "1 of 3 conditions, the first is number 2" in refuse(
+        *args, f"--cond={tmp_path}/late.npy"
+    )
     assert "is read, or written twice" in refuse(*args, f"--save={dataset}/val_target.npy")
-    assert "is read, or written twice" in refuse(*args, f"--save={tmp_path}/x.npy", f"--save_pickle={tmp_path}/x.npy")
+    assert "is read, or written twice" in refuse(
+        *args, f"--save={tmp_path}/x.npy", f"--save_pickle={tmp_path}/x.npy"
+    )
     np.savez(tmp_path / "several.npz", a=np.zeros(3))
     (tmp_path / "several.npz").rename(tmp_path / "several.npy")
     assert "several arrays" in refuse(*args, f"--cond={tmp_path}/several.npy")
@@ -262,7 +313,10 @@ def cut(text, first, second):
 @pytest.fixture
 def conditions(tmp_path):
     """A .npy of conditions that the tiny model takes some seconds for."""
-    np.save(tmp_path / "cond.npy", np.random.default_rng(0).standard_normal((600, 4, 6)).astype(np.float32))
+    np.save(
+        tmp_path / "cond.npy",
+        np.random.default_rng(0).standard_normal((600, 4, 6)).astype(np.float32),
+    )
     return tmp_path / "cond.npy"
 
 
@@ -282,19 +336,29 @@ def test_an_interrupted_run_goes_on(run_dir, conditions, tmp_path):
         progress = tmp_path / "cut.progress"
         while not progress.exists() or progress.read_bytes().partition(b"\n")[2].count(b"x") < n:
             assert process.poll() is None
-        while process.poll() is None:  # Python ignores a KeyboardInterrupt in a finalizer: as a user would, press again
+        while (
+            process.poll() is None
+        ):  # Python ignores a KeyboardInterrupt in a finalizer: as a user would, press again
             process.send_signal(end)
             time.sleep(0.7)
         assert process.wait() != 0 and not (tmp_path / "cut.npy").exists()
     done = run(*args, f"--save={tmp_path}/cut.npy").stdout
     assert 50 <= cut(done, "dtype=auto\n", " of 120 batches were there") < 120
     for name in ("", "_draws"):
-        assert (tmp_path / f"cut{name}.npy").read_bytes() == (tmp_path / f"whole{name}.npy").read_bytes()
+        assert (tmp_path / f"cut{name}.npy").read_bytes() == (
+            tmp_path / f"whole{name}.npy"
+        ).read_bytes()
     assert sorted(path.name for path in tmp_path.glob("cut*")) == ["cut.npy", "cut_draws.npy"]
 
 
 def test_other_settings_start_anew(run_dir, conditions, tmp_path):
-    args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}", "--batch_size=300", f"--save={tmp_path}/a.npy"]
+    args = [
+        "sample.py",
+        f"--out_dir={run_dir}",
+        f"--cond={conditions}",
+        "--batch_size=300",
+        f"--save={tmp_path}/a.npy",
+    ]
     spoilt = np.load(conditions)
     spoilt[400] = np.nan
     np.save(conditions, spoilt)
@@ -317,17 +381,38 @@ def test_other_settings_start_anew(run_dir, conditions, tmp_path):
 
 def test_what_follows_sampling_can_be_repeated(run_dir, tmp_path):
     """A run that ends while it scores or draws has its samples when it comes again."""
-    args = ["sample.py", f"--out_dir={run_dir}", "--draws=2", "--steps=2", f"--save={tmp_path}/a.npy"]
+    args = [
+        "sample.py",
+        f"--out_dir={run_dir}",
+        "--draws=2",
+        "--steps=2",
+        f"--save={tmp_path}/a.npy",
+    ]
     broken = "import sys, runpy; sys.path.insert(0, '.'); import score; score.table = None; sys.argv = sys.argv[1:]; "
-    assert run("-c", broken + "runpy.run_path('sample.py', run_name='__main__')", *args, check=False).returncode == 1
+    assert (
+        run(
+            "-c", broken + "runpy.run_path('sample.py', run_name='__main__')", *args, check=False
+        ).returncode
+        == 1
+    )
     assert (tmp_path / "a.npy").exists() and (tmp_path / "a.progress").exists()
     done = run(*args, "--plot=True").stdout
-    assert "1 of 1 batches were there" in done and "generated" in done and (tmp_path / "a.png").exists()
+    assert (
+        "1 of 1 batches were there" in done
+        and "generated" in done
+        and (tmp_path / "a.png").exists()
+    )
     assert sorted(path.name for path in tmp_path.glob("a*")) == ["a.npy", "a.png"]
 
 
 def test_two_runs_do_not_mix(run_dir, tmp_path):
-    args = ["sample.py", f"--out_dir={run_dir}", "--draws=1", "--steps=2", f"--save={tmp_path}/a.npy"]
+    args = [
+        "sample.py",
+        f"--out_dir={run_dir}",
+        "--draws=1",
+        "--steps=2",
+        f"--save={tmp_path}/a.npy",
+    ]
     with open(tmp_path / "a.progress", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)  # as a run that is under way holds it
         assert "another process is writing" in refused(*args)
@@ -337,26 +422,48 @@ def test_two_runs_do_not_mix(run_dir, tmp_path):
 
 
 def test_weights_dtype_and_split_of_the_command_line(run_dir, dataset, tmp_path):
-    args = ["sample.py", f"--out_dir={run_dir}", "--split=train", "--draws=1", "--steps=2", f"--save={tmp_path}/a.npy"]
+    args = [
+        "sample.py",
+        f"--out_dir={run_dir}",
+        "--split=train",
+        "--draws=1",
+        "--steps=2",
+        f"--save={tmp_path}/a.npy",
+    ]
     run(*args, "--weights=model", "--dtype=bfloat16")
     cond, truth = (np.load(dataset / f"train_{n}.npy") for n in ("cond", "target"))
     made = torch.from_numpy(np.load(tmp_path / "a.npy"))
     assert torch.allclose(
-        made, sample.generate(sample.load(run_dir, weights="model", dtype="bfloat16"), cond, 2), atol=1e-3
+        made,
+        sample.generate(sample.load(run_dir, weights="model", dtype="bfloat16"), cond, 2),
+        atol=1e-3,
     )
-    assert (made - sample.generate(sample.load(run_dir, weights="model"), cond, 2)).abs().max() > 2e-3
+    assert (
+        made - sample.generate(sample.load(run_dir, weights="model"), cond, 2)
+    ).abs().max() > 2e-3
     stats = np.load(dataset / "stats.npz")
     standardize = score.standardizer(stats["target_mean"], stats["target_std"])
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert metrics["l2"] == pytest.approx(score.metrics(standardize(made), standardize(truth))["l2"], rel=1e-4)
+    assert metrics["l2"] == pytest.approx(
+        score.metrics(standardize(made), standardize(truth))["l2"], rel=1e-4
+    )
 
 
 def test_further_draws_are_of_what_is_scored(run_dir, dataset, tmp_path):
     code = "import sys, runpy; sys.path.insert(0, '.'); import score; score.LIMIT = 4; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path('sample.py', run_name='__main__')"
-    args = ["sample.py", f"--out_dir={run_dir}", "--steps=2", "--batch_size=3", f"--save={tmp_path}/a.npy"]
+    args = [
+        "sample.py",
+        f"--out_dir={run_dir}",
+        "--steps=2",
+        "--batch_size=3",
+        f"--save={tmp_path}/a.npy",
+    ]
     done = run("-c", code, *args).stdout
-    assert "2 model evaluations" in done and json.loads((run_dir / "metrics.json").read_text())["spread"]["draws"] == 4
+    assert (
+        "2 model evaluations" in done
+        and json.loads((run_dir / "metrics.json").read_text())["spread"]["draws"] == 4
+    )
     assert json.loads((run_dir / "metrics.json").read_text())["samples"] == 4
     expected = sample.generate(sample.load(run_dir), np.load(dataset / "val_cond.npy"), steps=2)
     assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
@@ -399,7 +506,13 @@ os.fsync = full
 sys.path.insert(0, ".")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
-    args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}", "--batch_size=150", f"--save={tmp_path}/a.npy"]
+    args = [
+        "sample.py",
+        f"--out_dir={run_dir}",
+        f"--cond={conditions}",
+        "--batch_size=150",
+        f"--save={tmp_path}/a.npy",
+    ]
     assert "No space left on device" in refused("-c", code, *args)
     assert "2 of 4 batches were there" in run(*args).stdout
     expected = sample.generate(sample.load(run_dir), np.load(conditions))
@@ -407,15 +520,32 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 def test_several_processes_write_the_same_file(run_dir, dataset, tmp_path):
-    args = [f"--out_dir={run_dir}", "--batch_size=3", "--draws=2", "--save_draws=True", "--trajectory=True"]
+    args = [
+        f"--out_dir={run_dir}",
+        "--batch_size=3",
+        "--draws=2",
+        "--save_draws=True",
+        "--trajectory=True",
+    ]
     run("sample.py", *args, f"--save={tmp_path}/one.npy")
     metrics = (run_dir / "metrics.json").read_text().replace("one.npy", "two.npy")
-    done = run(*TORCHRUN, "--standalone", "--nproc_per_node=2", "sample.py", *args, f"--save={tmp_path}/two.npy")
-    assert "2/2" in done.stderr and "4/4" not in done.stderr  # of four batches, two are the first process's
+    done = run(
+        *TORCHRUN,
+        "--standalone",
+        "--nproc_per_node=2",
+        "sample.py",
+        *args,
+        f"--save={tmp_path}/two.npy",
+    )
+    assert (
+        "2/2" in done.stderr and "4/4" not in done.stderr
+    )  # of four batches, two are the first process's
     assert done.stdout.count("10 conditions, 2 draws") == done.stdout.count("energy_score") == 1
     assert (run_dir / "metrics.json").read_text() == metrics
     for name in ("", "_draws", "_trajectory"):
-        assert (tmp_path / f"one{name}.npy").read_bytes() == (tmp_path / f"two{name}.npy").read_bytes()
+        assert (tmp_path / f"one{name}.npy").read_bytes() == (
+            tmp_path / f"two{name}.npy"
+        ).read_bytes()
 
 
 def test_trajectory_and_interpolation_of_the_command_line(run_dir, dataset, tmp_path):
@@ -424,18 +554,32 @@ def test_trajectory_and_interpolation_of_the_command_line(run_dir, dataset, tmp_
     states, last = np.load(tmp_path / "a_trajectory.npy"), np.load(tmp_path / "a.npy")
     assert states.shape == (10, 5, 4, 5) and np.array_equal(states[:, -1], last)
     cond, loaded = np.load(dataset / "val_cond.npy"), sample.load(run_dir)
-    assert np.allclose(states.swapaxes(0, 1), sample.generate(loaded, cond, steps=4, trajectory=True), atol=1e-5)
+    assert np.allclose(
+        states.swapaxes(0, 1), sample.generate(loaded, cond, steps=4, trajectory=True), atol=1e-5
+    )
     metrics = (run_dir / "metrics.json").read_text()
     run(*args, "--interpolate=7,2,5", "--plot=True")
     path = np.load(run_dir / "interpolation.npy")
     assert path.shape == (5, 4, 5) and np.allclose(path[0], last[7], atol=1e-5)
-    assert np.allclose(path, sample.interpolate_embeddings(loaded, cond[7], cond[2], 5, steps=4, first=7), atol=1e-5)
-    assert (run_dir / "metrics.json").read_text() == metrics and (run_dir / "interpolation.png").stat().st_size > 1000
+    assert np.allclose(
+        path,
+        sample.interpolate_embeddings(loaded, cond[7], cond[2], 5, steps=4, first=7),
+        atol=1e-5,
+    )
+    assert (run_dir / "metrics.json").read_text() == metrics and (
+        run_dir / "interpolation.png"
+    ).stat().st_size > 1000
 
 
 def test_guidance_of_the_command_line(run_dir, tmp_path):
     """It costs a second evaluation of the model where it acts, and needs a model with a null condition."""
-    args = ["sample.py", f"--out_dir={run_dir}", "--steps=10", "--draws=1", f"--save={tmp_path}/a.npy"]
+    args = [
+        "sample.py",
+        f"--out_dir={run_dir}",
+        "--steps=10",
+        "--draws=1",
+        f"--save={tmp_path}/a.npy",
+    ]
     for guidance, interval, evaluations in ((1, "0,1", 10), (2, "0,1", 20), (2, "0.25,0.75", 15)):
         done = run(*args, f"--guidance={guidance}", f"--guidance_interval={interval}")
         assert f"{evaluations} model evaluations a sample" in done.stdout
@@ -460,10 +604,17 @@ print("peak", int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split
 @pytest.mark.parametrize("kind", ["npy", "pkl"])
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, kind):
     """400 and 3200 samples of (16, 512) from conditions of (16, 512): 13 and 105 MB each."""
-    config = NextDiTConfig(grid=(4, 4), target_dim=512, cond_dim=512, dim=8, n_layer=1, n_head=2, multiple_of=8)
+    config = NextDiTConfig(
+        grid=(4, 4), target_dim=512, cond_dim=512, dim=8, n_layer=1, n_head=2, multiple_of=8
+    )
     model = NextDiT(config)
     stats = {f"{n}_{m}": torch.ones(512) for n in ("cond", "target") for m in ("mean", "std")}
-    state = dict(model=model.state_dict(), ema=model.state_dict(), model_args=dataclasses.asdict(config), stats=stats)
+    state = dict(
+        model=model.state_dict(),
+        ema=model.state_dict(),
+        model_args=dataclasses.asdict(config),
+        stats=stats,
+    )
     state |= dict(flow={}, normalize="none", config={"data_dir": ""}, iter=0, cond_tokens=16)
     save_checkpoint(tmp_path / "ckpt_best.pt", state)
     peaks = []
@@ -471,7 +622,15 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, kind):
         cond = np.random.default_rng(0).standard_normal((n, 16, 512)).astype(np.float32)
         np.save(tmp_path / "cond.npy", cond)
         (tmp_path / "cond.pkl").write_bytes(pickle.dumps({"eva_blip3o_embeddings": cond}))
-        args = ["sample.py", f"--out_dir={tmp_path}", f"--cond={tmp_path}/cond.{kind}", "--steps=1", "--batch_size=100"]
-        peaks.append(cut(run("-c", PEAK, *args, MALLOC_MMAP_THRESHOLD_="1048576").stdout, "peak", "\n"))
+        args = [
+            "sample.py",
+            f"--out_dir={tmp_path}",
+            f"--cond={tmp_path}/cond.{kind}",
+            "--steps=1",
+            "--batch_size=100",
+        ]
+        peaks.append(
+            cut(run("-c", PEAK, *args, MALLOC_MMAP_THRESHOLD_="1048576").stdout, "peak", "\n")
+        )
         assert np.load(tmp_path / "generated.npy").shape == (n, 16, 512)
     assert peaks[1] < peaks[0] + 25, peaks

@@ -13,7 +13,11 @@ def test_metrics_on_cases_with_known_values():
     g = torch.Generator().manual_seed(0)
     target = torch.randn(400, 4, 16, generator=g)
     exact = score.metrics(target, target)
-    assert exact["token_cosine"] == pytest.approx(1, abs=1e-5) and exact["retrieval_r1"] == 1 and exact["l2"] == 0
+    assert (
+        exact["token_cosine"] == pytest.approx(1, abs=1e-5)
+        and exact["retrieval_r1"] == 1
+        and exact["l2"] == 0
+    )
     assert (
         exact["frechet"] == pytest.approx(0, abs=1e-6)
         and exact["norm_ratio"] == exact["std_ratio"] == 1
@@ -22,7 +26,9 @@ def test_metrics_on_cases_with_known_values():
     half = score.metrics(target / 2, target)
     assert half["token_cosine"] == pytest.approx(1, abs=1e-5)
     assert half["norm_ratio"] == pytest.approx(0.5) and half["std_ratio"] == pytest.approx(0.5)
-    assert half["snr_db"] == pytest.approx(10 * np.log10(4), abs=1e-4)  # the error is half of the truth
+    assert half["snr_db"] == pytest.approx(
+        10 * np.log10(4), abs=1e-4
+    )  # the error is half of the truth
     assert half["l2"] == pytest.approx(target.norm(dim=-1).mean().item() / 2, rel=1e-5)
     other = score.metrics(torch.randn(400, 4, 16, generator=g), target)
     assert abs(other["token_cosine"]) < 0.03 and other["retrieval_r1"] < 0.02
@@ -49,7 +55,10 @@ def test_frechet_distance_of_known_gaussians():
 def test_an_exact_draw_has_cosine_r2_and_the_mean_r():
     """The claim that tells a user what to expect: y = R e + sqrt(1 - R^2) n, in many channels."""
     g = torch.Generator().manual_seed(0)
-    explained, (n1, n2) = torch.randn(500, 4, 256, generator=g), torch.randn(2, 500, 4, 256, generator=g)
+    explained, (n1, n2) = (
+        torch.randn(500, 4, 256, generator=g),
+        torch.randn(2, 500, 4, 256, generator=g),
+    )
     R = 0.6
     truth, draw = R * explained + 0.8 * n1, R * explained + 0.8 * n2
     assert score.metrics(draw, truth)["token_cosine"] == pytest.approx(R**2, abs=0.01)
@@ -63,9 +72,9 @@ def test_ridge_equals_scikit_learns(tokens):
 
     g = np.random.default_rng(0)
     cond = g.standard_normal((60, tokens, 8)).astype(np.float32)
-    target = g.standard_normal((60, 4, 5)).astype(np.float32) + (cond @ g.standard_normal((8, 5)))[:, :1].astype(
-        np.float32
-    )
+    target = g.standard_normal((60, 4, 5)).astype(np.float32) + (cond @ g.standard_normal((8, 5)))[
+        :, :1
+    ].astype(np.float32)
     ours = score.Ridge(cond, target, torch.as_tensor, torch.as_tensor)
     features = cond if tokens == 4 else cond.mean(1, keepdims=True).repeat(4, 1)
     held_out = np.arange(0, 60, 10)
@@ -74,11 +83,19 @@ def test_ridge_equals_scikit_learns(tokens):
     top = np.linalg.eigvalsh(x[fit].reshape(-1, 9).T.astype(float) @ x[fit].reshape(-1, 9))[-1]
     errors, penalties = [], np.logspace(-6, 1, 15) * top
     for penalty in penalties:
-        model = Ridge(alpha=penalty, fit_intercept=False).fit(x[fit].reshape(-1, 9), target[fit].reshape(-1, 5))
-        errors.append(((model.predict(x.reshape(-1, 9)).reshape(60, 4, 5) - target)[held_out] ** 2).mean())
-    best = Ridge(alpha=penalties[np.argmin(errors)], fit_intercept=False).fit(x.reshape(-1, 9), target.reshape(-1, 5))
+        model = Ridge(alpha=penalty, fit_intercept=False).fit(
+            x[fit].reshape(-1, 9), target[fit].reshape(-1, 5)
+        )
+        errors.append(
+            ((model.predict(x.reshape(-1, 9)).reshape(60, 4, 5) - target)[held_out] ** 2).mean()
+        )
+    best = Ridge(alpha=penalties[np.argmin(errors)], fit_intercept=False).fit(
+        x.reshape(-1, 9), target.reshape(-1, 5)
+    )
     assert np.allclose(
-        ours(torch.from_numpy(cond)).numpy(), best.predict(x.reshape(-1, 9)).reshape(60, 4, 5), atol=1e-3
+        ours(torch.from_numpy(cond)).numpy(),
+        best.predict(x.reshape(-1, 9)).reshape(60, 4, 5),
+        atol=1e-3,
     )
 
 
@@ -107,7 +124,9 @@ def test_metrics_equal_other_peoples():
         "snr_db": 10 * np.log10((y**2).mean() / ((x - y) ** 2).mean()),
     }
     assert ours == pytest.approx(expected, rel=1e-6) and 0.03 < ours["retrieval_r1"] < 0.9
-    assert score.Scorer(torch.from_numpy(y).__getitem__, 300)(torch.from_numpy(x).__getitem__)[0] == pytest.approx(ours)
+    assert score.Scorer(torch.from_numpy(y).__getitem__, 300)(torch.from_numpy(x).__getitem__)[
+        0
+    ] == pytest.approx(ours)
 
 
 def test_confidence_intervals():
@@ -119,14 +138,22 @@ def test_confidence_intervals():
 
     def interval(values):
         parts = np.array_split(values, score.GROUPS)
-        sums = {"n": torch.tensor([len(p) for p in parts]).double(), "x": torch.tensor([p.sum() for p in parts])}
+        sums = {
+            "n": torch.tensor([len(p) for p in parts]).double(),
+            "x": torch.tensor([p.sum() for p in parts]),
+        }
         return score.bootstrap(sums, lambda total: {"mean": float(total["x"] / total["n"])})["mean"]
 
     sets = rng.exponential(size=(300, 150))
     widths = np.array([interval(values) for values in sets])
     assert 0.89 < (np.abs(sets.mean(1) - 1) < widths).mean() < 0.99
-    theirs = [bootstrap((values,), np.mean, n_resamples=200, method="percentile", rng=rng) for values in sets[:50]]
-    their_width = np.mean([t.confidence_interval.high - t.confidence_interval.low for t in theirs]) / 2
+    theirs = [
+        bootstrap((values,), np.mean, n_resamples=200, method="percentile", rng=rng)
+        for values in sets[:50]
+    ]
+    their_width = (
+        np.mean([t.confidence_interval.high - t.confidence_interval.low for t in theirs]) / 2
+    )
     assert widths.mean() == pytest.approx(their_width, rel=0.1)
 
     g = torch.Generator().manual_seed(0)
@@ -154,8 +181,13 @@ def posterior(scale, draws=4, n=500, D=3):
 def test_spread_of_a_known_posterior(scale, draws):
     truth, x = posterior(scale, draws)
     values, width = score.Scorer(truth.__getitem__, 500).spread(x.__getitem__)
-    exact = ((1 + 1 / draws) * scale**2 / (1 + scale**2 / draws)) ** 0.5  # of variances, by the law of large numbers
-    assert values["spread_ratio"] == pytest.approx(exact, rel=0.03) and 0.005 < width["spread_ratio"] / exact < 0.1
+    exact = (
+        (1 + 1 / draws) * scale**2 / (1 + scale**2 / draws)
+    ) ** 0.5  # of variances, by the law of large numbers
+    assert (
+        values["spread_ratio"] == pytest.approx(exact, rel=0.03)
+        and 0.005 < width["spread_ratio"] / exact < 0.1
+    )
     inside = (draws - 1) / (draws + 1)
     if scale == 1:
         assert exact == 1 and values["coverage"] == pytest.approx(inside, abs=0.02)
@@ -170,10 +202,15 @@ def test_energy_score():
     truth, x = posterior(1.0)
     ours = score.Scorer(truth.__getitem__, 500).spread(x.__getitem__)[0]["energy_score"]
     pairs = [(x[i, :, t].numpy(), truth[i, None, t].numpy()) for i in range(500) for t in range(4)]
-    assert ours == pytest.approx(np.mean([cdist(a, b).mean() - pdist(a).mean() / 2 for a, b in pairs]), rel=1e-5)
+    assert ours == pytest.approx(
+        np.mean([cdist(a, b).mean() - pdist(a).mean() / 2 for a, b in pairs]), rel=1e-5
+    )
     for scale in (0.5, 2.0):
         truth, wrong = posterior(scale)
-        assert score.Scorer(truth.__getitem__, 500).spread(wrong.__getitem__)[0]["energy_score"] > 1.02 * ours
+        assert (
+            score.Scorer(truth.__getitem__, 500).spread(wrong.__getitem__)[0]["energy_score"]
+            > 1.02 * ours
+        )
     g = torch.Generator().manual_seed(0)
     y, x = torch.randn(2000, 4, 1, generator=g), torch.randn(2000, 4, 4, 1, generator=g)
     normal = score.Scorer(y.__getitem__, 2000).spread(x.__getitem__)[0]["energy_score"]
@@ -184,8 +221,16 @@ def test_nearest_is_scikit_learns():
     from sklearn.neighbors import NearestNeighbors
 
     rng = np.random.default_rng(0)
-    train, cond, rows = rng.standard_normal((300, 4, 8)), rng.standard_normal((50, 4, 8)), np.arange(0, 300, 2)
-    theirs = NearestNeighbors(n_neighbors=1, metric="cosine").fit(train[rows].mean(1)).kneighbors(cond.mean(1))[1][:, 0]
+    train, cond, rows = (
+        rng.standard_normal((300, 4, 8)),
+        rng.standard_normal((50, 4, 8)),
+        np.arange(0, 300, 2),
+    )
+    theirs = (
+        NearestNeighbors(n_neighbors=1, metric="cosine")
+        .fit(train[rows].mean(1))
+        .kneighbors(cond.mean(1))[1][:, 0]
+    )
     assert np.array_equal(score.nearest(train, rows, cond, torch.from_numpy), rows[theirs])
 
 
@@ -213,25 +258,39 @@ def test_command_line_scores_a_file(dataset, tmp_path):
         "score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", f"--save={tmp_path}/a.json"
     ).stdout.splitlines()
     assert table[0].split() == list(score.METRICS)
-    rows = {line.split()[0]: dict(zip(score.METRICS, map(float, line.split()[-8:]))) for line in table[1:]}
+    rows = {
+        line.split()[0]: dict(zip(score.METRICS, map(float, line.split()[-8:])))
+        for line in table[1:]
+    }
     assert rows.keys() == {"generated", "+-", "mean", "ridge", "nearest", "floor", "shuffled"}
     assert rows["generated"]["token_cosine"] == 1 and rows["mean"]["token_cosine"] == 0
     assert rows["ridge"]["token_cosine"] > 0.8 > 0.3 > rows["shuffled"]["token_cosine"]
     saved = json.loads((tmp_path / "a.json").read_text())
     assert saved["baselines"]["ridge"]["l2"] == pytest.approx(rows["ridge"]["l2"], abs=1e-4)
-    np.save(tmp_path / "draws.npy", truth[:6, None] + np.array([-0.1, 0, 0.1], np.float32)[:, None, None])
+    np.save(
+        tmp_path / "draws.npy",
+        truth[:6, None] + np.array([-0.1, 0, 0.1], np.float32)[:, None, None],
+    )
     done = run("score.py", tmp_path / "draws.npy", f"--data_dir={dataset}", "--limit=6")
     mean = next(line for line in done.stdout.splitlines() if line.startswith("mean of 3"))
     assert mean.split()[3] == "1.0000" and "coverage        1.0000" in done.stdout
     np.save(tmp_path / "short.npy", truth[:3])
     assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}")
-    assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4")
-    assert "limit=11" in refused("score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--limit=11")
-    assert "no folder" in refused("score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--save=no/a.json")
+    assert "(3, 4, 5)" in refused(
+        "score.py", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4"
+    )
+    assert "limit=11" in refused(
+        "score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--limit=11"
+    )
+    assert "no folder" in refused(
+        "score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--save=no/a.json"
+    )
     np.save(tmp_path / "huge.npy", truth.astype(">f8") * 1e20)
     assert "above 1e15" in refused("score.py", tmp_path / "huge.npy", f"--data_dir={dataset}")
     np.save(tmp_path / "big.npy", truth.astype(">f8"))
-    assert run("score.py", tmp_path / "big.npy", f"--data_dir={dataset}").stdout.splitlines() == table
+    assert (
+        run("score.py", tmp_path / "big.npy", f"--data_dir={dataset}").stdout.splitlines() == table
+    )
     np.save(tmp_path / "nan.npy", np.full((10, 4, 5), np.nan, np.float32))
     assert "holds NaN" in refused("score.py", tmp_path / "nan.npy", f"--data_dir={dataset}")
     assert "nowhere" in refused("score.py", tmp_path / "nowhere.npy", f"--data_dir={dataset}")

@@ -5,7 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, TINY, checkpoint, log, make_pickle, measured, refused, run, same, torchrun, train
+from conftest import (
+    ROOT,
+    TINY,
+    checkpoint,
+    log,
+    make_pickle,
+    measured,
+    refused,
+    run,
+    same,
+    torchrun,
+    train,
+)
 from measure import summary
 from model import NextDiT, NextDiTConfig
 
@@ -13,10 +25,24 @@ from model import NextDiT, NextDiTConfig
 def test_a_run_learns_logs_and_saves(trained, dataset):
     lines = log(trained)
     assert [line["iter"] for line in lines] == list(range(7))
-    sampled = {f"{kind}_{name}" for kind in ("val", "ridge") for name in ("token_cosine", "retrieval_r1", "frechet")}
+    sampled = {
+        f"{kind}_{name}"
+        for kind in ("val", "ridge")
+        for name in ("token_cosine", "retrieval_r1", "frechet")
+    }
     by_t = {f"{kind}_t{i}" for kind in ("val_loss", "val_loss_raw") for i in range(4)}
     assert {"iter", "val_loss", "val_loss_raw"} | sampled | by_t == lines[-1].keys()
-    each = {"loss", "output_norm", "grad_norm", "lr", "bad_steps", "ms", "samples_per_s", "utilization", "seconds_left"}
+    each = {
+        "loss",
+        "output_norm",
+        "grad_norm",
+        "lr",
+        "bad_steps",
+        "ms",
+        "samples_per_s",
+        "utilization",
+        "seconds_left",
+    }
     assert {"iter"} | each == lines[1].keys() and lines[0].keys() == lines[-1].keys() | each
     assert all(0 < line["utilization"] < 1 and line["output_norm"] > 0 for line in lines[:-1])
     assert [line["seconds_left"] / line["ms"] for line in lines[:-1]] == pytest.approx(
@@ -24,11 +50,21 @@ def test_a_run_learns_logs_and_saves(trained, dataset):
     )
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
     assert [line["lr"] for line in lines[:2]] == pytest.approx([5e-3, 1e-2])  # warmup
-    assert [line["lr"] for line in lines[2:6]] == sorted((line["lr"] for line in lines[2:6]), reverse=True)  # cosine
+    assert [line["lr"] for line in lines[2:6]] == sorted(
+        (line["lr"] for line in lines[2:6]), reverse=True
+    )  # cosine
     ckpt = checkpoint(trained)
-    assert ckpt["iter"] == 6 and ckpt["model_args"]["dim"] == 32 and ckpt["config"]["learning_rate"] == 1e-2
-    assert not any(key.startswith(("module.", "_orig_mod.")) for key in [*ckpt["model"], *ckpt["ema"]])
-    assert ckpt["best_val_loss"] == min(entry["val_loss"] for entry in lines[1:] if "val_loss" in entry)
+    assert (
+        ckpt["iter"] == 6
+        and ckpt["model_args"]["dim"] == 32
+        and ckpt["config"]["learning_rate"] == 1e-2
+    )
+    assert not any(
+        key.startswith(("module.", "_orig_mod.")) for key in [*ckpt["model"], *ckpt["ema"]]
+    )
+    assert ckpt["best_val_loss"] == min(
+        entry["val_loss"] for entry in lines[1:] if "val_loss" in entry
+    )
     assert json.loads((trained / "config.json").read_text()) == ckpt["config"]
     decayed = sum(len(g["params"]) for g in ckpt["optimizer"]["param_groups"] if g["weight_decay"])
     assert decayed == sum(p.dim() >= 2 for p in ckpt["model"].values())
@@ -60,7 +96,12 @@ def test_float16_resumes_bit_for_bit(dataset, tmp_path):
     assert checkpoint(whole)["scaler"]["scale"] > 1
 
 
-LEAN = ["--optimizer=adafactor", "--optimizer_in_backward=True", "--gradient_checkpointing=True", "--ema_decay=0"]
+LEAN = [
+    "--optimizer=adafactor",
+    "--optimizer_in_backward=True",
+    "--gradient_checkpointing=True",
+    "--ema_decay=0",
+]
 LEAN += ["--grad_clip=0", "--gradient_accumulation_steps=1", "--batch_size=8"]
 
 
@@ -75,10 +116,18 @@ def test_the_memory_saving_settings_change_no_bit(dataset, tmp_path):
     averages = [state["average"] for state in ckpts[1]["optimizer"]["state"].values()]
     assert averages and all(v.dtype == torch.bfloat16 for v in averages)
     assert same(*(c["ema"] for c in ckpts)) and same(ckpts[0]["model"], ckpts[0]["ema"])
-    size = sum(v.numel() * v.element_size() for s in ckpts[1]["optimizer"]["state"].values() for v in s.values())
-    assert size < 3.5 * sum(p.numel() for p in ckpts[1]["model"].values())  # of this tiny model; AdamW's are 8 bytes
+    size = sum(
+        v.numel() * v.element_size()
+        for s in ckpts[1]["optimizer"]["state"].values()
+        for v in s.values()
+    )
+    assert size < 3.5 * sum(
+        p.numel() for p in ckpts[1]["model"].values()
+    )  # of this tiny model; AdamW's are 8 bytes
     assert "val_loss_raw" not in log(lean)[-1]
-    train(dataset, tmp_path / "compiled", *LEAN, "--compile=True", "--max_iters=2", threads=2)  # block by block
+    train(
+        dataset, tmp_path / "compiled", *LEAN, "--compile=True", "--max_iters=2", threads=2
+    )  # block by block
     assert log(tmp_path / "compiled")[1]["loss"] == pytest.approx(log(lean)[1]["loss"], rel=1e-3)
 
 
@@ -92,11 +141,29 @@ run = runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 assert all(p.grad_fn is None and not p.requires_grad for p in run["ema_params"])
 print("resident", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "MB")
 """)
-    flags = ["--dim=16", "--n_layer=4", "--multiple_of=8", "--batch_size=1", "--gradient_accumulation_steps=1"]
-    flags += ["--eval_interval=5000", "--eval_size=4", "--eval_samples=0", "--save_interval=5000", "--log_interval=500"]
+    flags = [
+        "--dim=16",
+        "--n_layer=4",
+        "--multiple_of=8",
+        "--batch_size=1",
+        "--gradient_accumulation_steps=1",
+    ]
+    flags += [
+        "--eval_interval=5000",
+        "--eval_size=4",
+        "--eval_samples=0",
+        "--save_interval=5000",
+        "--log_interval=500",
+    ]
     peaks = []
     for iters in (200, 2200):
-        args = [*TINY, *flags, f"--data_dir={dataset}", f"--out_dir={tmp_path / str(iters)}", f"--max_iters={iters}"]
+        args = [
+            *TINY,
+            *flags,
+            f"--data_dir={dataset}",
+            f"--out_dir={tmp_path / str(iters)}",
+            f"--max_iters={iters}",
+        ]
         peaks.append(int(run(probe, *args).stdout.split("resident ")[1].split()[0]))
     assert peaks[1] - peaks[0] < 20  # MB
 
@@ -105,14 +172,23 @@ def test_the_prior_is_fitted_once(dataset, tmp_path):
     """From the training targets as they are normalized; then it is the checkpoint's, and nothing trains it."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(dataset, whole, "--prior=True")
-    train(dataset, parts, "--prior=True", "--max_iters=3")  # the learning rate falls from iteration 3 on
+    train(
+        dataset, parts, "--prior=True", "--max_iters=3"
+    )  # the learning rate falls from iteration 3 on
     train(dataset, parts, "--prior=True", "--init_from=resume")
     a, b = checkpoint(whole), checkpoint(parts)
-    assert same(a["model"], b["model"]) and same(a["ema"], b["ema"]) and measured(whole) == measured(parts)
+    assert (
+        same(a["model"], b["model"])
+        and same(a["ema"], b["ema"])
+        and measured(whole) == measured(parts)
+    )
     x = torch.from_numpy(np.load(dataset / "train_target.npy")).float().flatten(0, 1)
     x = (x - a["stats"]["target_mean"]) / a["stats"]["target_std"]
     basis, variance = a["ema"]["prior.basis"], a["ema"]["prior.variance"]
-    assert torch.allclose(basis * variance @ basis.T, x.T @ x / len(x), atol=1e-4) and variance.max() > 1.1
+    assert (
+        torch.allclose(basis * variance @ basis.T, x.T @ x / len(x), atol=1e-4)
+        and variance.max() > 1.1
+    )
     torchrun(2, dataset, tmp_path / "two", "--prior=True")
     two = checkpoint(tmp_path / "two")["ema"]
     assert all(torch.allclose(value, two[name], atol=1e-4) for name, value in a["ema"].items())
@@ -125,17 +201,29 @@ def test_conditions_of_another_grid(tmp_path):
     make_pickle(tmp_path / "a.pkl", n=24, eva_blip3o_embeddings=torch.randn(24, 9, 6))
     line = refused("prepare.py", tmp_path / "a.pkl", f"--out={tmp_path / 'data'}")
     assert "9 tokens in a condition but 4 in a target; --other_grid=True allows it" in line
-    run("prepare.py", tmp_path / "a.pkl", f"--out={tmp_path / 'data'}", "--val_fraction=0.25", "--other_grid=True")
+    run(
+        "prepare.py",
+        tmp_path / "a.pkl",
+        f"--out={tmp_path / 'data'}",
+        "--val_fraction=0.25",
+        "--other_grid=True",
+    )
     train(tmp_path / "data", tmp_path / "out", "--learning_rate=None")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["conditioning"], config["learning_rate"], config["t_shift"]) == ("cross", 1.6 / 32, 1.0)
+    assert (config["conditioning"], config["learning_rate"], config["t_shift"]) == (
+        "cross",
+        1.6 / 32,
+        1.0,
+    )
     run("sample.py", f"--out_dir={tmp_path / 'out'}", "--steps=3", "--guidance=2")
     assert np.load(tmp_path / "out" / "generated.npy").shape == (6, 4, 5)
     words = refused("train.py", *TINY, f"--data_dir={tmp_path / 'data'}", "--conditioning=aligned")
     assert "9 condition tokens are not on the grid of 4 target tokens" in words
 
 
-@pytest.mark.parametrize("setting", ["--grad_clip=1", "--gradient_accumulation_steps=2", "--dtype=float16"])
+@pytest.mark.parametrize(
+    "setting", ["--grad_clip=1", "--gradient_accumulation_steps=2", "--dtype=float16"]
+)
 def test_stepping_in_backward_needs_one_pass_a_step(dataset, tmp_path, setting):
     args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *LEAN, setting]
     assert "optimizer_in_backward=True needs" in refused("train.py", *args)
@@ -149,25 +237,51 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
     for p in (p for name, p in model.named_parameters() if name != "null_cond"):
         torch.nn.init.normal_(p, std=0.2)
     model.to_diffusers(folder := tmp_path / "blip3o")
-    train(dataset, tmp_path / "out", f"--init_from={folder}", "--max_iters=2", "--learning_rate=0", "--normalize=none")
+    train(
+        dataset,
+        tmp_path / "out",
+        f"--init_from={folder}",
+        "--max_iters=2",
+        "--learning_rate=0",
+        "--normalize=none",
+    )
     ckpt = checkpoint(tmp_path / "out")
     assert ckpt["model_args"].items() >= sizes.items() and ckpt["config"].items() >= sizes.items()
     again = ["config/train_blip3o.py", f"--out_dir={tmp_path / 'out'}", "--learning_rate=0"]
     again += [f"--{k}={v}" for k, v in sizes.items()]
-    train(dataset, tmp_path / "out", "--init_from=auto", "--max_iters=3", "--normalize=none", *again)
+    train(
+        dataset, tmp_path / "out", "--init_from=auto", "--max_iters=3", "--normalize=none", *again
+    )
     assert log(tmp_path / "out")[-1]["iter"] == 3
-    assert all(torch.equal(value, ckpt["model"][name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, ckpt["model"][name]) for name, value in model.state_dict().items()
+    )
     args = ["--steps=2", "--draws=1", f"--data_dir={dataset}"]
     done = run("sample.py", f"--out_dir={folder}", *args, "--guidance=2")
-    run("sample.py", f"--out_dir={tmp_path / 'out'}", "--checkpoint=ckpt_last.pt", *args, "--guidance=2")
+    run(
+        "sample.py",
+        f"--out_dir={tmp_path / 'out'}",
+        "--checkpoint=ckpt_last.pt",
+        *args,
+        "--guidance=2",
+    )
     a, b = (np.load(out / "generated.npy") for out in (folder, tmp_path / "out"))
     assert np.array_equal(a, b) and "4 model evaluations" in done.stdout
-    scores = [json.loads((out / "metrics.json").read_text())["frechet"] for out in (folder, tmp_path / "out")]
+    scores = [
+        json.loads((out / "metrics.json").read_text())["frechet"]
+        for out in (folder, tmp_path / "out")
+    ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
     assert "add --cond=FILE.npy" in refused("sample.py", f"--out_dir={folder}")
-    assert "add --data_dir" in refused("sample.py", f"--out_dir={folder}", "--plot=True", "--cond=x.npy")
-    NextDiT(NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=7, **sizes)).to_diffusers(tmp_path / "other")
-    NextDiT(NextDiTConfig(grid=(2, 2), target_dim=3, cond_dim=6, **sizes)).to_diffusers(tmp_path / "few")
+    assert "add --data_dir" in refused(
+        "sample.py", f"--out_dir={folder}", "--plot=True", "--cond=x.npy"
+    )
+    NextDiT(NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=7, **sizes)).to_diffusers(
+        tmp_path / "other"
+    )
+    NextDiT(NextDiTConfig(grid=(2, 2), target_dim=3, cond_dim=6, **sizes)).to_diffusers(
+        tmp_path / "few"
+    )
     few = refused("sample.py", f"--out_dir={tmp_path / 'few'}", f"--data_dir={dataset}")
     assert "has targets of shape (4, 5); the model makes (4, 3)" in few
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'no'}"]
@@ -185,8 +299,19 @@ def test_ddp_without_condition_dropout(dataset, tmp_path):
 
 
 def test_epochs_subset_and_settings_of_the_flow(dataset, tmp_path):
-    settings = ["--num_epochs=2", "--subset_size=12", "--path=cosine", "--prediction=x", "--normalize=l2"]
-    settings += ["--t_sampling=logit_normal", "--sigma_min=0.01", "--l2_weight=0.1", "--gradient_checkpointing=True"]
+    settings = [
+        "--num_epochs=2",
+        "--subset_size=12",
+        "--path=cosine",
+        "--prediction=x",
+        "--normalize=l2",
+    ]
+    settings += [
+        "--t_sampling=logit_normal",
+        "--sigma_min=0.01",
+        "--l2_weight=0.1",
+        "--gradient_checkpointing=True",
+    ]
     done = train(dataset, tmp_path / "out", *settings, "--dtype=bfloat16")
     assert "12 samples, 8 an iteration, 3 iterations (2.0 epochs)" in done.stdout
     assert log(tmp_path / "out")[-1]["iter"] == 3
@@ -196,12 +321,18 @@ def test_epochs_subset_and_settings_of_the_flow(dataset, tmp_path):
 def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
     last = log(trained)[-1]
     done = run(
-        "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={trained}", "--init_from=resume", "--eval_only=True"
+        "train.py",
+        *TINY,
+        f"--data_dir={dataset}",
+        f"--out_dir={trained}",
+        "--init_from=resume",
+        "--eval_only=True",
     )
     assert f"iter 6 | {summary(last)}" in done.stdout
     assert log(trained)[-1] == last  # nothing was written
     assert (
-        "peak memory" in train(dataset, tmp_path / "dry", "--dry_run=True").stdout and not (tmp_path / "dry").exists()
+        "peak memory" in train(dataset, tmp_path / "dry", "--dry_run=True").stdout
+        and not (tmp_path / "dry").exists()
     )
     train(dataset, tmp_path / "debug", "--debug=True", "--max_iters=1000", "--wandb_log=True")
     assert log(tmp_path / "debug")[-1]["iter"] == 10
@@ -209,14 +340,19 @@ def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
 
 def test_compile(dataset, tmp_path, trained):
     done = train(dataset, tmp_path / "out", "--compile=True", "--max_iters=2", threads=2)
-    assert log(tmp_path / "out")[1]["loss"] == pytest.approx(log(trained)[1]["loss"], rel=1e-3), done.stdout
+    assert log(tmp_path / "out")[1]["loss"] == pytest.approx(log(trained)[1]["loss"], rel=1e-3), (
+        done.stdout
+    )
     assert checkpoint(tmp_path / "out")["model"].keys() == checkpoint(trained)["model"].keys()
 
 
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--data_dir=nowhere"], "dataset 'nowhere' does not exist; make it with: python prepare.py"),
+        (
+            ["--data_dir=nowhere"],
+            "dataset 'nowhere' does not exist; make it with: python prepare.py",
+        ),
         (["--bacth_size=3"], "did you mean 'batch_size'"),
         (["--max_iters=many"], "max_iters takes int"),
         (["--init_from=resume"], "there is no"),
@@ -238,7 +374,9 @@ def test_compile(dataset, tmp_path, trained):
     ],
 )
 def test_bad_input(dataset, tmp_path, args, words):
-    assert words in refused("train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *args)
+    assert words in refused(
+        "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *args
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -247,9 +385,20 @@ def test_resume_takes_the_settings_asked_for(dataset, tmp_path, trained):
     out = shutil.copytree(trained, tmp_path / "out")
     with open(out / "log.jsonl", "a") as f:
         f.write('{"iter": 5, "lo')
-    train(dataset, out, "--init_from=auto", "--max_iters=8", "--weight_decay=0.5", "--beta1=0.5", "--dtype=float16")
+    train(
+        dataset,
+        out,
+        "--init_from=auto",
+        "--max_iters=8",
+        "--weight_decay=0.5",
+        "--beta1=0.5",
+        "--dtype=float16",
+    )
     groups = checkpoint(out)["optimizer"]["param_groups"]
-    assert [(g["weight_decay"], tuple(g["betas"])) for g in groups] == [(0.5, (0.5, 0.95)), (0.0, (0.5, 0.95))]
+    assert [(g["weight_decay"], tuple(g["betas"])) for g in groups] == [
+        (0.5, (0.5, 0.95)),
+        (0.0, (0.5, 0.95)),
+    ]
     assert [line["iter"] for line in log(out)] == list(range(9))
 
 

@@ -66,8 +66,14 @@ def test_pickles_of_every_protocol(tmp_path, protocol):
     }
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(content, protocol))
     read = check(tmp_path / "e.pkl", content)
-    assert isinstance(read["tensor"], unpickle.Tensor) and not isinstance(read["c"], unpickle.Tensor)
-    lists = {"arrays": [FLOATS[0], FLOATS[1]], "objects": np.array(["a", None, "b"], object), "text": ["x" * 999]}
+    assert isinstance(read["tensor"], unpickle.Tensor) and not isinstance(
+        read["c"], unpickle.Tensor
+    )
+    lists = {
+        "arrays": [FLOATS[0], FLOATS[1]],
+        "objects": np.array(["a", None, "b"], object),
+        "text": ["x" * 999],
+    }
     (tmp_path / "l.pkl").write_bytes(pickle.dumps(lists, protocol))
     read = unpickle.load(tmp_path / "l.pkl")
     assert all(np.array_equal(a, b) for a, b in zip(read["arrays"], lists["arrays"]))
@@ -79,7 +85,9 @@ def test_numpy_before_version_2(tmp_path, protocol):
     data = pickle.dumps({"x": FLOATS}, protocol)
     for module in (b"multiarray", b"numeric"):
         old, new = b"numpy._core." + module, b"numpy.core." + module
-        data = data.replace(b"c" + old, b"c" + new).replace(bytes([len(old)]) + old, bytes([len(new)]) + new)
+        data = data.replace(b"c" + old, b"c" + new).replace(
+            bytes([len(old)]) + old, bytes([len(new)]) + new
+        )
     assert b"_core" not in data
     (tmp_path / "e.pkl").write_bytes(data)
     check(tmp_path / "e.pkl", {"x": FLOATS})
@@ -117,7 +125,13 @@ def test_a_zip_file_nested_in_a_pickle(tmp_path):
     torch.save(x.untyped_storage(), file)
     storage = Call(torch.storage._load_from_bytes, file.getvalue())
     tensor = Call(
-        torch._utils._rebuild_tensor_v2, storage, 0, (6, 4, 200), (800, 200, 1), False, collections.OrderedDict()
+        torch._utils._rebuild_tensor_v2,
+        storage,
+        0,
+        (6, 4, 200),
+        (800, 200, 1),
+        False,
+        collections.OrderedDict(),
     )
     (tmp_path / "e.pkl").write_bytes(pickle.dumps({"x": tensor}))
     assert np.array_equal(unpickle.load(tmp_path / "e.pkl")["x"].view("<f4"), x)
@@ -180,7 +194,9 @@ def test_nothing_is_called(tmp_path, monkeypatch, name, wrap):
     monkeypatch.chdir(tmp_path)
     attack, named = CALLS[name]
     content = {"x": FLOATS, "extra": attack}
-    torch.save(content, "e.pkl") if wrap == "torch" else (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
+    torch.save(content, "e.pkl") if wrap == "torch" else (tmp_path / "e.pkl").write_bytes(
+        pickle.dumps(content)
+    )
     with pytest.raises(sources.DataError) as e:
         sources.load_pickle("e.pkl")
     assert not (tmp_path / "owned").exists() and "\n" not in str(e.value)
@@ -207,7 +223,14 @@ def push(data):
     return b"B" + struct.pack("<I", len(data)) + data
 
 
-storage = b"\x80\x04(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x00tQ."
+storage = (
+    b"\x80\x04("
+    + text("storage")
+    + b"ctorch\nFloatStorage\n"
+    + text("0")
+    + text("cpu")
+    + b"K\x00tQ."
+)
 many = (("a/data.pkl", storage), *((f"a/data/{i}", b"") for i in range(20_000)))
 many_entries = zip_file(*many, how=zipfile.ZIP_STORED)
 load_bytes_global = b"ctorch.storage\n_load_from_bytes\n"

@@ -32,16 +32,23 @@ def degrade(images, generator):
     """(N, 1, 8, 8) -> the same, blurred by a Gaussian and with noise added."""
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / BLUR) ** 2)
     kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
-    return F.conv2d(images, kernel, padding=2) + NOISE * torch.randn(images.shape, generator=generator)
+    return F.conv2d(images, kernel, padding=2) + NOISE * torch.randn(
+        images.shape, generator=generator
+    )
 
 
 def encode(images, width, seed):
     """(N, 1, 8, 8) -> (N, 64, width) tokens: two random 3x3 convolutions with a GELU between."""
     g = torch.Generator().manual_seed(seed)
     hidden = F.conv2d(
-        images, torch.randn(4 * width, 1, 3, 3, generator=g), torch.randn(4 * width, generator=g) / 2, padding=1
+        images,
+        torch.randn(4 * width, 1, 3, 3, generator=g),
+        torch.randn(4 * width, generator=g) / 2,
+        padding=1,
     )
-    tokens = F.conv2d(F.gelu(hidden), torch.randn(width, 4 * width, 3, 3, generator=g) / width, padding=1)
+    tokens = F.conv2d(
+        F.gelu(hidden), torch.randn(width, 4 * width, 3, 3, generator=g) / width, padding=1
+    )
     return tokens.flatten(2).transpose(1, 2).contiguous()
 
 
@@ -58,27 +65,42 @@ def main():
     views = degrade(images, torch.Generator().manual_seed(1))
     cond, target = encode(views, width=48, seed=2), encode(images, width=32, seed=3)
     train, val = split(len(images), VAL_FRACTION, SEED)
-    decoder = dict(target=fit_decoder(target[train], images[train]), cond=fit_decoder(cond[train], views[train]))
+    decoder = dict(
+        target=fit_decoder(target[train], images[train]),
+        cond=fit_decoder(cond[train], views[train]),
+    )
     content = {
         "eva_blip3o_embeddings": cond,
         "clip_blip3o_embeddings": target,
         "captions": [f"the digit {label}" for label in digits.target],
         "keys": [f"digit_{i:04d}" for i in range(len(images))],
-        "config": {"eva_model": "random convolutions on a blurred, noisy view", "clip_model": "random convolutions"},
+        "config": {
+            "eva_model": "random convolutions on a blurred, noisy view",
+            "clip_model": "random convolutions",
+        },
     }
     path = HERE / "embeddings.pkl"
     try:
         old = load_pickle(path)
     except DataError:
         old = {}
-    same = [name for name, value in content.items() if name in old and np.array_equal(value, old[name])]
-    if len(same) < len(content):  # torch pickles the same tensors to other bytes each time: keep what prepare.py knows
+    same = [
+        name for name, value in content.items() if name in old and np.array_equal(value, old[name])
+    ]
+    if len(same) < len(
+        content
+    ):  # torch pickles the same tensors to other bytes each time: keep what prepare.py knows
         path.write_bytes(pickle.dumps(content))
     np.savez(HERE / "decoder.npz", **decoder)
-    for name, tokens, truth in (("target", target[val], images[val]), ("cond", cond[val], views[val])):
+    for name, tokens, truth in (
+        ("target", target[val], images[val]),
+        ("cond", cond[val], views[val]),
+    ):
         pixels = tokens.double() @ torch.from_numpy(decoder[name][:-1]) + decoder[name][-1]
         explained = 1 - (pixels - truth.flatten(1)).square().mean() / truth.var()
-        print(f"{name}: {tuple(tokens.shape[1:])} tokens, pixels decoded with R^2 {explained:.3f} on unseen images")
+        print(
+            f"{name}: {tuple(tokens.shape[1:])} tokens, pixels decoded with R^2 {explained:.3f} on unseen images"
+        )
     print(f"wrote {HERE / 'embeddings.pkl'} ({len(images)} samples) and {HERE / 'decoder.npz'}")
 
 
