@@ -7,13 +7,53 @@ Batches of a prepared dataset: which rows they are, and how they get to the devi
 
 import functools
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from flow import Normalizer
 from unpickle import drop_pages
+
+ARRAYS = ("train_cond", "train_target", "val_cond", "val_target")
+FILES = (*(f"{name}.npy" for name in ARRAYS), "train_items.jsonl", "val_items.jsonl", "stats.npz")
+
+
+def open_dataset(data_dir):
+    """dict(meta, stats, train_cond, train_target, val_cond, val_target), arrays memory-mapped.
+
+    Raises ValueError where the dataset is missing, incomplete or not what meta.json says.
+    """
+    folder, make = Path(data_dir), f"make it with: python prepare.py SRC --out={data_dir}"
+    if not (folder / "meta.json").is_file():
+        state = (
+            "is incomplete: it has no meta.json"
+            if any((folder / name).exists() for name in FILES)
+            else "does not exist"
+        )
+        raise ValueError(f"the dataset {str(data_dir)!r} {state}; {make}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        data = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        with np.load(folder / "stats.npz") as stats:
+            data |= {"meta": meta, "stats": dict(stats)}
+        for name in ARRAYS:
+            if list(data[name].shape) != meta["shapes"][name]:
+                raise ValueError(
+                    f"{name}.npy has shape {data[name].shape}, meta.json says {meta['shapes'][name]}"
+                )
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        if len(meta["grid"]) != 2 or not isinstance(meta["layout"], dict):
+            raise ValueError("meta.json has no grid or layout")
+    except Exception as e:  # a damaged file can raise anything
+        raise ValueError(
+            f"the dataset {str(data_dir)!r} is damaged: {e}; {make} --overwrite=True"
+        ) from e
+    return data
 
 
 class Loader:

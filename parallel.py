@@ -1,8 +1,8 @@
 """
 What the processes of a run do together: start, add up, agree to stop, notice that one is gone, share a model.
 
-    device = start("cuda", timeout=10)    # under torchrun: cuda:3, say
-    loss, stop = total(device, loss, interrupts.late())
+    device = init_distributed("cuda", timeout=10)    # under torchrun: cuda:3, say
+    loss, stop = all_reduce_sum(device, loss, interrupts.should_stop())
 """
 
 import datetime
@@ -18,7 +18,19 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
-def start(device, timeout):
+def pick_device(name):
+    """'auto' as cuda, else mps, else cpu; any other name if this machine has it, else ValueError."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(kind for kind, there in has.items() if there)
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name) or not has[name.split(":")[0]]:
+        raise ValueError(
+            f"device={name!r}: this machine has {', '.join(kind for kind, there in has.items() if there)}"
+        )
+    return name
+
+
+def init_distributed(device, timeout):
     """Join the other processes that torchrun has started; returns this one's device.
 
     timeout: minutes after which a process that waits for another gives up
@@ -73,7 +85,7 @@ def lost(kind, e, trace):
     sys.__excepthook__(kind, e, trace)
 
 
-def leave(code):
+def exit_process(code):
     """End this one of several processes, without what torch cleans up at the end: it joins the threads of gloo while it
     holds Python's lock, for which they may be waiting."""
     sys.stdout.flush()
@@ -81,7 +93,7 @@ def leave(code):
     os._exit(code)
 
 
-def total(device, *values):
+def all_reduce_sum(device, *values):
     """Numbers, or tensors of one element, summed over the processes, as floats; waits for the device."""
     sums = torch.stack(
         [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values]
@@ -107,7 +119,7 @@ class Interrupts:
                 number, signal.SIG_DFL
             )  # a second Ctrl-C does not wait; torchrun would repeat the first
 
-    def late(self):
+    def should_stop(self):
         if self.end is not None and time.monotonic() > self.end:
             self.reason = self.reason or "the time limit"
         if (
@@ -117,7 +129,7 @@ class Interrupts:
         return self.reason is not None
 
 
-def shard(model, dtype):
+def shard_model(model, dtype):
     """torch's fully_shard, one block after the other: a process holds a part of every parameter, gathers those of a
     block when their turn comes, in the dtype of the arithmetic, and gets its part of the mean gradients, in float32."""
     half = None if dtype == "float32" else getattr(torch, dtype)
@@ -133,10 +145,10 @@ def shard(model, dtype):
         register_fsdp_forward_method(module, "context")
 
 
-def whole(state):
+def gather_state_dict(state):
     """A state dict with its sharded tensors gathered, on the CPU, for the first process; all must call this."""
     if isinstance(state, dict):
-        return {name: whole(value) for name, value in state.items()}
+        return {name: gather_state_dict(value) for name, value in state.items()}
     if not hasattr(state, "full_tensor"):
         return state
     tensor = state.full_tensor()

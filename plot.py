@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import score
-from prepare import open_dataset
+from loader import open_dataset
 
 HISTOGRAM = 500  # samples in the histogram of cosines, the first ones
 

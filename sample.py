@@ -33,8 +33,9 @@ import score
 from checkpoint import Output, read_checkpoint, replace_file, unreadable, weights_by_block
 from configurator import configure
 from flow import FlowConfig, Normalizer
-from model import NextDiT, NextDiTConfig, pick_device
-from prepare import open_dataset
+from loader import open_dataset
+from model import NextDiT, NextDiTConfig
+from parallel import pick_device
 from sources import no_items, read_conditions, read_items
 from unpickle import drop_pages
 
@@ -275,9 +276,9 @@ def main():
         print("interrupted: the same command goes on from here", file=sys.stderr)
         code = 130
     if world_size > 1:
-        from parallel import leave
+        from parallel import exit_process
 
-        leave(code)
+        exit_process(code)
     sys.exit(code)
 
 
@@ -287,9 +288,11 @@ def run(config, rank, world_size):
     if world_size > 1:
         from torch.distributed import barrier as wait
 
-        from parallel import start
+        from parallel import init_distributed
 
-        place = start(place, timeout=7 * 24 * 60)  # nobody waits for another before the end
+        place = init_distributed(
+            place, timeout=7 * 24 * 60
+        )  # nobody waits for another before the end
     data = open_dataset(data_dir) if data_dir else None
     path = (
         Path(out_dir) if checkpoint == "ckpt_best.pt" else Path(out_dir) / checkpoint

@@ -26,12 +26,19 @@ import flow
 from checkpoint import open_folder, restore_checkpoint, restore_optimizer, save_checkpoint
 from configurator import check_range, configure
 from flow import FlowConfig
-from loader import Loader
+from loader import Loader, open_dataset
 from measure import Evaluator, flops_per_sample, product_rate, summary
-from model import NextDiT, NextDiTConfig, pick_device
+from model import NextDiT, NextDiTConfig
 from optim import make_optimizer, step_in_backward
-from parallel import Interrupts, leave, shard, start, total, whole
-from prepare import open_dataset
+from parallel import (
+    Interrupts,
+    all_reduce_sum,
+    exit_process,
+    gather_state_dict,
+    init_distributed,
+    pick_device,
+    shard_model,
+)
 
 # The defaults are a model of BLIP3-o's size; a config file or --key=value changes any of them.
 # ---- I/O
@@ -137,7 +144,7 @@ def fail(message):
     print(
         f"error: {message}", file=sys.stderr
     )  # of every process: torchrun ends them all when the first is gone
-    sys.exit(1) if world_size == 1 else leave(1)
+    sys.exit(1) if world_size == 1 else exit_process(1)
 
 
 try:
@@ -182,7 +189,7 @@ if gradient_accumulation_steps % world_size:
         f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can"
     )
 if world_size > 1:
-    device = start(device, dist_timeout)
+    device = init_distributed(device, dist_timeout)
 interrupts = Interrupts(time_limit)
 # TF32 on cuda; on a CPU oneDNN, which is up to twice as fast as MKL, and float32 too unless there is AMX
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
@@ -255,7 +262,7 @@ try:
             print("changed since the checkpoint:", ", ".join(changed))
     for net in nets.values():  # until now on the CPU, so that a GPU never holds more than its part
         if fsdp:
-            shard(net, dtype)
+            shard_model(net, dtype)
         net.to(device)
     opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     if resume:
@@ -265,7 +272,7 @@ except ValueError as e:
 step, best_val_loss, wandb_id, bad_steps = (
     ckpt[k] for k in ("iter", "best_val_loss", "wandb_id", "bad_steps")
 )
-if total(device, step % 10007)[0] != world_size * (
+if all_reduce_sum(device, step % 10007)[0] != world_size * (
     step % 10007
 ):  # float32 counts no further than 2^24
     fail(
@@ -306,7 +313,7 @@ def save(name):
         "bad_steps": bad_steps, "config": config, "model_args": model_args, "flow": asdict(flow_config),
         "normalize": normalize, "stats": loader.stats, "cond_tokens": data["train_cond"].shape[1],
     }  # fmt: skip
-    state, failed = whole(state), 0
+    state, failed = gather_state_dict(state), 0
     state.setdefault("ema", state["model"])  # the same tensors, once in the file
     try:
         if master:
@@ -314,7 +321,7 @@ def save(name):
     except OSError as e:
         print(f"WARNING: {name} not written ({e}); the previous one is untouched", flush=True)
         failed = 1
-    return total(device, failed)[0] == 0
+    return all_reduce_sum(device, failed)[0] == 0
 
 
 def write_log(record):
@@ -370,7 +377,11 @@ micros = range(
 batches, generator = loader.stream(step, micros), torch.Generator(device)
 evaluation = eval_size, eval_batch_size, eval_samples, eval_sample_steps
 evaluate = Evaluator(
-    loader, flow_config, autocast, *evaluation, lambda: total(device, interrupts.late())[0] > 0
+    loader,
+    flow_config,
+    autocast,
+    *evaluation,
+    lambda: all_reduce_sum(device, interrupts.should_stop())[0] > 0,
 )
 flops = flops_per_sample(raw_model.config, data["train_cond"].shape[1]) / (
     world_size * product_rate(device, dtype)
@@ -456,7 +467,7 @@ while True:
         grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
         grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
     # the only time in an iteration that the device is waited for
-    sums = total(device, loss, output_norm, grad_norm, interrupts.late())
+    sums = all_reduce_sum(device, loss, output_norm, grad_norm, interrupts.should_stop())
     loss, output_norm, grad_norm, stop = (value / world_size for value in sums)
     good = math.isfinite(loss) and math.isfinite(grad_norm)
     if not optimizer_in_backward:
@@ -505,4 +516,4 @@ if not saved:
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
-    leave(0)
+    exit_process(0)

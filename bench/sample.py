@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import flow
 import sample
 import score
-from prepare import open_dataset
+from loader import open_dataset
 
 
 def steps_of(method, evaluations):

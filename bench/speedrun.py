@@ -38,11 +38,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import flow
 import score
 from configurator import convert, read_defaults, read_file
-from loader import Loader
+from loader import Loader, open_dataset
 from measure import Evaluator
 from model import NextDiT, NextDiTConfig
 from optim import make_optimizer
-from prepare import open_dataset
 
 ROOT, SLICES = Path(__file__).parents[1], 12
 METRICS = ("token_cosine", "retrieval_r1", "frechet")

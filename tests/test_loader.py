@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from conftest import measured, train
-from loader import Loader
-from prepare import open_dataset
+from loader import Loader, open_dataset
 
 
 def rows_of(loader, steps):

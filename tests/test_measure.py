@@ -6,10 +6,9 @@ import torch
 
 import score
 from flow import FlowConfig, Normalizer
-from loader import Loader
+from loader import Loader, open_dataset
 from measure import Evaluator, flops_per_sample, summary
 from model import NextDiT, NextDiTConfig
-from prepare import open_dataset
 
 
 @pytest.mark.parametrize("n_kv_head, cond_tokens", [(4, 9), (2, 5)])

@@ -6,8 +6,8 @@ import torch
 
 import score
 from conftest import refused, run
+from loader import open_dataset
 from plot import principal_colours, read_log, smooth, token_cosines
-from prepare import open_dataset
 
 
 def test_smooth_is_the_mean_of_a_window():

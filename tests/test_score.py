@@ -6,7 +6,7 @@ import torch
 
 import score
 from conftest import refused, run
-from prepare import open_dataset
+from loader import open_dataset
 
 
 def test_metrics_on_cases_with_known_values():
