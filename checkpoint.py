@@ -1,29 +1,42 @@
 """
-A run's folder, and what is in it: checkpoints, tensors and plain Python values, written whole or not at all, read
-through a memory map; and samples, written as they come.
+The files of a run: checkpoints, written whole or not at all and read through a memory map; its
+config.py and its log; and samples, written as they come.
 
-    save_checkpoint("out/ckpt_last.pt", state)
+    save("out/ckpt_last.pt", state)     # tensors and plain Python values
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
 """
 
 import fcntl
+import hashlib
+import itertools
 import json
+import math
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from parallel import print0
 
-def save_checkpoint(path, state):
-    """Write state to `path`; see replace_file."""
-    replace_file(path, lambda f: torch.save(state, f))
+ROOT = Path(__file__).parent
+
+
+def save(path, state):
+    """Write a checkpoint; returns whether that worked. If not, the previous one is untouched."""
+    try:
+        replace_file(path, lambda f: torch.save(state, f))
+        return True
+    except OSError as e:
+        print(f"WARNING: {path} not written ({e}); the previous one is untouched", flush=True)
+        return False
 
 
 def replace_file(path, write):
-    """Have write(f) fill a temporary file in the folder of `path` that is flushed to the disk and then takes its place.
+    """Let write(f) fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
 
-    Raises OSError where that fails, a full disk above all; what was at `path` is then untouched.
+    Raises OSError where that fails, as on a full disk; what was at `path` is then untouched.
     """
     partial = Path(path).with_suffix(".partial")
     try:
@@ -32,15 +45,11 @@ def replace_file(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-        folder = os.open(partial.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
-        os.close(folder)
     except (OSError, RuntimeError) as e:
         partial.unlink(missing_ok=True)
-        reason = (
-            e.__context__ if isinstance(e.__context__, OSError) else e
-        )  # torch's writer hides the first by another
-        raise OSError(str(reason).partition("\n")[0]) from e
+        # torch.save raises a RuntimeError while it handles the OSError that says what happened
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise OSError(str(cause).partition("\n")[0]) from e
 
 
 class Output:
@@ -130,137 +139,171 @@ class Output:
         self.path.unlink()
 
 
-def open_folder(out_dir, config, step, resume):
-    """Make out_dir that of a run which begins with iteration `step`: config.json and a log.jsonl without later
-    iterations. Without `resume`, a run that is there is moved to out_dir/previous. Raises ValueError with one line."""
-    folder = Path(out_dir)
-    log, previous = folder / "log.jsonl", folder / "previous"
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if (folder / "ckpt_last.pt").exists() and not resume:
-            previous.mkdir(exist_ok=True)
-            for path in (folder / "ckpt_last.pt", folder / "ckpt_best.pt", log):
-                if path.exists():
-                    os.replace(path, previous / path.name)
-            print(f"the run that was in {folder} is now in {previous}")
-        replace_file(
-            folder / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode())
-        )
-        lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-        whole = [
-            line for line in lines if line.endswith("}\n")
-        ]  # a kill may have cut the last one short
-        kept = [line for line in whole if json.loads(line)["iter"] < step]
-        replace_file(log, lambda f: f.write("".join(kept).encode()))
-    except OSError as e:
-        raise ValueError(f"out_dir={out_dir!r} cannot be written: {e}") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{log} is not the log of a run: {type(e).__name__}: {e}; move it away"
-        ) from e
-
-
 def read_checkpoint(path):
-    """What save_checkpoint wrote, its tensors on the CPU as views of a memory map. Raises ValueError with one line."""
+    """What save_checkpoint wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as e:
+        raise ValueError(f"there is no checkpoint {path}") from e
     except Exception as e:  # a truncated or foreign file can raise anything
         raise ValueError(unreadable(path, e)) from e
     if not isinstance(state, dict):
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it holds a {type(state).__name__}"
-        )
+        words = f"it holds a {type(state).__name__}"
+        raise ValueError(f"{path} cannot be read as a checkpoint: {words}")
     return state
 
 
 def unreadable(path, e):
-    return f"{path} cannot be read as a checkpoint: {type(e).__name__}: {' '.join(str(e).split())}"
+    reason = " ".join(str(e).split())
+    return f"{path} cannot be read as a checkpoint: {type(e).__name__}: {reason}"
 
 
-def restore_checkpoint(path, settings, stats, nets, scaler):
-    """Put the weights that `path` holds into a run's models, and the rest of its state into the scaler.
+def weights_by_block(path, key):
+    """Yield the state dict at `key` in parts: one for each block of layers, one for the rest.
 
-    settings: {name: value} that must be as in the checkpoint; stats: {name: tensor}, of the data, likewise
-    nets: {"model": module, "ema": module}
-    Returns what else it holds, but for the optimizer's state: restore_optimizer. Raises ValueError with one line.
+    Each part is read through a memory map of its own, because the pages that were read stay in
+    memory for as long as their map is open. So a process never holds two copies of a model.
     """
-    if not Path(path).exists():
-        raise ValueError(f"init_from=resume, but there is no {path}")
+    first = read_checkpoint(path)
+    names = sorted(first[key], key=block_of)
+    for _, group in itertools.groupby(names, key=block_of):
+        ckpt = read_checkpoint(path)
+        if ckpt["iter"] != first["iter"]:
+            raise ValueError(f"{path} was replaced while it was read; try again")
+        yield {name: ckpt[key][name] for name in group}
+
+
+def block_of(name):
+    """'layers.3' for a parameter of that block, '' for one outside the blocks."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
+
+
+# what a run cannot change; the other settings of the model are caught by the weights' shapes
+FIXED = "optimizer normalize path prediction sigma_min sigma_max n_layer n_head n_kv_head dim"
+FIXED += " norm_eps qk_norm conditioning conv rope prior"
+
+
+def restore(path, config, stats, models, scaler):
+    """Load the weights at `path` into models and the gradient scaler's state into `scaler`.
+
+    config: the run's settings and stats: the data's {name: tensor}, which must be those of the
+    checkpoint; models: {"model": module, "ema": module}
+    Prints the settings that have changed. Returns the checkpoint, whose optimizer state is left to
+    restore_optimizer. Raises ValueError.
+    """
     ckpt = read_checkpoint(path)
     try:
-        then = ckpt["config"] | ckpt["model_args"]
-        if differ := [
-            f"{k} is {then[k]}, here {v}" for k, v in settings.items() if then.get(k, v) != v
-        ]:
-            raise ValueError(f"{path} is of another shape: {', '.join(differ)}")
-        if not all(torch.equal(value, ckpt["stats"][name]) for name, value in stats.items()):
-            raise ValueError(f"{path} was trained on other data: its statistics differ")
-        for key, net in nets.items():
-            if missing := net.state_dict().keys() ^ ckpt[key].keys():
-                raise KeyError(
-                    f"{key} has not the model's parameters: {', '.join(sorted(missing))}"
-                )
+        old = ckpt["config"]
+        for name in FIXED.split():
+            if config[name] != old[name]:
+                words = f"was trained with {name}={old[name]}, not {config[name]}"
+                raise ValueError(f"{path} {words}")
+        for name, value in stats.items():
+            if not torch.equal(value, ckpt["stats"][name]):
+                raise ValueError(f"{path} was trained on other data: its statistics differ")
+        for key, model in models.items():
+            if model.state_dict().keys() != ckpt[key].keys():
+                raise KeyError(f"{key} has other parameters than this model")
             for block in weights_by_block(path, key):
-                net.load_state_dict(block, strict=False)
+                model.load_state_dict(block, strict=False)
         if ckpt["scaler"]:  # empty unless it was float16
             scaler.load_state_dict(ckpt["scaler"])
-        counters = {"iter": int(ckpt["iter"]), "best_val_loss": float(ckpt["best_val_loss"])}
-        return counters | {
-            "bad_steps": int(ckpt["bad_steps"]),
-            "wandb_id": ckpt["wandb_id"],
-            "config": ckpt["config"],
-        }
+        for name in ("iter", "best_val_loss", "bad_steps", "wandb_id"):
+            ckpt[name]
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(unreadable(path, e)) from e
+    changed = [name for name in config if config[name] != old.get(name) and name != "init_from"]
+    for name in changed:
+        print0(f"changed since the checkpoint: {name} {old.get(name)} -> {config[name]}")
+    return ckpt
 
 
 def restore_optimizer(path, opt):
-    """Put what `path` holds of an optimizer's state into it, a few parameters at a time, so that never two copies are
-    in memory; of a tensor that is sharded, this process's part. Learning rate and the like stay as they are."""
-    from torch.distributed.tensor import (
-        distribute_tensor,
-    )  # half a second, which sample.py need not spend
+    """Load the optimizer state at `path`, sixteen parameters at a time, through a memory map each, so
+    that there are never two copies in memory. A sharded parameter gets its process's part.
 
-    def own(name, value, p):
-        if value.shape == p.shape and hasattr(p, "full_tensor"):
-            return distribute_tensor(
-                value.to(p.device_mesh.device_type), p.device_mesh, p.placements, src_data_rank=None
-            )
-        if value.shape != p.shape and name not in ("step", "row_var", "col_var"):
-            raise ValueError(
-                f"{path}: {name} of the optimizer has shape {tuple(value.shape)}, not {tuple(p.shape)}"
-            )
-        return value.to(p.device, copy=True)
-
+    Learning rate, weight decay and betas stay those of `opt`. Raises ValueError.
+    """
     params = [p for group in opt.param_groups for p in group["params"]]
     try:
         for first in range(0, len(params), 16):
             ckpt = read_checkpoint(path)
-            held = ckpt["optimizer"]["state"]
-            if ckpt["iter"] and not held:
+            state = ckpt["optimizer"]["state"]
+            if ckpt["iter"] and not state:
                 raise KeyError("it has no state of the optimizer")
             for i, p in enumerate(params[first : first + 16], first):
-                if i in held:  # a frozen parameter has no state
-                    opt.state[p] = {name: own(name, value, p) for name, value in held[i].items()}
+                if i in state:  # a frozen parameter has none
+                    opt.state[p] = {name: like(p, name, x) for name, x in state[i].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(unreadable(path, e)) from e
 
 
-def weights_by_block(path, key):
-    """The state dict at `key` as one dict for each block of layers and one for the rest.
+def like(p, name, value):
+    """A tensor of the optimizer's state, on the device of its parameter and sharded as it is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # slow to import
 
-    The pages of a map stay in memory while it is open, so every block is read through a map of its own.
-    """
+    if name in ("step", "row_var", "col_var"):  # not of the parameter's shape, and never sharded
+        return value.to(p.device, copy=True)
+    if value.shape != p.shape:
+        shapes = f"{tuple(value.shape)}, not {tuple(p.shape)}"
+        raise RuntimeError(f"{name} of the optimizer has shape {shapes}")
+    if isinstance(p, DTensor):
+        value = value.to(p.device_mesh.device_type)
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    return value.to(p.device, copy=True)
 
-    def identity():
-        stat = os.stat(path)
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
-    blocks, first = {}, identity()
-    for name in read_checkpoint(path)[key]:
-        blocks.setdefault(name.split(".")[1] if name.startswith("layers.") else "", []).append(name)
-    for names in blocks.values():
-        held = read_checkpoint(path)[key]
-        if identity() != first:  # a run has written a new one meanwhile
-            raise ValueError(f"{path} was replaced while it was read; try again")
-        yield {name: held[name] for name in names}
+def code_version():
+    """The git commit of this code, "-dirty" where files differ from it; without git, a hash of them."""
+    try:
+        git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return hash_files(sorted(ROOT.rglob("*.py")))
+
+
+def hash_files(paths):
+    """sha256 of the contents of files, in hexadecimal."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
+
+
+def open_run(out_dir, config, version, iteration, replace):
+    """Make out_dir the folder of a run that begins at an iteration: write config.py, and keep of
+    log.jsonl what came before. Raises ValueError, also where there is a run not to be replaced."""
+    folder = Path(out_dir)
+    log = folder / "log.jsonl"
+    checkpoints = [folder / "ckpt_last.pt", folder / "ckpt_best.pt"]
+    if any(path.exists() for path in checkpoints) and not replace:
+        ways = "--init_from=auto goes on with it, --overwrite=True replaces it"
+        raise ValueError(f"{out_dir} already holds a run: {ways}, or choose another --out_dir")
+    settings = [f"{key} = {value!r}" for key, value in config.items()]
+    text = "\n".join([f"# The settings of this run, for the code at {version}.", *settings, ""])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "config.py", lambda f: f.write(text.encode()))
+        lines = log.read_text().splitlines(keepends=True) if iteration and log.exists() else []
+        lines = [
+            line for line in lines if line.endswith("}\n")
+        ]  # a kill can cut the last one short
+        kept = [line for line in lines if json.loads(line)["iter"] < iteration]
+        replace_file(log, lambda f: f.write("".join(kept).encode()))
+        for path in checkpoints if iteration == 0 else []:  # those of the run that is replaced
+            path.unlink(missing_ok=True)
+    except OSError as e:
+        raise ValueError(f"out_dir={out_dir!r} cannot be written: {e}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{log} is not the log of a run: {type(e).__name__}: {e}") from e
+
+
+def append_log(out_dir, record):
+    """Add a line to a run's log.jsonl, or a warning to the console where that fails."""
+    log = Path(out_dir) / "log.jsonl"
+    record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+    size = log.stat().st_size if log.exists() else 0
+    try:
+        with open(log, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        print(f"WARNING: {log} not written ({e})", flush=True)
+        if log.exists():
+            os.truncate(log, size)  # leave no half a line

@@ -4,27 +4,25 @@ Override a script's defaults from python files and --key=value flags.
     python train.py config/train_digits.py --batch_size=32 --learning_rate=1e-3
     python train.py --help
 
-A script keeps its defaults as plain assignments under `# ---- group` headings, then calls
-`config = configure(globals())`. Files and flags apply in the order given, the last one
-wins. Unlike an exec() of whatever is passed, a key that the script does not know, or a
-value of another type, ends the run with one line that names it.
+A script keeps its defaults as plain assignments under `# ---- group` headings and then calls
+`config = configure(globals())`. Files and flags apply in the order given; the last one wins.
+A key that the script does not know, or a value of another type, ends the run with one line.
 """
 
 import ast
 import difflib
-import io
 import math
-import re
+import os
 import sys
-import tokenize
+import textwrap
 from pathlib import Path
 
 
 def configure(namespace, argv=None):
     """Apply config files and flags to a script's globals.
 
-    namespace: the script's `globals()`, holding the block of defaults and `__file__`
-    argv: arguments after the script's name; sys.argv[1:] by default
+    namespace: the script's `globals()`, with the block of defaults and `__file__`
+    argv: the arguments after the script's name; sys.argv[1:] by default
     Returns {key: value} of every setting, in the order of the block.
     Exits with one line and code 1 on an unknown key, a wrong type or an unreadable file.
     """
@@ -38,10 +36,10 @@ def configure(namespace, argv=None):
     for arg in argv:
         if not arg.startswith("-"):
             for key, value in read_file(arg, script.parent).items():
-                config[key] = convert(key, value, defaults, arg)
+                config[key] = check(key, value, defaults, arg)
         elif arg.startswith("--") and "=" in arg:
             key, text = arg[2:].split("=", 1)
-            config[key] = convert(key, text, defaults, arg, from_text=True)
+            config[key] = check(key, text, defaults, arg, from_text=True)
         else:
             sys.exit(f"error: cannot read the argument {arg!r}: write --key=value")
     namespace.update(config)
@@ -52,99 +50,118 @@ def read_defaults(source):
     """{key: {value, kinds, group, comment}} of the block of defaults in a script's source.
 
     The block starts at the first `# ---- group` line and ends at the first statement that
-    is not `name = literal`. A default of None needs its type said: `n: int | None = None`.
+    is not `name = literal`. A default of None needs its type: `n: int | None = None`.
     """
-    comments, groups = {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            heading = re.match(r"# -{2,} (.+?)( -*)?$", token.line.rstrip())
-            (groups if heading else comments)[token.start[0]] = (
-                heading[1] if heading else token.string[1:].strip()
-            )
     lines = source.splitlines()
-    defaults, first = {}, min(groups, default=len(lines))
+    headings = {n: line for n, line in enumerate(lines, 1) if line.startswith("# ---- ")}
+    defaults = {}
     for node in ast.parse(source).body:
-        if node.lineno < first:
+        above = [n for n in headings if n < node.lineno]
+        if not above:
             continue
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            break
         try:
             value = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
+        except ValueError:
             break
-        kinds = (
-            ast.unparse(node.annotation).split(" | ")
-            if isinstance(node, ast.AnnAssign)
-            else [type(value).__name__]
-        )
-        # a comment may go on in further lines that hold nothing else and are indented
-        comment, n = [comments.get(node.lineno, "")], node.lineno + 1
-        while n in comments and lines[n - 1].startswith(" "):
-            comment, n = comment + [comments[n]], n + 1
-        group = groups[max(line for line in groups if line < node.lineno)]
-        defaults[target.id] = dict(value=value, kinds=kinds, group=group, comment=" ".join(comment))
+        if isinstance(node, ast.AnnAssign):
+            name, kinds = node.target.id, ast.unparse(node.annotation).split(" | ")
+        else:
+            name, kinds = node.targets[0].id, [type(value).__name__]
+        defaults[name] = {
+            "value": value,
+            "kinds": kinds,
+            "group": headings[above[-1]].strip("#- "),
+            "comment": lines[node.lineno - 1].partition("  # ")[2],
+        }
     return defaults
 
 
 def read_file(path, script_dir):
-    """The public names that a config file assigns; its path is relative to the working
+    """The public names that a config file assigns. Its path is relative to the working
     directory or, failing that, to the script's folder."""
-    found = next((p for p in (Path(path), script_dir / path) if p.is_file()), None)
-    if found is None:
-        sys.exit(
-            f"error: no config file {path!r} here or in {script_dir} (settings are written --key=value)"
-        )
+    found = [p for p in (Path(path).expanduser(), script_dir / path) if p.is_file()]
+    if not found:
+        sys.exit(f"error: no config file {path!r} here or in {script_dir} (flags are --key=value)")
     values = {}
     try:
-        exec(compile(found.read_text(), str(found), "exec"), values)
-    except Exception as e:  # whatever the user's file raises is the user's to read
+        exec(compile(found[0].read_text(), str(found[0]), "exec"), values)
+    except Exception as e:  # the user's file may raise anything
         sys.exit(f"error: config file {path!r} failed: {type(e).__name__}: {e}")
     return {k: v for k, v in values.items() if not k.startswith("_") and not hasattr(v, "__name__")}
 
 
-def convert(key, value, defaults, origin, from_text=False):
-    """`value` as one of the types that `key` takes; ints are promoted to float."""
+def parse(text, kinds):
+    """The value that a flag's text stands for; what is no literal stays text."""
+    if text == "None" and "None" in kinds:
+        return None
+    if "str" in kinds:
+        return os.path.expanduser(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def check(key, value, defaults, origin, from_text=False):
+    """`value`, if `key` takes its type; whole numbers pass where a float is asked for."""
     if key not in defaults:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
-        sys.exit(
-            f"error: unknown setting {key!r} in {origin!r}; did you mean {nearest!r}? (--help lists all)"
-        )
+        sys.exit(f"error: unknown setting {key!r} in {origin!r}; did you mean {nearest!r}?")
     kinds = defaults[key]["kinds"]
-    for kind in sorted(kinds, key=["None", "bool", "int", "float", "str"].index):
-        if from_text:
-            try:
-                return {
-                    "None": {"None": None}.__getitem__,
-                    "bool": {"True": True, "False": False}.__getitem__,
-                    "int": int,
-                    "float": float,
-                    "str": str,
-                }[kind](value)
-            except (KeyError, ValueError):
-                continue
-        if type(value).__name__ == kind or (kind == "None" and value is None):
-            return value
-        if kind == "float" and type(value) is int:
-            return float(value)
-    wanted = " or ".join({"bool": "True or False"}.get(kind, kind) for kind in kinds)
-    sys.exit(f"error: {key} takes {wanted}, not {value!r} (in {origin!r})")
+    if from_text:
+        value = parse(value, kinds)
+    if type(value) is int and "int" not in kinds and "float" in kinds:
+        value = float(value)
+    kind = "None" if value is None else type(value).__name__
+    if kind not in kinds:
+        wanted = " or ".join({"bool": "True or False"}.get(kind, kind) for kind in kinds)
+        sys.exit(f"error: {key} takes {wanted}, not {value!r} (in {origin!r})")
+    return value
 
 
 def check_range(config, names, low, high=math.inf, above=False):
-    """Exit with one line where a setting is not in low..high, or is `low` itself if it must be above; None passes."""
+    """Exit with one line where a setting is not in low..high, or equals `low` where it must be
+    above it. None passes."""
     for name in names.split():
         value = config[name]
-        if value is not None and not (low <= value <= high and not (above and value == low)):
-            limits = f"{'above' if above else 'at least'} {low}" + (
-                f" and at most {high}" if high < math.inf else ""
-            )
+        if value is None:
+            continue
+        if not low <= value <= high or (above and value == low):
+            limits = f"above {low}" if above else f"at least {low}"
+            if high < math.inf:
+                limits += f" and at most {high}"
             sys.exit(f"error: {name}={value} must be {limits}")
 
 
+def user_errors_in_one_line():
+    """From here on a ValueError is taken for the user's mistake: one line instead of a traceback."""
+
+    def hook(kind, error, traceback):
+        if isinstance(error, ValueError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+def describe(config, script):
+    """The settings that differ from the script's defaults, as flags, in lines of text."""
+    defaults = read_defaults(Path(script).read_text())
+    changed = {key: value for key, value in config.items() if value != defaults[key]["value"]}
+    flags = " ".join(f"--{key}={value}" for key, value in changed.items())
+    return textwrap.fill(flags or "all settings are the defaults", 110, break_on_hyphens=False)
+
+
 def help_text(doc, defaults):
-    lines, group = [doc.strip()], None
+    lines = [doc.strip()]
+    group = None
     for key, default in defaults.items():
         if default["group"] != group:
             group = default["group"]
             lines += ["", f"{group}:"]
-        lines.append(f"  --{key + '=' + str(default['value']):<38} {default['comment']}".rstrip())
+        setting = f"{key}={default['value']}"
+        lines.append(f"  --{setting:<38} {default['comment']}".rstrip())
     return "\n".join(lines)

@@ -1,155 +1,175 @@
 """
-What the processes of a run do together: start, add up, agree to stop, notice that one is gone, share a model.
+Devices, and what the processes of a run do together: start, add up, share rows, stop, shard, end.
 
-    device = init_distributed("cuda", timeout=10)    # under torchrun: cuda:3, say
-    loss, stop = all_reduce_sum(device, loss, interrupts.should_stop())
+    device = init_distributed(pick_device("auto"), timeout=10)    # under torchrun, "cuda:3" say
+    total = all_reduce_sum(torch.stack([loss, interrupts.flag(device)]))
 """
 
 import datetime
+import math
 import os
 import re
 import signal
-import socket
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*args):
+    """Print in the first process only."""
+    if RANK == 0:
+        print(*args, flush=True)
 
 
 def pick_device(name):
     """'auto' as cuda, else mps, else cpu; any other name if this machine has it, else ValueError."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in has if has[kind]]
     if name == "auto":
-        return next(kind for kind, there in has.items() if there)
-    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name) or not has[name.split(":")[0]]:
-        raise ValueError(
-            f"device={name!r}: this machine has {', '.join(kind for kind, there in has.items() if there)}"
-        )
+        return available[0]
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name) or name.split(":")[0] not in available:
+        raise ValueError(f"device={name!r}: this machine has {', '.join(available)}")
+    return name
+
+
+def pick_dtype(name, device):
+    """'auto' as bfloat16 on cuda, or float16 where that is missing, else float32."""
+    if name == "auto":
+        if not device.startswith("cuda"):
+            return "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={name!r} is unknown: auto, float32, bfloat16 or float16")
     return name
 
 
 def init_distributed(device, timeout):
-    """Join the other processes that torchrun has started; returns this one's device.
+    """Join the other processes that torchrun has started; returns the device of this one.
 
     timeout: minutes after which a process that waits for another gives up
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    on_cuda = device.startswith("cuda")
-    if on_cuda:
+    backend = "gloo"
+    if device.startswith("cuda"):
+        backend = "nccl"
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    sys.excepthook = lost
-    meeting = (
-        dict(store=meet(rank), rank=rank, world_size=world_size)
-        if "TORCHELASTIC_RUN_ID" in os.environ
-        else {}
-    )
-    limit = datetime.timedelta(minutes=timeout)
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=limit, **meeting)
-    dist.barrier()  # nobody leaves, on an error of its own, before all have come
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+    dist.barrier()  # nobody ends because of an error of its own before all have come
     return device
 
 
-def meet(rank):
-    """A store of addresses of this start's own, at process 0. The one of torchrun outlives restarts and may still have
-    the addresses of the dead, where those who come after them would wait for ever (pytorch issue 135712)."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    torchruns = dist.TCPStore(host, port, is_master=False)
-    if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        torchruns.set("port of process 0", str(store.port))
-        return store
-    while True:
-        port = int(torchruns.get("port of process 0"))
-        try:
-            socket.create_connection((host, port), timeout=3).close()
-            return dist.TCPStore(host, port, is_master=False)
-        except OSError:  # it was of one who is gone
-            time.sleep(0.1)
-
-
-def lost(kind, e, trace):
-    """For an error that comes of another process's end, one line, and the end of this one at once: torchrun, which
-    says which was the first, may then start all of them anew."""
-    if issubclass(kind, RuntimeError) and re.search(
-        "gloo|nccl|peer|connection", str(e), re.IGNORECASE
-    ):
-        reason = str(e).splitlines()[0]
-        message = f"error: process {os.environ['RANK']} lost another one: {reason}"
-        print(
-            message, file=sys.__stderr__, flush=True
-        )  # sys.stderr is torch's, who prefixes what it gets to the end
-        os._exit(1)
-    sys.__excepthook__(kind, e, trace)
-
-
-def exit_process(code):
-    """End this one of several processes, without what torch cleans up at the end: it joins the threads of gloo while it
-    holds Python's lock, for which they may be waiting."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def all_reduce_sum(device, *values):
-    """Numbers, or tensors of one element, summed over the processes, as floats; waits for the device."""
-    sums = torch.stack(
-        [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values]
-    )
+def exit_process(error=None):
+    """End this process, together with the others if there is no error, else with a line and code 1."""
+    if error is not None:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums.tolist()
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.exit()
+
+
+def all_reduce_sum(x):
+    """The sum of a tensor over the processes, on the CPU; all must call this. Waits for the device."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x.cpu()
+
+
+@torch.no_grad()
+def map_rows(function, n, batch_size, device, interrupts):
+    """function(rows) -> (rows, ...) for rows 0 to n - 1, in batches dealt out to the processes.
+
+    Each process gets as many batches of one size, as FSDP needs: repeated rows fill them.
+    Returns (n, ...) on the CPU, in all processes. Raises Interrupted.
+    """
+    size = min(batch_size, math.ceil(n / WORLD_SIZE))
+    results = None
+    for first in range(0, n, WORLD_SIZE * size):
+        interrupts.check(device)
+        rows = first + RANK * size + np.arange(size)
+        values = function(rows % n)
+        if results is None:
+            results = torch.zeros(n, *values.shape[1:], device=device)
+        results[rows[rows < n]] = values[torch.from_numpy(rows < n)]
+    return all_reduce_sum(results)  # a row is zero in all processes but one
+
+
+class Interrupted(Exception):
+    """A signal or the time limit came while something was computed that can be broken off."""
 
 
 class Interrupts:
-    """Notes SIGINT and SIGTERM, and the end of `time_limit` minutes (or None) from now, instead of ending at once."""
+    """Notes SIGINT, SIGTERM and the end of `time_limit` minutes (or None), for the loop to stop."""
 
     def __init__(self, time_limit):
-        self.end = None if time_limit is None else time.monotonic() + 60 * time_limit
-        self.reason, self.parent = None, os.getppid()
+        self.end = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
+        self.reason = None
+        self.parent = os.getppid()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
         self.reason = signal.Signals(number).name
         if number == signal.SIGINT and not dist.is_initialized():
-            signal.signal(
-                number, signal.SIG_DFL
-            )  # a second Ctrl-C does not wait; torchrun would repeat the first
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
     def should_stop(self):
-        if self.end is not None and time.monotonic() > self.end:
+        if time.monotonic() > self.end:
             self.reason = self.reason or "the time limit"
-        if (
-            dist.is_initialized() and os.getppid() != self.parent
-        ):  # else two runs would write one folder
+        if dist.is_initialized() and os.getppid() != self.parent:
             self.reason = self.reason or "the end of torchrun"
         return self.reason is not None
 
+    def flag(self, device):
+        """1 if this process should stop, else 0, to be summed over the processes."""
+        return torch.tensor(float(self.should_stop()), device=device)
+
+    def check(self, device):
+        """Raise Interrupted in all processes if one should stop."""
+        if all_reduce_sum(self.flag(device)).item():
+            raise Interrupted
+
 
 def shard_model(model, dtype):
-    """torch's fully_shard, one block after the other: a process holds a part of every parameter, gathers those of a
-    block when their turn comes, in the dtype of the arithmetic, and gets its part of the mean gradients, in float32."""
-    half = None if dtype == "float32" else getattr(torch, dtype)
-    policy = MixedPrecisionPolicy(
-        param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    """Shard a model by torch's fully_shard, block by block.
+
+    A process holds a part of every parameter, gathers those of a block when their turn comes, in
+    the dtype of the arithmetic, and gets its part of the mean gradients, in float32.
+    """
+    param_dtype = None if dtype == "float32" else getattr(torch, dtype)
+    policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fully_shard(block, mp_policy=policy)
-    fully_shard(
-        model, reshard_after_forward=True
-    )  # else what evaluation has gathered would stay, and grow old
+    # reshard also after evaluations: what they have gathered would stay, and grow old
+    fully_shard(model, reshard_after_forward=True)
     for module in (model, *model.layers):
         register_fsdp_forward_method(module, "context")
 
 
 def gather_state_dict(state):
-    """A state dict with its sharded tensors gathered, on the CPU, for the first process; all must call this."""
+    """A state dict with its sharded tensors gathered on the CPU of the first process; all must call this."""
     if isinstance(state, dict):
         return {name: gather_state_dict(value) for name, value in state.items()}
     if not hasattr(state, "full_tensor"):
         return state
     tensor = state.full_tensor()
-    return tensor.cpu() if dist.get_rank() == 0 else None
+    return tensor.cpu() if RANK == 0 else None
+
+
+def matmul_rate(device, dtype, repeats=10):
+    """Floating point operations per second of a product of two large matrices on a device."""
+    n = 4096 if device.startswith("cuda") else 512
+    x = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
+    for _ in range(2):  # the first time is a warm-up
+        start = time.perf_counter()
+        for _ in range(repeats):
+            y = x @ x
+        y[0, 0].item()  # waits for the device
+    return repeats * 2 * n**3 / (time.perf_counter() - start)

@@ -3,517 +3,513 @@ Train a NextDiT with flow matching on a dataset that prepare.py made.
 
     python train.py config/train_digits.py                                # one process
     torchrun --standalone --nproc_per_node=8 train.py --data_dir=data/mine --out_dir=out-mine
+    python train.py --out_dir=out-mine --init_from=resume                 # go on with a run
     python train.py --help
+
+A run writes into out_dir: ckpt_last.pt and ckpt_best.pt, log.jsonl, and config.py, with which it
+can be repeated.
 """
 
 import copy
 import datetime
-import json
 import math
 import os
 import resource
 import sys
+import textwrap
 import time
-import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import checkpoint
+import exchange
 import flow
-from checkpoint import open_folder, restore_checkpoint, restore_optimizer, save_checkpoint
-from configurator import check_range, configure
-from flow import FlowConfig
+import parallel
+import score
+from configurator import check_range, configure, describe, user_errors_in_one_line
+from flow import FlowConfig, Normalizer
 from loader import Loader, open_dataset
-from measure import Evaluator, flops_per_sample, product_rate, summary
-from model import NextDiT, NextDiTConfig
+from model import NextDiT, NextDiTConfig, flops_per_sample
 from optim import make_optimizer, step_in_backward
-from parallel import (
-    Interrupts,
-    all_reduce_sum,
-    exit_process,
-    gather_state_dict,
-    init_distributed,
-    pick_device,
-    shard_model,
-)
+from parallel import all_reduce_sum, print0
 
-# The defaults are a model of BLIP3-o's size; a config file or --key=value changes any of them.
+# The defaults are a model of BLIP3-o's size. A config file or --key=value changes any of them.
 # ---- I/O
 out_dir = "out"
-init_from = "scratch"  # scratch | resume (ckpt_last.pt) | auto (resume or scratch) | a diffusers model's folder
-eval_interval = 1000  # iterations between evaluations
-save_interval = (
-    1000  # iterations between writes of ckpt_last.pt; ckpt_best.pt follows the evaluations
+init_from = (
+    "scratch"  # scratch | resume (ckpt_last.pt) | auto (resume, else scratch) | FOLDER of diffusers
 )
-log_interval = 10  # iterations between log lines; reading the loss is a GPU sync point
-eval_only = False  # with init_from=resume: evaluate ckpt_last.pt, print, exit
-time_limit: float | None = (
-    None  # minutes after which to save ckpt_last.pt and end, as SIGTERM and SIGINT do at once
-)
-dry_run = False  # set up, run one forward and backward pass, print the memory it took, exit
+overwrite = False  # replace the run that out_dir holds
+eval_interval = 1000  # iterations between evaluations; ckpt_best.pt is the best one's
+save_interval = 1000  # iterations between writes of ckpt_last.pt
+log_interval = 10  # iterations between log lines
+eval_only = False  # with init_from=resume: evaluate ckpt_last.pt and exit
+time_limit: float | None = None  # minutes after which to save and exit, as after SIGTERM and SIGINT
+dry_run = False  # run one forward and backward pass, print the memory it took, exit
 debug = False  # 64 samples, 10 iterations, anomaly detection, no wandb
 wandb_log = False
 wandb_project = "embedding-flow"
 wandb_run_name: str | None = None  # None: wandb invents one
 # ---- data
 data_dir = "data/digits"
-normalize = "channel"  # channel (zero mean, unit variance) | l2 (tokens of norm sqrt(channels); norms are lost) | none
+normalize = (
+    "channel"  # channel (zero mean, unit variance) | l2 (unit tokens; norms are lost) | none
+)
 subset_size: int | None = None  # train on the first so many samples only
-batch_size = 32  # samples in a micro-batch
-gradient_accumulation_steps = 8  # micro-batches in an iteration, over all processes: they divide it
-preload = False  # read the arrays into memory at the start (each process its own), for slow storage
+batch_size = 32  # samples per micro-batch
+gradient_accumulation_steps = 8  # micro-batches per iteration, divided among all processes
 eval_batch_size = 64
-eval_size = 2048  # validation samples in an evaluation, the first ones
-eval_samples = 64  # of them, how many are also generated and scored
-eval_sample_steps = 10  # of the solver, for these
+eval_size = 2048  # validation samples per evaluation, the first ones
+eval_samples = 64  # how many of them are also generated and scored
+eval_sample_steps = 10  # solver steps for these
 # ---- model
 dim = 1792
 n_layer = 24
 n_head = 28
 n_kv_head: int | None = None  # None: n_head; fewer: grouped-query attention
-multiple_of = 256  # the feed-forward's width, 8/3 dim, is rounded up to a multiple of this
+multiple_of = 256  # the feed-forward width, 8/3 dim, is rounded up to a multiple of this
 ffn_dim_multiplier: float | None = None  # scales that width
 norm_eps = 1e-5
 qk_norm = True
-conditioning = "auto"  # auto (aligned if condition and target have as many tokens, else cross) | aligned | cross
+conditioning = (
+    "auto"  # aligned (added token by token) | cross (attention) | auto: aligned if possible
+)
 conv = True  # a depthwise 3x3 convolution before each block
-rope = "grid"  # RoPE's frequencies: grid (for some ten rows and columns) | lumina (as in texts)
+rope = "grid"  # RoPE frequencies: grid (for some ten rows and columns) | lumina (as for text)
 prior: bool | None = (
-    None  # start from the best linear denoiser; None: where the data has more channels than dim
+    None  # start from the best linear denoiser; None: if the data is wider than dim
 )
-gradient_checkpointing = (
-    False  # recompute blocks in the backward pass: less memory, a third more compute
-)
+gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, slower
 # ---- flow
 path = "linear"  # linear | cosine
 sigma_min = 0.0  # noise left at t = 1 (data)
 sigma_max = 1.0  # noise at t = 0
-prediction = "v"  # v (velocity) | epsilon (noise; fragile at t = 0) | x (data)
-loss_space = "native"  # of the error: native (the prediction's own) | v (taken to the velocity)
+prediction = "v"  # v (velocity) | epsilon (noise; fragile near t = 0) | x (data)
+loss_space = "native"  # measure the error of the prediction itself (native) or of its velocity (v)
 t_sampling = "uniform"  # uniform | logit_normal
 t_mean = 0.0  # of logit(t), for logit_normal
 t_std = 1.0
-t_shift: float | None = (
-    None  # > 1 trains more near noise; None: sqrt(tokens * channels / 4096), at least 1
-)
+t_shift: float | None = None  # > 1 trains more near noise; None: sqrt(tokens * channels / 4096)
 cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
 l2_weight = 0.0  # weight of mean(output^2) in the loss
 # ---- optimizer
-optimizer = "adamw"  # adamw | muon (orthogonal steps in the blocks) | adafactor (2 bytes of state a parameter, not 8)
-optimizer_in_backward = False  # step each parameter when it gets its gradient, which is then freed
+optimizer = "adamw"  # adamw | adafactor (2 bytes of state per parameter instead of 8)
+optimizer_in_backward = False  # update each parameter when its gradient is there, then free that
 max_iters = 100_000
 num_epochs: float | None = None  # instead of max_iters
 learning_rate: float | None = None  # None: 1.6 / dim
 min_lr = 0.0  # where the cosine ends
 warmup_iters = 1000
-weight_decay = 0.05  # on matrices only: not on norms, biases and gates
+weight_decay = 0.05  # of matrices only, not of norms, biases and gates
 beta1 = 0.9
 beta2 = 0.95  # of adamw
 grad_clip = 1.0  # 0: off
-max_bad_steps = (
-    10  # end the run after so many iterations in a row whose loss or gradient was not finite
-)
-ema_decay = 0.9999  # reached gradually: min(this, (1 + i) / (10 + i)); 0: the weights themselves
+max_bad_steps = 10  # give up after so many iterations in a row without finite loss and gradient
+ema_decay = 0.9999  # reached gradually: min(this, (1 + i) / (10 + i)); 0: no averaged weights
 # ---- system
 device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
-dtype = "auto"  # auto (bfloat16 or float16 on cuda, else float32) | float32 | bfloat16 | float16 (with a scaler)
+dtype = "auto"  # auto (on cuda bfloat16 or float16, else float32) | float32 | bfloat16 | float16
 compile: bool | None = None  # torch.compile; None: on cuda only (on a CPU it takes minutes to pay)
-fsdp = False  # shard weights, gradients and optimizer state over the processes, for models that outgrow one GPU
-dist_timeout = 10.0  # minutes that the processes wait for one of them before they give up
+fsdp = False  # shard weights, gradients and optimizer over the processes (large models)
+dist_timeout = 10.0  # minutes that the processes wait for one that hangs
 seed = 0
 
+user_errors_in_one_line()  # until the training loop
 config = configure(globals())
+if init_from in ("resume", "auto") and Path(out_dir, "config.py").exists():
+    # a run goes on with its own settings; those of the command line come last and win
+    config = configure(globals(), [f"{out_dir}/config.py", *sys.argv[1:]])
 if debug:
-    config |= dict(
-        subset_size=min(subset_size or 64, 64), max_iters=min(max_iters, 10), num_epochs=None
-    )
-    config |= dict(eval_interval=5, log_interval=1, wandb_log=False)
-    globals().update(
-        config
-    )  # from here on config is a snapshot: what follows may change these names
+    subset_size, max_iters, num_epochs = 64, 10, None
+    eval_interval, log_interval, wandb_log = 5, 1, False
+    config = {name: globals()[name] for name in config}
+check_range(config, "batch_size gradient_accumulation_steps eval_batch_size eval_interval", 1)
+check_range(config, "save_interval log_interval eval_size eval_sample_steps max_iters", 1)
+check_range(config, "subset_size max_bad_steps", 1)
+check_range(config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay", 0)
+check_range(config, "grad_clip l2_weight time_limit", 0)
+check_range(config, "num_epochs norm_eps dist_timeout", 0, above=True)
+check_range(config, "beta1 beta2 ema_decay", 0, 1)
 
 # ---------------------------------------------------------------- system
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-master = rank == 0
-
-
-def fail(message):
-    print(
-        f"error: {message}", file=sys.stderr
-    )  # of every process: torchrun ends them all when the first is gone
-    sys.exit(1) if world_size == 1 else exit_process(1)
-
-
-try:
-    device = pick_device(device)
-except ValueError as e:
-    fail(e)
+device = parallel.pick_device(device)
 device_type = device.split(":")[0]
-if dtype == "auto":
-    dtype = (
-        "float32"
-        if device_type != "cuda"
-        else "bfloat16"
-        if torch.cuda.is_bf16_supported()
-        else "float16"
-    )
-if dtype not in ("float32", "bfloat16", "float16"):
-    fail(f"dtype={dtype!r} is unknown; it is one of auto, float32, bfloat16, float16")
-check_range(
-    config, "batch_size gradient_accumulation_steps eval_batch_size eval_interval save_interval", 1
-)
-check_range(
-    config, "log_interval eval_size eval_sample_steps max_iters subset_size max_bad_steps", 1
-)
-check_range(
-    config,
-    "seed eval_samples warmup_iters learning_rate min_lr weight_decay grad_clip l2_weight time_limit",
-    0,
-)
-check_range(config, "num_epochs norm_eps dist_timeout", 0, above=True)
-check_range(config, "beta1 beta2 ema_decay", 0, 1)
-if optimizer_in_backward and (
-    world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or dtype == "float16"
-):
-    fail(
-        "optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16"
-    )
+dtype = parallel.pick_dtype(dtype, device)
+one_pass = world_size == 1 and gradient_accumulation_steps == 1
+if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
+    needs = "one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16"
+    raise ValueError(f"optimizer_in_backward=True needs {needs}")
 if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
-    fail("fsdp=True needs several processes (torchrun), float32 or bfloat16, and adamw or muon")
+    raise ValueError("fsdp=True needs several processes, float32 or bfloat16, and adamw")
 if gradient_accumulation_steps % world_size:
-    multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
-    fail(
-        f"{gradient_accumulation_steps=} cannot be divided by {world_size} processes; {multiple} can"
-    )
+    raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {world_size} processes")
+last, best = Path(out_dir) / "ckpt_last.pt", Path(out_dir) / "ckpt_best.pt"
+resume = init_from == "resume" or (init_from == "auto" and last.exists())
+if eval_only and not resume:
+    raise ValueError("eval_only=True needs a checkpoint: --init_from=resume")
 if world_size > 1:
-    device = init_distributed(device, dist_timeout)
-interrupts = Interrupts(time_limit)
-# TF32 on cuda; on a CPU oneDNN, which is up to twice as fast as MKL, and float32 too unless there is AMX
+    device = parallel.init_distributed(device, dist_timeout)
+interrupts = parallel.Interrupts(time_limit)
+# TF32 on cuda. On a CPU oneDNN, up to twice as fast as MKL, and float32 too unless there is AMX.
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
-# no cache: a weight is used once in a pass, and its casts would be a second copy of the model
-autocast = torch.autocast(
-    device_type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False
-)
+torch.autograd.set_detect_anomaly(debug)
+# no cache: a weight is used once per pass, and its casts would be a second copy of the model
+half = dtype != "float32"
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=half, cache_enabled=False)
 
 # ---------------------------------------------------------------- data
-try:
-    data = open_dataset(data_dir)
-    loader = Loader(
-        data, normalize, device, batch_size, gradient_accumulation_steps, subset_size, seed, preload
-    )
-    flow_config = FlowConfig.of(config, *data["train_target"].shape[1:])
-    model_config = NextDiTConfig.of(config, data)
-except ValueError as e:
-    fail(e)
+data = open_dataset(data_dir)
+grid = tuple(data["meta"]["grid"])
+S, C = data["train_cond"].shape[1:]  # tokens and channels of a condition
+T, D = data["train_target"].shape[1:]  # and of a target
+batching = batch_size, gradient_accumulation_steps, subset_size, seed
+loader = Loader(data, *batching, pin_memory=device_type == "cuda")
+stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
+cond_space = Normalizer(normalize, stats["cond_mean"], stats["cond_std"], device)
+target_space = Normalizer(normalize, stats["target_mean"], stats["target_std"], device)
 samples_per_iter = batch_size * gradient_accumulation_steps
-max_iters = (
-    max_iters if num_epochs is None else math.ceil(num_epochs * loader.n_train / samples_per_iter)
-)
+if num_epochs is not None:
+    max_iters = math.ceil(num_epochs * loader.n_train / samples_per_iter)
+
+
+def encode(target, cond):
+    """A raw batch, (B, T, D) and (B, S, C), on the device and normalized."""
+    target, cond = (x.to(device, non_blocking=True) for x in (target, cond))
+    return target_space.encode(target), cond_space.encode(cond)
+
 
 # ---------------------------------------------------------------- model and optimizer
+weights = None
+if init_from not in ("scratch", "resume", "auto"):
+    sizes, weights = exchange.from_diffusers(init_from, grid, lambda p: p.float())
+    if (sizes["target_dim"], sizes["cond_dim"]) != (D, C):
+        theirs = f"{sizes['cond_dim']} to {sizes['target_dim']} channels"
+        raise ValueError(f"{init_from} is for {theirs}, {data_dir} has {C} to {D}")
+    globals().update({name: sizes[name] for name in sizes if name in config})
+# what the settings leave open, the data decides
+if conditioning == "auto":
+    conditioning = "aligned" if S == T else "cross"
+if conditioning == "aligned" and S not in (1, T):
+    raise ValueError(f"conditioning=aligned needs {T} condition tokens, as in the target, not {S}")
+if t_shift is None:  # more dimensions need more noise (Zheng et al. 2025, arXiv 2510.11690)
+    t_shift = max(1.0, math.sqrt(T * D / 4096))
+can_have_prior = (path, prediction, sigma_min, sigma_max) == ("linear", "v", 0, 1)
+if prior is None:  # a model narrower than its data cannot pass on the noise that v contains
+    prior = can_have_prior and D > dim
+if prior and not can_have_prior:
+    raise ValueError("prior=True needs path=linear, prediction=v, sigma_min=0 and sigma_max=1")
+if learning_rate is None:
+    learning_rate = 1.6 / dim
+settings = {name: globals()[name] for name in FlowConfig.__dataclass_fields__}
+flow_config = FlowConfig(**settings)
+settings = {name: globals()[name] for name in NextDiTConfig.__dataclass_fields__ if name in config}
+model_config = NextDiTConfig(grid, target_dim=D, cond_dim=C, **settings)
+config |= asdict(flow_config) | settings | {"learning_rate": learning_rate}  # what was decided
+config |= {"init_from": "scratch" if init_from == "auto" else init_from, "overwrite": False}
 torch.manual_seed(seed)
-last = Path(out_dir) / "ckpt_last.pt"
-resume = init_from == "resume" or (init_from == "auto" and last.exists())
-if eval_only and (dry_run or not resume and init_from in ("scratch", "auto")):
-    fail("eval_only=True needs a checkpoint, --init_from=resume, and no dry_run=True")
-try:
-    if init_from in ("scratch", "resume", "auto"):
-        raw_model = NextDiT(model_config)
-    else:
-        raw_model = NextDiT.from_diffusers(init_from, model_config.grid, lambda p: p.float())
-        raw_model.config.gradient_checkpointing, held = (
-            gradient_checkpointing,
-            asdict(raw_model.config),
-        )
-        wanted = {name: getattr(model_config, name) for name in ("grid", "target_dim", "cond_dim")}
-        if differ := [
-            f"{k} is {held[k]}, the data's {v}" for k, v in wanted.items() if held[k] != v
-        ]:
-            raise ValueError(f"{init_from} does not fit {data_dir}: {', '.join(differ)}")
-    model_args = asdict(raw_model.config)
-    learning_rate = 1.6 / raw_model.config.dim if learning_rate is None else learning_rate
-    chosen = (
-        model_args | asdict(flow_config) | {"learning_rate": learning_rate}
-    )  # a diffusers model has its own sizes
-    config |= {k: v for k, v in chosen.items() if k in config}
-    if raw_model.prior is not None and not resume:
-        raw_model.prior.fit(loader.target_tokens())
-    raw_model.null_cond.requires_grad_(
-        cond_dropout > 0
-    )  # else nothing trains it, and DDP would wait for its gradient
-    ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
-    nets = {"model": raw_model} | ({"ema": ema_model} if ema_decay else {})
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-    ckpt = {"iter": 0, "best_val_loss": math.inf, "bad_steps": 0, "wandb_id": None}
-    if resume:
-        settings = {
-            k: config[k]
-            for k in ("optimizer", "normalize", "path", "prediction", "sigma_min", "sigma_max")
-        }
-        settings |= {k: v for k, v in model_args.items() if k != "gradient_checkpointing"}
-        ckpt = restore_checkpoint(last, settings, loader.stats, nets, scaler)
-        old = ckpt["config"] | {"init_from": init_from}
-        if master and (
-            changed := [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]
-        ):
-            print("changed since the checkpoint:", ", ".join(changed))
-    for net in nets.values():  # until now on the CPU, so that a GPU never holds more than its part
-        if fsdp:
-            shard_model(net, dtype)
-        net.to(device)
-    opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
-    if resume:
-        restore_optimizer(last, opt)
-except ValueError as e:
-    fail(e)
-step, best_val_loss, wandb_id, bad_steps = (
-    ckpt[k] for k in ("iter", "best_val_loss", "wandb_id", "bad_steps")
-)
-if all_reduce_sum(device, step % 10007)[0] != world_size * (
-    step % 10007
-):  # float32 counts no further than 2^24
-    fail(
-        f"the processes do not see the same {last}: out_dir must be on a file system that they share"
-    )
+with torch.device("meta" if weights else "cpu"):
+    raw_model = NextDiT(model_config)
+if weights:
+    raw_model.load_state_dict(weights, assign=True)
+if prior and not resume:
+    count = min(loader.n_train, math.ceil(65536 / T))  # samples, evenly spaced
+    rows = np.linspace(0, loader.n_train - 1, count).astype(int)
+    tokens = torch.from_numpy(data["train_target"][rows]).to(device)
+    raw_model.prior.fit(target_space.encode(tokens).flatten(0, 1))
+# without dropout nothing trains the null condition, and DDP would wait for its gradient
+raw_model.null_cond.requires_grad_(cond_dropout > 0)
+ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+iteration, best_val_loss, bad_steps, wandb_id = 0, math.inf, 0, None
+if resume:
+    models = {"model": raw_model, "ema": ema_model}
+    ckpt = checkpoint.restore(last, config, stats, models, scaler)
+    iteration, best_val_loss = ckpt["iter"], ckpt["best_val_loss"]
+    bad_steps, wandb_id = ckpt["bad_steps"], ckpt["wandb_id"]
+    config["init_from"] = ckpt["config"]["init_from"]  # where the run began
+for net in {raw_model, ema_model}:  # until now on the CPU: a GPU never holds more than its part
+    if fsdp:
+        parallel.shard_model(net, dtype)
+    net.to(device)
+opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+if resume:
+    checkpoint.restore_optimizer(last, opt)
+if all_reduce_sum(torch.tensor([float(iteration)], device=device)) != world_size * iteration:
+    raise ValueError(f"the processes see different files {last}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
-norms = (
-    step_in_backward(opt) if optimizer_in_backward else None
-)  # of the gradients, as backward meets them
+norms = step_in_backward(opt) if optimizer_in_backward else None  # of gradients, as they come
+
 model = raw_model
-if device_type == "cuda" if compile is None else compile:
-    by_block = optimizer_in_backward or fsdp  # where parameters come and go during a pass
-    for block in raw_model.layers if by_block else ():
+compile = device_type == "cuda" if compile is None else compile
+if compile and (optimizer_in_backward or fsdp):  # parameters come and go during a pass
+    for block in raw_model.layers:
         block.compile()
-    model = raw_model if by_block else torch.compile(raw_model)
-if fsdp:
-    warnings.filterwarnings(
-        "ignore", message=".*returned a view tensor"
-    )  # nothing is written into it
-elif world_size > 1:
+elif compile:
+    model = torch.compile(raw_model)
+if world_size > 1 and not fsdp:
     model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def get_lr(step):
+def get_lr(iteration):
     """Linear warmup, then a cosine from learning_rate to min_lr at max_iters."""
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / warmup_iters
-    progress = (step - warmup_iters) / max(1, max_iters - warmup_iters)
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / warmup_iters
+    progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
+    return min_lr + (learning_rate - min_lr) * cosine
+
+
+# ---------------------------------------------------------------- evaluation
+map_rows = partial(
+    parallel.map_rows, batch_size=eval_batch_size, device=device, interrupts=interrupts
+)
+T_BINS = 4  # of t, from noise to data
+SAMPLED = ("token_cosine", "retrieval_r1", "frechet")  # metrics of score.py
+standardize = score.standardizer(stats["target_mean"], stats["target_std"])
+eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
+# a t for each validation sample: multiples of the golden ratio cover [0, 1] evenly
+eval_t = torch.from_numpy((np.arange(loader.n_val) + 0.5) * 0.6180339887498949 % 1).float()
+
+
+def evaluate_loss(net):
+    """{val_loss, val_loss_t0, ...}: the mean over validation samples, and by bins of t. Noise and t
+    are functions of a sample's row, so that values compare between runs."""
+
+    def losses(rows):
+        x_1, cond = encode(*loader.read("val", rows))
+        x_0 = flow.sample_noise(rows, (T, D), seed=0).to(device)
+        return flow.loss(net, x_1, cond, eval_flow, x_0=x_0, t=eval_t[rows].to(device))[0]
+
+    with autocast:
+        values = map_rows(losses, min(eval_size, loader.n_val))  # (n,)
+    bins = (eval_t[: len(values)] * T_BINS).long()
+    results = {"val_loss": values.mean().item()}
+    for i in bins.unique().tolist():
+        results[f"val_loss_t{i}"] = values[bins == i].mean().item()
+    return results
+
+
+def evaluate_samples(net):
+    """{val_token_cosine, ...}: metrics of one sample for each of the first eval_samples
+    validation conditions."""
+
+    def samples(rows):
+        _, cond = encode(*loader.read("val", rows))
+        x_0 = flow.sample_noise(rows, (T, D), seed=0, draw=1).to(device)
+        velocity = flow.guided_velocity(net, cond, flow_config)
+        return target_space.decode(flow.integrate(velocity, sigma_max * x_0, eval_sample_steps))
+
+    with autocast:
+        generated = standardize(map_rows(samples, min(eval_samples, loader.n_val)))
+    metrics = dict.fromkeys(SAMPLED, math.nan)
+    if generated.isfinite().all():
+        metrics = score.metrics(generated, standardize(data["val_target"][: len(generated)]))
+    return {f"val_{name}": metrics[name] for name in SAMPLED}
+
+
+def evaluate():
+    """Losses and samples of the averaged weights, and losses of the raw ones."""
+    results = evaluate_loss(ema_model)
+    if ema_decay:
+        raw = evaluate_loss(raw_model)
+        results |= {name.replace("loss", "loss_raw"): value for name, value in raw.items()}
+    if eval_samples:
+        results |= evaluate_samples(ema_model)
+    values = " ".join(f"{name}={value:.4g}" for name, value in results.items())
+    print0(textwrap.fill(f"iter {iteration} | {values}", 110, subsequent_indent="    "))
+    return results
 
 
 # ---------------------------------------------------------------- checkpoints and logs
-def save(name):
-    """Write out_dir/name, all processes together; returns whether that worked: training goes on without."""
-    state = {
-        **{key: net.state_dict() for key, net in nets.items()}, "optimizer": opt.state_dict(),
-        "scaler": scaler.state_dict(), "iter": step, "best_val_loss": best_val_loss, "wandb_id": wandb_id,
-        "bad_steps": bad_steps, "config": config, "model_args": model_args, "flow": asdict(flow_config),
-        "normalize": normalize, "stats": loader.stats, "cond_tokens": data["train_cond"].shape[1],
-    }  # fmt: skip
-    state, failed = gather_state_dict(state), 0
-    state.setdefault("ema", state["model"])  # the same tensors, once in the file
-    try:
-        if master:
-            save_checkpoint(Path(out_dir) / name, state)
-    except OSError as e:
-        print(f"WARNING: {name} not written ({e}); the previous one is untouched", flush=True)
-        failed = 1
-    return all_reduce_sum(device, failed)[0] == 0
+version = checkpoint.code_version()
+
+
+def save(path):
+    """Write a checkpoint, all processes together. Returns whether that worked: if not, training
+    goes on without."""
+    state = dict(model=raw_model.state_dict())
+    if ema_decay:
+        state["ema"] = ema_model.state_dict()
+    state |= dict(
+        optimizer=opt.state_dict(),
+        scaler=scaler.state_dict(),
+        iter=iteration,
+        best_val_loss=best_val_loss,
+    )
+    state |= dict(bad_steps=bad_steps, wandb_id=wandb_id, config=config, code=version)
+    state |= dict(model_args=asdict(model_config), flow=asdict(flow_config), cond_tokens=S)
+    state |= dict(normalize=normalize, stats=stats)
+    state = parallel.gather_state_dict(state)
+    if not ema_decay:
+        state["ema"] = state["model"]
+    saved = rank > 0 or checkpoint.save(path, state)
+    return all_reduce_sum(torch.tensor([float(saved)], device=device)).item() == world_size
+
+
+def keep_best(val_loss):
+    """Write ckpt_best.pt if this validation loss is the lowest so far."""
+    global best_val_loss
+    if iteration > 0 and val_loss < best_val_loss:
+        previous, best_val_loss = best_val_loss, val_loss
+        if not save(best):
+            best_val_loss = previous
 
 
 def write_log(record):
-    record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON knows no NaN
-    size = log.stat().st_size if log.exists() else 0
-    try:
-        with open(log, "a") as f:
-            f.write(json.dumps(record) + "\n")
-    except OSError as e:
-        print(f"WARNING: {log} not written ({e})", flush=True)
-        if log.exists():
-            os.truncate(log, size)  # no half a line
+    if rank == 0:
+        checkpoint.append_log(out_dir, record)
     if wandb_log:
-        wandb.log(record, step=record["iter"])
+        wandb.log(record, step=iteration)
 
 
-log, wandb_log = Path(out_dir) / "log.jsonl", wandb_log and master and not (eval_only or dry_run)
-if master and not (eval_only or dry_run):
-    try:
-        open_folder(out_dir, config, step, resume)
-    except ValueError as e:
-        fail(e)
+is_main = rank == 0 and not (eval_only or dry_run)  # the process that writes
+wandb_log = wandb_log and is_main
+if is_main:
+    checkpoint.open_run(out_dir, config, version, iteration, resume or overwrite)
 if wandb_log:
     import wandb
 
-    try:
-        wandb.init(
-            project=wandb_project,
-            name=wandb_run_name,
-            config=config,
-            dir=out_dir,
-            id=wandb_id,
-            resume="allow",
-        )
-    except wandb.errors.Error as e:
-        fail(f"wandb: {e} (run `wandb login`, or set WANDB_MODE=offline)")
+    run = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
+    wandb.init(**run, config=config, dir=out_dir)
     wandb_id = wandb.run.id
 
 # ---------------------------------------------------------------- training loop
-if master:
-    print(" ".join(f"{k}={v}" for k, v in config.items()))
-    print(
-        f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}"
-    )
-    epochs = max_iters * samples_per_iter / loader.n_train
-    print(
-        f"{loader.n_train} samples, {samples_per_iter} an iteration, {max_iters} iterations ({epochs:.1f} epochs)"
-    )
+print0(describe(config, __file__))
+count = sum(p.numel() for p in params) / 1e6
+print0(f"{count:.2f}M parameters on {world_size} x {device}, {dtype}")
+epochs = max_iters * samples_per_iter / loader.n_train
+print0(
+    f"{loader.n_train} samples, {samples_per_iter} per iteration, {max_iters} iterations ({epochs:.1f} epochs)"
+)
 micro_steps = gradient_accumulation_steps // world_size  # of this process
-micros = range(
-    rank * micro_steps, (rank + 1) * micro_steps
-)  # in the global batch: what decides their data and noise
-batches, generator = loader.stream(step, micros), torch.Generator(device)
-evaluation = eval_size, eval_batch_size, eval_samples, eval_sample_steps
-evaluate = Evaluator(
-    loader,
-    flow_config,
-    autocast,
-    *evaluation,
-    lambda: all_reduce_sum(device, interrupts.should_stop())[0] > 0,
-)
-flops = flops_per_sample(raw_model.config, data["train_cond"].shape[1]) / (
-    world_size * product_rate(device, dtype)
-)
-torch.autograd.set_detect_anomaly(debug)
-clock, first_step, stop, saved, bad_in_a_row = time.perf_counter(), step, False, True, 0
-while True:
-    lr = get_lr(step)
+# the place of a micro-batch in the global batch decides its data and its noise
+micros = range(rank * micro_steps, (rank + 1) * micro_steps)
+batches = loader.stream(iteration, micros)
+generator = torch.Generator(device)
+
+
+def forward_backward(micro):
+    """Gradients of one micro-batch; returns its share of the loss and of the mean output norm."""
+    x_1, cond = encode(*next(batches))
+    generator.manual_seed(flow.derive_seed(flow.TRAINING, seed, iteration, micro))
+    is_last = micro == micros[-1]  # only then are gradients summed over the processes
+    if fsdp:
+        model.set_requires_gradient_sync(is_last)
+    elif world_size > 1:
+        model.require_backward_grad_sync = is_last
+    with autocast:
+        losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
+    loss = losses.mean() / micro_steps
+    if loss.isfinite() or not optimizer_in_backward:  # that cannot skip the update afterwards
+        scaler.scale(loss).backward()
+    return loss.detach(), output.detach().norm(dim=-1).mean() / micro_steps
+
+
+def clip_gradients():
+    """Clip the gradients, unless the backward pass has used them up; returns their norm before."""
+    if optimizer_in_backward:
+        norm = torch.stack(norms or [torch.tensor(math.nan)]).norm()
+        norms.clear()
+        return norm.to(device)
+    scaler.unscale_(opt)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    return norm.full_tensor() if fsdp else norm
+
+
+if eval_only:
+    evaluate()
+    parallel.exit_process()
+if dry_run:
+    loss, _ = forward_backward(micros[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else peak
+    print0(f"dry run: loss {loss.item() * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
+    parallel.exit_process()
+
+flops = flops_per_sample(model_config, S)
+peak_flops = world_size * parallel.matmul_rate(device, dtype)  # per second
+first_iteration, bad_in_a_row, saved, stop = iteration, 0, True, False
+clock = time.perf_counter()  # of training alone: the time of evaluations is taken out
+sys.excepthook = sys.__excepthook__  # from here on an error is the program's own
+while not stop:
+    lr = get_lr(iteration)
     for group in opt.param_groups:
         group["lr"] = lr
-    record, final = {"iter": step}, step >= max_iters and not dry_run
+    record = {"iter": iteration}
 
-    if (step % eval_interval == 0 or final or eval_only) and not (stop or dry_run):
-        paused = time.perf_counter()
-        results = evaluate(ema_model, generate=True)  # the EMA weights are what gets sampled
-        if results and ema_decay:
-            raw = evaluate(raw_model, generate=False)
-            results = raw and results | {
-                name.replace("loss", "loss_raw"): value for name, value in raw.items()
-            }
-        if results is None:
+    if iteration % eval_interval == 0 or iteration >= max_iters:
+        start = time.perf_counter()
+        try:
+            record |= evaluate()
+        except parallel.Interrupted:
             stop = True
-        else:
-            record |= results
-            if master:
-                print(f"iter {step} | {summary(results)}", flush=True)
-            if step > 0 and results["val_loss"] < best_val_loss and not eval_only:
-                previous, best_val_loss = best_val_loss, results["val_loss"]
-                best_val_loss = best_val_loss if save("ckpt_best.pt") else previous
-        clock += time.perf_counter() - paused  # the pace is that of training alone
-    if eval_only:
-        saved = not stop
+            break
+        keep_best(record["val_loss"])
+        clock += time.perf_counter() - start
+    if iteration >= max_iters:
+        write_log(record)
         break
-    # not while steps are skipped: the weights may be why, and the last good checkpoint is where to go on from
-    if (
-        (step > 0 and step % save_interval == 0 or final or stop)
-        and (bad_in_a_row == 0 or final)
-        and not dry_run
-    ):
-        saved = save("ckpt_last.pt")
-    if final or stop:
-        if master and stop:
-            print(
-                f"stopped before iteration {step} by {interrupts.reason or 'a signal to another process'}"
-            )
-        elif master:
-            write_log(record)
-            print(
-                f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}"
-            )
-        break
+    # not while updates are skipped: the last good checkpoint is where to go on from
+    if iteration > 0 and iteration % save_interval == 0 and bad_in_a_row == 0:
+        saved = save(last)
 
     loss, output_norm = torch.zeros(2, device=device)  # of the global batch
-    for m, micro in enumerate(micros):
-        x_1, cond = next(batches)
-        generator.manual_seed(flow.mix(flow.TRAINING, seed, step, micro))
-        if fsdp:
-            model.set_requires_gradient_sync(m == micro_steps - 1)
-        elif world_size > 1:
-            model.require_backward_grad_sync = m == micro_steps - 1
-        with autocast:
-            losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
-        micro_loss = losses.mean() / micro_steps
-        if not optimizer_in_backward or micro_loss.isfinite():  # else the step can be skipped later
-            scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
-        output_norm += output.detach().norm(dim=-1).mean() / micro_steps
-    if dry_run:
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-        peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else rss
-        if master:
-            print(
-                f"dry run: loss {loss.item():.4f}; peak memory of the forward and backward pass {peak / 1e9:.2f} GB"
-            )
-        break
-    if optimizer_in_backward:
-        grad_norm = torch.stack(norms).norm() if norms else math.nan
-        norms.clear()
-    else:
-        scaler.unscale_(opt)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-        grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
-    # the only time in an iteration that the device is waited for
-    sums = all_reduce_sum(device, loss, output_norm, grad_norm, interrupts.should_stop())
-    loss, output_norm, grad_norm, stop = (value / world_size for value in sums)
-    good = math.isfinite(loss) and math.isfinite(grad_norm)
-    if not optimizer_in_backward:
-        if good:
-            scaler.step(opt)
-        scaler.update()
-        opt.zero_grad(set_to_none=True)
-    if good and ema_decay:
-        with (
-            torch.no_grad()
-        ):  # the parameters require gradients, and the averages would remember every iteration
-            torch._foreach_lerp_(ema_params, params, 1 - min(ema_decay, (1 + step) / (10 + step)))
-    bad_steps, bad_in_a_row = bad_steps + (not good), 0 if good else bad_in_a_row + 1
-    if not good and master:
-        print(f"WARNING: iter {step} skipped: loss {loss}, gradient norm {grad_norm}", flush=True)
+    for micro in micros:
+        micro_loss, micro_norm = forward_backward(micro)
+        loss += micro_loss
+        output_norm += micro_norm
+    grad_norm = clip_gradients()
+    # the only time in an iteration that this process waits for the device
+    sums = torch.stack([loss, output_norm, grad_norm, interrupts.flag(device)])
+    loss, output_norm, grad_norm, stop = (all_reduce_sum(sums) / world_size).tolist()
 
-    if step % log_interval == 0:
-        pace = (time.perf_counter() - clock) / (step + 1 - first_step)  # seconds an iteration
-        record |= dict(
-            loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, bad_steps=bad_steps
-        )
-        record |= dict(ms=1000 * pace, samples_per_s=samples_per_iter / pace)
-        record |= dict(
-            utilization=flops * samples_per_iter / pace, seconds_left=pace * (max_iters - step - 1)
-        )
-        if master:
-            left = datetime.timedelta(seconds=round(record["seconds_left"]))
-            rate = f"{record['samples_per_s']:.1f} samples/s, {record['utilization']:.0%} of peak | {left} left"
-            state = f"output norm {output_norm:.2f} | gradient norm {grad_norm:.3f} | lr {lr:.2e}"
-            print(f"iter {step} | loss {loss:.4f} | {state} | {rate}", flush=True)
-    if master and len(record) > 1:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        bad_in_a_row = 0
+        scaler.step(opt)
+        if ema_decay:
+            weight = 1 - min(ema_decay, (1 + iteration) / (10 + iteration))
+            with torch.no_grad():  # else the averages would remember every iteration
+                torch._foreach_lerp_(ema_params, params, weight)
+    else:
+        bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+        print0(f"WARNING: iter {iteration} skipped: loss {loss}, gradient norm {grad_norm}")
+    scaler.update()
+    opt.zero_grad(set_to_none=True)
+
+    if iteration % log_interval == 0:
+        pace = (time.perf_counter() - clock) / (iteration + 1 - first_iteration)
+        rate = samples_per_iter / pace
+        mfu = flops * rate / peak_flops
+        left = pace * (max_iters - iteration - 1)
+        record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, mfu=mfu)
+        record |= dict(ms=1000 * pace, samples_per_s=rate, seconds_left=left, bad_steps=bad_steps)
+        state = f"output norm {output_norm:.2f} | grad norm {grad_norm:.3f} | lr {lr:.2e}"
+        left = datetime.timedelta(seconds=round(left))
+        speed = f"{rate:.1f} samples/s | mfu {mfu:.0%} | {left} left"
+        print0(f"iter {iteration} | loss {loss:.4f} | {state} | {speed}")
+    if len(record) > 1:
         write_log(record)
     if bad_in_a_row >= max_bad_steps:
-        fail(
-            f"no finite loss and gradient in {bad_in_a_row} iterations in a row; lower {learning_rate=}"
-        )
-    step += 1
+        words = f"no finite loss and gradient in {bad_in_a_row} iterations in a row"
+        parallel.exit_process(f"{words}; lower {learning_rate=}")
+    iteration += 1
+
+# ---------------------------------------------------------------- the end
+if not stop or bad_in_a_row == 0:
+    saved = save(last)
+if stop:
+    print0(f"stopped before iteration {iteration} by {interrupts.reason or 'another process'}")
+else:
+    print0(f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}")
 if wandb_log:
     wandb.finish()
 if not saved:
-    fail(
-        "the evaluation was broken off"
-        if eval_only
-        else f"{last} could not be written at the end: it is an older one"
-    )
+    parallel.exit_process(f"{last} could not be written at the end: it is an older one")
 if world_size > 1:
-    dist.barrier()
-    dist.destroy_process_group()
-    exit_process(0)
+    parallel.exit_process()

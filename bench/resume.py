@@ -2,7 +2,7 @@
 Does a run that is killed again and again end as one that is not? To the last bit?
 
     python bench/resume.py FOLDER                     # a free folder; about three minutes
-    python bench/resume.py FOLDER --kills 40 --processes 2 --flags dtype=bfloat16 optimizer=muon
+    python bench/resume.py FOLDER --kills 40 --processes 2 --flags dtype=bfloat16
 
 One run of train.py on a small random dataset goes through; another, of the same settings, is ended at random moments,
 during set-up, iterations, evaluations and the writing of checkpoints, by SIGKILL, SIGTERM, SIGINT or its time limit,
@@ -32,7 +32,7 @@ FLAGS += (
     " --warmup_iters=10 --learning_rate=3e-3 --save_interval=7 --eval_interval=10 --log_interval=3"
 )
 FLAGS += " --eval_batch_size=4 --eval_samples=8 --eval_sample_steps=4"
-CLOCK = ("ms", "samples_per_s", "utilization", "seconds_left")
+CLOCK = ("ms", "samples_per_s", "mfu", "seconds_left")
 
 
 def make_dataset(folder):

@@ -82,7 +82,7 @@ def log(out):
 
 def measured(out):
     """The log without what depends on the clock."""
-    clock = ("ms", "samples_per_s", "utilization", "seconds_left")
+    clock = ("ms", "samples_per_s", "mfu", "seconds_left")
     return [{k: v for k, v in line.items() if k not in clock} for line in log(out)]
 
 

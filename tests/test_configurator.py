@@ -1,13 +1,12 @@
 import pytest
 
-from configurator import configure, read_defaults
+from configurator import configure, describe, read_defaults
 
 SCRIPT = '''"""Run me."""
 import math
 # ---- first group
 out_dir = "out"  # where to write
 rate = 1e-3  # a float
-    # that goes on
 count = -1
 flag = True
 # ---- second group
@@ -29,7 +28,7 @@ def test_defaults_are_the_block_and_nothing_else():
     assert {k: v["value"] for k, v in defaults.items()} == dict(
         out_dir="out", rate=1e-3, count=-1, flag=True, limit=None
     )
-    assert defaults["rate"]["comment"] == "a float that goes on"
+    assert defaults["rate"]["comment"] == "a float"
     assert defaults["limit"] == dict(
         value=None, kinds=["int", "None"], group="second group", comment="optional"
     )
@@ -61,7 +60,9 @@ def test_files_and_flags_apply_in_order(script, tmp_path, monkeypatch):
     "argv, words",
     [
         (["--rte=1"], ["'rte'", "did you mean 'rate'"]),
-        (["--count=1.5"], ["count takes int", "'1.5'"]),
+        (["--count=1.5"], ["count takes int, not 1.5"]),
+        (["--count=many"], ["count takes int, not 'many'"]),
+        (["--rate=nan"], ["rate takes float, not 'nan'"]),
         (["--flag=yes"], ["flag takes True or False"]),
         (["--flag=1"], ["flag takes True or False"]),
         (["--count=None"], ["count takes int"]),
@@ -94,4 +95,10 @@ def test_help_prints_groups_defaults_and_comments(script, capsys):
         < text.index("--rate=0.001")
         < text.index("second group:")
     )
-    assert "a float that goes on" in text and "--limit=None" in text
+    assert "a float" in text and "--limit=None" in text
+
+
+def test_describes_what_differs_from_the_defaults(script):
+    config = configure(script, ["--rate=0.5", "--limit=3", "--count=-1"])
+    assert describe(config, script["__file__"]) == "--rate=0.5 --limit=3"
+    assert describe(configure(script, []), script["__file__"]) == "all settings are the defaults"

@@ -76,13 +76,12 @@ def test_resumes_on_another_number_of_processes(dataset, tmp_path, one):
         assert all(torch.allclose(a[i][name], b[i][name], atol=1e-4) for name in a[i])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_fully_shard_halves_what_a_process_holds(dataset, tmp_path, optimizer):
-    """Parameters, averaged parameters and optimizer state; and muon, which needs whole matrices, equals DDP's."""
+def test_fully_shard_halves_what_a_process_holds(dataset, tmp_path):
+    """Parameters, averaged parameters and optimizer state; the log is DDP's."""
     probe = tmp_path / "probe.py"
     probe.write_text(f"""
 import json, os, pathlib, runpy, sys, torch
-os._exit = lambda code: None
+sys.exit = lambda *code: None
 sys.path.insert(0, {str(ROOT)!r})
 run = runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 size = lambda tensors: sum(getattr(x, "to_local", lambda: x)().numel() for x in tensors)
@@ -90,7 +89,7 @@ states = [x for state in run["opt"].state.values() for name, x in state.items() 
 held = size(run["params"]), size(run["ema_params"]), size(states)
 pathlib.Path({str(tmp_path)!r}, os.environ["RANK"] + run["out_dir"][-1]).write_text(json.dumps(held))
 """)
-    flags = [f"--optimizer={optimizer}", "--max_iters=4", "--learning_rate=2e-3"]
+    flags = ["--max_iters=4", "--learning_rate=2e-3"]
     for name, fsdp in (("a", False), ("b", True)):
         torchrun(2, dataset, tmp_path / name, *flags, f"--fsdp={fsdp}", script=probe)
     held = {name: json.loads((tmp_path / name).read_text()) for name in ("0a", "1a", "0b", "1b")}
@@ -217,13 +216,11 @@ def test_two_torchruns_are_one_job(dataset, tmp_path, one):
     outputs, codes = zip(
         *two_nodes(out, tmp_path / "elsewhere", flags=[*flags, "--init_from=auto"])
     )
-    assert codes == (1, 1) and any(
-        "out_dir must be on a file system that they share" in o for o in outputs
-    ), outputs
+    assert codes == (1, 1) and any("out_dir must be shared by them" in o for o in outputs), outputs
 
 
 def test_processes_must_divide_the_accumulation(dataset, tmp_path):
     launch = [*TORCHRUN, "--standalone", "--nproc_per_node=3", "train.py", *TINY]
     done = run(*launch, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", check=False)
     assert done.returncode == 1 and not (tmp_path / "out").exists()
-    assert "gradient_accumulation_steps=4 cannot be divided by 3 processes; 6 can" in done.stderr
+    assert "gradient_accumulation_steps=4 is no multiple of 3 processes" in done.stderr

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import exchange
 from conftest import (
     ROOT,
     TINY,
@@ -18,18 +19,13 @@ from conftest import (
     torchrun,
     train,
 )
-from measure import summary
 from model import NextDiT, NextDiTConfig
 
 
 def test_a_run_learns_logs_and_saves(trained, dataset):
     lines = log(trained)
     assert [line["iter"] for line in lines] == list(range(7))
-    sampled = {
-        f"{kind}_{name}"
-        for kind in ("val", "ridge")
-        for name in ("token_cosine", "retrieval_r1", "frechet")
-    }
+    sampled = {f"val_{name}" for name in ("token_cosine", "retrieval_r1", "frechet")}
     by_t = {f"{kind}_t{i}" for kind in ("val_loss", "val_loss_raw") for i in range(4)}
     assert {"iter", "val_loss", "val_loss_raw"} | sampled | by_t == lines[-1].keys()
     each = {
@@ -40,11 +36,11 @@ def test_a_run_learns_logs_and_saves(trained, dataset):
         "bad_steps",
         "ms",
         "samples_per_s",
-        "utilization",
+        "mfu",
         "seconds_left",
     }
     assert {"iter"} | each == lines[1].keys() and lines[0].keys() == lines[-1].keys() | each
-    assert all(0 < line["utilization"] < 1 and line["output_norm"] > 0 for line in lines[:-1])
+    assert all(0 < line["mfu"] < 1 and line["output_norm"] > 0 for line in lines[:-1])
     assert [line["seconds_left"] / line["ms"] for line in lines[:-1]] == pytest.approx(
         [n / 1000 for n in range(5, -1, -1)]
     )
@@ -65,7 +61,11 @@ def test_a_run_learns_logs_and_saves(trained, dataset):
     assert ckpt["best_val_loss"] == min(
         entry["val_loss"] for entry in lines[1:] if "val_loss" in entry
     )
-    assert json.loads((trained / "config.json").read_text()) == ckpt["config"]
+    config = (trained / "config.py").read_text()
+    assert config.startswith(f"# The settings of this run, for the code at {ckpt['code']}.\n")
+    settings = {}
+    exec(config, settings)
+    assert {key: settings[key] for key in ckpt["config"]} == ckpt["config"]
     decayed = sum(len(g["params"]) for g in ckpt["optimizer"]["param_groups"] if g["weight_decay"])
     assert decayed == sum(p.dim() >= 2 for p in ckpt["model"].values())
 
@@ -197,28 +197,19 @@ def test_the_prior_is_fitted_once(dataset, tmp_path):
 
 
 def test_conditions_of_another_grid(tmp_path):
-    """Nine tokens of condition for four of the target: attended to, from the pickle to scored samples."""
+    """Nine condition tokens for four target tokens: attended to, from the pickle to scored samples."""
     make_pickle(tmp_path / "a.pkl", n=24, eva_blip3o_embeddings=torch.randn(24, 9, 6))
-    line = refused("prepare.py", tmp_path / "a.pkl", f"--out={tmp_path / 'data'}")
-    assert "9 tokens in a condition but 4 in a target; --other_grid=True allows it" in line
-    run(
-        "prepare.py",
-        tmp_path / "a.pkl",
-        f"--out={tmp_path / 'data'}",
-        "--val_fraction=0.25",
-        "--other_grid=True",
-    )
-    train(tmp_path / "data", tmp_path / "out", "--learning_rate=None")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["conditioning"], config["learning_rate"], config["t_shift"]) == (
-        "cross",
-        1.6 / 32,
-        1.0,
-    )
-    run("sample.py", f"--out_dir={tmp_path / 'out'}", "--steps=3", "--guidance=2")
-    assert np.load(tmp_path / "out" / "generated.npy").shape == (6, 4, 5)
-    words = refused("train.py", *TINY, f"--data_dir={tmp_path / 'data'}", "--conditioning=aligned")
-    assert "9 condition tokens are not on the grid of 4 target tokens" in words
+    data, out = tmp_path / "data", tmp_path / "out"
+    done = run("prepare.py", tmp_path / "a.pkl", f"--out={data}", "--val_fraction=0.25")
+    assert "cross-attention" in done.stdout
+    train(data, out, "--learning_rate=None")
+    config = checkpoint(out)["config"]
+    assert config["conditioning"] == "cross" and config["t_shift"] == 1.0
+    assert config["learning_rate"] == 1.6 / 32
+    run("sample.py", f"--out_dir={out}", "--steps=3", "--guidance=2")
+    assert np.load(out / "generated.npy").shape == (6, 4, 5)
+    words = refused("train.py", *TINY, f"--data_dir={data}", "--conditioning=aligned")
+    assert "conditioning=aligned needs 4 condition tokens, as in the target, not 9" in words
 
 
 @pytest.mark.parametrize(
@@ -236,26 +227,18 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
     model = NextDiT(NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=6, **sizes))
     for p in (p for name, p in model.named_parameters() if name != "null_cond"):
         torch.nn.init.normal_(p, std=0.2)
-    model.to_diffusers(folder := tmp_path / "blip3o")
-    train(
-        dataset,
-        tmp_path / "out",
-        f"--init_from={folder}",
-        "--max_iters=2",
-        "--learning_rate=0",
-        "--normalize=none",
-    )
+    exchange.to_diffusers(model, folder := tmp_path / "blip3o")
+    flags = ["--max_iters=2", "--learning_rate=0", "--normalize=none"]
+    train(dataset, tmp_path / "out", f"--init_from={folder}", *flags)
     ckpt = checkpoint(tmp_path / "out")
     assert ckpt["model_args"].items() >= sizes.items() and ckpt["config"].items() >= sizes.items()
-    again = ["config/train_blip3o.py", f"--out_dir={tmp_path / 'out'}", "--learning_rate=0"]
-    again += [f"--{k}={v}" for k, v in sizes.items()]
-    train(
-        dataset, tmp_path / "out", "--init_from=auto", "--max_iters=3", "--normalize=none", *again
-    )
+    # it goes on with its own settings, which are the folder's
+    again = ["train.py", f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--max_iters=3"]
+    run(*again)
     assert log(tmp_path / "out")[-1]["iter"] == 3
-    assert all(
-        torch.equal(value, ckpt["model"][name]) for name, value in model.state_dict().items()
-    )
+    assert checkpoint(tmp_path / "out")["config"]["init_from"] == str(folder)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, ckpt["model"][name])
     args = ["--steps=2", "--draws=1", f"--data_dir={dataset}"]
     done = run("sample.py", f"--out_dir={folder}", *args, "--guidance=2")
     run(
@@ -276,16 +259,14 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
     assert "add --data_dir" in refused(
         "sample.py", f"--out_dir={folder}", "--plot=True", "--cond=x.npy"
     )
-    NextDiT(NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=7, **sizes)).to_diffusers(
-        tmp_path / "other"
-    )
-    NextDiT(NextDiTConfig(grid=(2, 2), target_dim=3, cond_dim=6, **sizes)).to_diffusers(
-        tmp_path / "few"
-    )
+    for name, D, C in (("other", 5, 7), ("few", 3, 6)):
+        model = NextDiT(NextDiTConfig(grid=(2, 2), target_dim=D, cond_dim=C, **sizes))
+        exchange.to_diffusers(model, tmp_path / name)
     few = refused("sample.py", f"--out_dir={tmp_path / 'few'}", f"--data_dir={dataset}")
     assert "has targets of shape (4, 5); the model makes (4, 3)" in few
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'no'}"]
-    assert "cond_dim is 7, the data's 6" in refused(*args, f"--init_from={tmp_path / 'other'}")
+    words = refused(*args, f"--init_from={tmp_path / 'other'}")
+    assert "is for 7 to 5 channels" in words and "has 6 to 5" in words
 
 
 def test_ddp_without_condition_dropout(dataset, tmp_path):
@@ -313,7 +294,7 @@ def test_epochs_subset_and_settings_of_the_flow(dataset, tmp_path):
         "--gradient_checkpointing=True",
     ]
     done = train(dataset, tmp_path / "out", *settings, "--dtype=bfloat16")
-    assert "12 samples, 8 an iteration, 3 iterations (2.0 epochs)" in done.stdout
+    assert "12 samples, 8 per iteration, 3 iterations (2.0 epochs)" in done.stdout
     assert log(tmp_path / "out")[-1]["iter"] == 3
     assert checkpoint(tmp_path / "out")["flow"]["prediction"] == "x"
 
@@ -328,7 +309,9 @@ def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
         "--init_from=resume",
         "--eval_only=True",
     )
-    assert f"iter 6 | {summary(last)}" in done.stdout
+    for name in ("val_loss", "val_loss_raw_t3", "val_frechet"):
+        assert f"{name}={last[name]:.4g}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
     assert log(trained)[-1] == last  # nothing was written
     assert (
         "peak memory" in train(dataset, tmp_path / "dry", "--dry_run=True").stdout
@@ -365,7 +348,8 @@ def test_compile(dataset, tmp_path, trained):
         (["--subset_size=0"], "subset_size=0"),
         (["--batch_size=0"], "batch_size=0"),
         (["--beta1=1.5"], "beta1=1.5"),
-        (["--learning_rate=nan"], "learning_rate=nan"),
+        (["--learning_rate=-1"], "learning_rate=-1.0 must be at least 0"),
+        (["--learning_rate=nan"], "learning_rate takes float or None, not 'nan'"),
         (["--num_epochs=-1"], "num_epochs=-1"),
         (["--n_kv_head=0"], "n_kv_head=0"),
         (["--eval_only=True"], "--init_from=resume"),
@@ -378,6 +362,69 @@ def test_bad_input(dataset, tmp_path, args, words):
         "train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *args
     )
     assert not (tmp_path / "out").exists()
+
+
+ORACLE = """
+import json, runpy, sys
+sys.path.insert(0, {root!r})
+import numpy as np, torch
+run = runpy.run_path({root!r} + "/train.py", run_name="__main__")
+
+
+class Oracle(torch.nn.Module):
+    # knows the data: velocity x_1 - x_0 from x_t and t alone, and so has no loss and makes the truth
+    def context(self, cond):
+        return cond
+
+    def forward(self, x_t, t, cond=None, drop=None, context=None):
+        cond = cond if context is None else context
+        x_1 = torch.stack([truth[tuple(c.flatten()[:3].tolist())] for c in cond])
+        return (x_1 - x_t) / (1 - t.view(-1, 1, 1))
+
+
+target, cond = run["encode"](*run["loader"].read("val", np.arange(10)))
+truth = {{tuple(c.flatten()[:3].tolist()): x for x, c in zip(target, cond)}}
+oracle = run["evaluate_loss"](Oracle()) | run["evaluate_samples"](Oracle())
+silent = run["evaluate_loss"](lambda x, t, *rest: torch.zeros_like(x))
+print("RESULT " + json.dumps([oracle, silent, run["eval_t"].tolist()]))
+"""
+
+
+def test_evaluation_of_an_oracle_and_of_silence(dataset, tmp_path):
+    """No loss and perfect samples for one that knows; for one that predicts nothing, the variance of
+    the velocity, of which the bins of t are parts. The size of batches changes nothing."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(ORACLE.format(root=str(ROOT)))
+    results = []
+    for size in (3, 64):
+        flags = ["--max_iters=1", f"--eval_batch_size={size}", "--eval_size=10", "--eval_samples=7"]
+        out = f"--out_dir={tmp_path / str(size)}"
+        done = run(probe, *TINY, f"--data_dir={dataset}", out, *flags)
+        results.append(json.loads(done.stdout.split("RESULT ")[1]))
+    oracle, silent, t = results[0]
+    assert oracle["val_loss"] < 1e-8 and oracle["val_frechet"] < 1e-3
+    assert oracle["val_token_cosine"] > 0.9999 and oracle["val_retrieval_r1"] == 1
+    assert 1.5 < silent["val_loss"] < 2.5
+    by_bin = [silent[f"val_loss_t{i}"] for i in range(4)]
+    counts = np.bincount((np.array(t) * 4).astype(int))
+    assert np.average(by_bin, weights=counts) == pytest.approx(silent["val_loss"], rel=1e-5)
+    for a, b in zip(results[0], results[1], strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_a_run_is_replayed_from_its_config(dataset, tmp_path, trained):
+    """config.py repeats a run elsewhere and, by itself or by its folder, goes on with it; flags win."""
+    again = run("train.py", trained / "config.py", f"--out_dir={tmp_path / 'again'}")
+    assert "done: 6 iterations" in again.stdout
+    assert measured(tmp_path / "again") == measured(trained)
+    out = shutil.copytree(trained, tmp_path / "out")
+    run("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=7")
+    more = ["--init_from=resume", f"--out_dir={out}", "--max_iters=8", "--weight_decay=0.5"]
+    done = run("train.py", trained / "config.py", *more)
+    assert "changed since the checkpoint: weight_decay 0.05 -> 0.5" in done.stdout
+    config = checkpoint(out)["config"]
+    assert (config["max_iters"], config["weight_decay"], config["dim"]) == (8, 0.5, 32)
+    assert [line["iter"] for line in log(out)] == list(range(9))
 
 
 def test_resume_takes_the_settings_asked_for(dataset, tmp_path, trained):
@@ -407,8 +454,8 @@ def test_bad_checkpoints_are_refused(dataset, tmp_path, trained):
     out.mkdir()
     (out / "ckpt_last.pt").write_bytes((trained / "ckpt_last.pt").read_bytes())
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume"]
-    assert "of another shape: n_layer is 2, here 3" in refused(*args, "--n_layer=3")
-    assert "prediction is v, here x" in refused(*args, "--prediction=x")
+    assert "was trained with n_layer=2, not 3" in refused(*args, "--n_layer=3")
+    assert "was trained with prediction=v, not x" in refused(*args, "--prediction=x")
     torch.save({"a": 1}, out / "ckpt_last.pt")
     assert "cannot be read as a checkpoint: KeyError" in refused(*args)
     torch.save(torch.zeros(3), out / "ckpt_last.pt")
