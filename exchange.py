@@ -1,164 +1,211 @@
 """
-BLIP3-o's weights: the NextDiT of conditioning "cross" from and to the files of diffusers' LuminaNextDiT2DModel.
+BLIP3-o's weights: the NextDiT of conditioning "cross" from and to the files of diffusers'
+LuminaNextDiT2DModel, config.json and safetensors, sharded or not.
 
-    model = NextDiT.from_diffusers("folder")    # config.json and safetensors, sharded or not
-    model.to_diffusers("folder")
+    sizes, state = from_diffusers("folder")
+    model = NextDiT(NextDiTConfig(**sizes))
+    model.load_state_dict(state, assign=True)
+    to_diffusers(model, "folder")
+
+Its velocity runs from data to noise, ours from noise to data, such that for every input
+ours(x, t, cond) = -reference(x, 1000 * (1 - t), cond): the sign goes into the last layer, the time
+into model.timestep_embedding.
 """
 
-import itertools
 import json
-import re
+import math
 from pathlib import Path
 
 import torch
 
-# diffusers' names for our modules; several are stacked in one matrix of ours
-REFERENCE = {
-    "x_embed": ["patch_embedder.proj"],
-    "t_embed.0": ["time_caption_embed.timestep_embedder.linear_1"],
-    "t_embed.2": ["time_caption_embed.timestep_embedder.linear_2"],
-    "cond_embed.0": ["time_caption_embed.caption_embedder.0"],
-    "cond_embed.1": ["time_caption_embed.caption_embedder.1"],
-    "final_ada": ["norm_out.linear_1"],
-    "final": ["norm_out.linear_2"],
-    "gate": ["gate"],
-    "ada": ["norm1.linear"],
-    "norm1": ["norm1.norm"],
-    "cond_scale": ["norm1_context.weight"],
-    "qkvq": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q"],
-    "cond_kv": ["attn2.to_k", "attn2.to_v"],
-    "q_norm": ["attn1.norm_q"],
-    "k_norm": ["attn1.norm_k"],
-    "cond_q_norm": ["attn2.norm_q"],
-    "cond_k_norm": ["attn2.norm_k"],
-    "out": ["attn2.to_out.0"],
-    "w13": ["feed_forward.linear_1", "feed_forward.linear_3"],
-    "w2": ["feed_forward.linear_2"],
-}
-REFERENCE_CONFIG = dict(
-    target_dim="in_channels", cond_dim="cross_attention_dim", dim="hidden_size", n_layer="num_layers",
-    n_head="num_attention_heads", n_kv_head="num_kv_heads", multiple_of="multiple_of",
-    ffn_dim_multiplier="ffn_dim_multiplier", norm_eps="norm_eps", qk_norm="qk_norm",
-)  # fmt: skip
+INTEGERS = dict(
+    target_dim="in_channels",
+    cond_dim="cross_attention_dim",
+    dim="hidden_size",
+    n_layer="num_layers",
+    n_head="num_attention_heads",
+    n_kv_head="num_kv_heads",
+    multiple_of="multiple_of",
+)
+CONFIG = INTEGERS | dict(
+    ffn_dim_multiplier="ffn_dim_multiplier",
+    norm_eps="norm_eps",
+    qk_norm="qk_norm",
+)
+PLAIN = dict(conditioning="cross", conv=False, prior=False, rope="lumina")
+# Our parameter, the reference's and its shape; where ours has several, they are stacked in it.
+PARAMETERS = """
+x_embed.weight               patch_embedder.proj.weight                            dim D
+x_embed.bias                 patch_embedder.proj.bias                              dim
+t_embed.0.weight             time_caption_embed.timestep_embedder.linear_1.weight  emb_dim 256
+t_embed.0.bias               time_caption_embed.timestep_embedder.linear_1.bias    emb_dim
+t_embed.2.weight             time_caption_embed.timestep_embedder.linear_2.weight  emb_dim emb_dim
+t_embed.2.bias               time_caption_embed.timestep_embedder.linear_2.bias    emb_dim
+cond_embed.0.weight          time_caption_embed.caption_embedder.0.weight          C
+cond_embed.0.bias            time_caption_embed.caption_embedder.0.bias            C
+cond_embed.1.weight          time_caption_embed.caption_embedder.1.weight          emb_dim C
+cond_embed.1.bias            time_caption_embed.caption_embedder.1.bias            emb_dim
+layers.N.ada.weight          layers.N.norm1.linear.weight                          4*dim emb_dim
+layers.N.ada.bias            layers.N.norm1.linear.bias                            4*dim
+layers.N.norm1.weight        layers.N.norm1.norm.weight                            dim
+layers.N.norm2.weight        layers.N.norm2.weight                                 dim
+layers.N.ffn_norm1.weight    layers.N.ffn_norm1.weight                             dim
+layers.N.ffn_norm2.weight    layers.N.ffn_norm2.weight                             dim
+layers.N.qkvq.weight         layers.N.attn1.to_q.weight                            dim dim
+layers.N.qkvq.weight         layers.N.attn1.to_k.weight                            kv_dim dim
+layers.N.qkvq.weight         layers.N.attn1.to_v.weight                            kv_dim dim
+layers.N.qkvq.weight         layers.N.attn2.to_q.weight                            dim dim
+layers.N.q_norm.weight       layers.N.attn1.norm_q.weight                          dim
+layers.N.q_norm.bias         layers.N.attn1.norm_q.bias                            dim
+layers.N.k_norm.weight       layers.N.attn1.norm_k.weight                          kv_dim
+layers.N.k_norm.bias         layers.N.attn1.norm_k.bias                            kv_dim
+layers.N.cond_scale          layers.N.norm1_context.weight                         C
+layers.N.cond_kv.weight      layers.N.attn2.to_k.weight                            kv_dim C
+layers.N.cond_kv.weight      layers.N.attn2.to_v.weight                            kv_dim C
+layers.N.cond_q_norm.weight  layers.N.attn2.norm_q.weight                          dim
+layers.N.cond_q_norm.bias    layers.N.attn2.norm_q.bias                            dim
+layers.N.cond_k_norm.weight  layers.N.attn2.norm_k.weight                          kv_dim
+layers.N.cond_k_norm.bias    layers.N.attn2.norm_k.bias                            kv_dim
+layers.N.gate                layers.N.gate                                         n_head
+layers.N.out.weight          layers.N.attn2.to_out.0.weight                        dim dim
+layers.N.w13.weight          layers.N.feed_forward.linear_1.weight                 ffn_dim dim
+layers.N.w13.weight          layers.N.feed_forward.linear_3.weight                 ffn_dim dim
+layers.N.w2.weight           layers.N.feed_forward.linear_2.weight                 dim ffn_dim
+final_ada.weight             norm_out.linear_1.weight                              dim emb_dim
+final_ada.bias               norm_out.linear_1.bias                                dim
+final.weight                 norm_out.linear_2.weight                              D dim
+final.bias                   norm_out.linear_2.bias                                D
+"""
+UNUSED = "pad_token"  # a parameter that the reference never uses
 
 
-def reference_names(name):
-    """The reference's parameters that make up ours, in the order in which they are stacked."""
-    layer, module, leaf = re.fullmatch(r"(layers\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups("")
-    return [f"{layer}{part}{leaf}" for part in REFERENCE.get(module, [module])]
+def reference_parameters(sizes):
+    """{our parameter: {the reference's parameter: its shape, ...}} for a model of these sizes."""
+    dim, multiple_of = sizes["dim"], sizes["multiple_of"]
+    kv_dim = dim // sizes["n_head"] * sizes["n_kv_head"]
+    hidden = int((sizes["ffn_dim_multiplier"] or 1) * int(8 * dim / 3))
+    widths = {"D": sizes["target_dim"], "C": sizes["cond_dim"], "n_head": sizes["n_head"]}
+    widths |= {"dim": dim, "4*dim": 4 * dim, "kv_dim": kv_dim, "emb_dim": min(dim, 1024)}
+    widths |= {"ffn_dim": multiple_of * math.ceil(hidden / multiple_of), "256": 256}
+    stacks = {}
+    for line in PARAMETERS.strip().splitlines():
+        ours, theirs, *shape = line.split()
+        if ".norm_" in theirs and not sizes["qk_norm"]:
+            continue
+        for i in range(sizes["n_layer"] if "N" in ours else 1):
+            stack = stacks.setdefault(ours.replace("N", str(i)), {})
+            stack[theirs.replace("N", str(i))] = [widths[name] for name in shape]
+    return stacks
 
 
-def from_diffusers(build, folder, grid=None, cast=lambda parameter: parameter):
-    """What build(grid=..., **sizes of NextDiTConfig) makes, with the weights of a folder of diffusers'
-    LuminaNextDiT2DModel: config.json and safetensors, sharded or not.
+def read_sizes(folder, grid):
+    """The keyword arguments of NextDiTConfig that config.json amounts to."""
+    path = folder / "config.json"
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{str(folder)!r} is no folder of a diffusers model: {e}") from e
+    required = {"patch_size", "learn_sigma", "sample_size", *CONFIG.values()}
+    missing = sorted(required - set(given if isinstance(given, dict) else ()))
+    if missing:
+        raise ValueError(f"{path}: not a LuminaNextDiT2DModel's, without {', '.join(missing)}")
+    if given["patch_size"] != 1 or given["learn_sigma"]:
+        raise ValueError(f"{path}: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma")
+    sizes = {ours: given[theirs] for ours, theirs in CONFIG.items()}
+    if sizes["n_kv_head"] is None:
+        sizes["n_kv_head"] = sizes["n_head"]
+    sizes["grid"] = tuple(grid or given.get("grid") or [given["sample_size"]] * 2)
+    integers = [(name, sizes[name]) for name in INTEGERS]
+    for name, size in integers + [("grid", size) for size in sizes["grid"]]:
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{path}: {name}={size!r} must be a whole number of at least 1")
+    numbers = [sizes["norm_eps"], sizes["ffn_dim_multiplier"] or 1.0]
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError(f"{path}: norm_eps and ffn_dim_multiplier must be numbers")
+    return sizes
 
-    Its velocity runs from data to noise, ours from noise to data, so that ours(x, t, cond) =
-    -reference(x, 1000 (1 - t), cond): the sign goes into the last layer, the time is timestep_embedding's.
-    The null condition is BLIP3-o's, zero. `grid` (H, W) is by default the square of config.json's sample_size;
-    `cast` makes of each parameter, which has the file's dtype, what is kept of it, so that never two copies of
-    the model are in memory. Raises ValueError where the folder holds something else.
+
+def from_diffusers(folder, grid=None, cast=lambda parameter: parameter):
+    """(sizes, state): keyword arguments of NextDiTConfig, and the model's state dict.
+
+    grid: (H, W), by default the square of config.json's sample_size
+    cast: what is kept of each parameter, which comes in the file's dtype; they are read one at a
+        time, so that never two copies of the model are in memory
+    The null condition is BLIP3-o's, zero. Raises ValueError where the folder holds something else.
     """
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
-    try:
-        given = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{str(folder)!r} is no folder of a diffusers model: {e}") from e
-    due = {"patch_size", "learn_sigma", "sample_size", *REFERENCE_CONFIG.values()}
-    if missing := sorted(due - set(given if isinstance(given, dict) else ())):
-        raise ValueError(
-            f"{folder}/config.json: not a LuminaNextDiT2DModel's, without {', '.join(missing)}"
-        )
-    if given["patch_size"] != 1 or given["learn_sigma"]:
-        raise ValueError(
-            f"{folder}/config.json: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma"
-        )
-    sizes = {ours: given[theirs] for ours, theirs in REFERENCE_CONFIG.items()}
-    try:
-        with torch.device("meta"):  # no parameters before those of the file
-            model = build(grid=grid or given.get("grid") or (given["sample_size"],) * 2, **sizes)
-    except TypeError as e:
-        raise ValueError(f"{folder}/config.json: {e}") from e
+    sizes = read_sizes(folder, grid)
+    stacks = reference_parameters(sizes)
+    state, files = {}, {}
 
-    def read(name):
-        with safe_open(held[name], "pt") as file:  # what an open file has read stays in memory
-            return file.get_tensor(name)
+    def read(name, shape):
+        path, full_name = files[name]
+        with safe_open(path, "pt") as file:  # what an open file has read stays in memory
+            tensor = file.get_tensor(full_name)
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{folder}: size mismatch for {name}: "
+                f"{list(tensor.shape)}, but {shape} by config.json"
+            )
+        return tensor
 
     try:
-        held = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                held |= dict.fromkeys(file.keys(), path)
-        prefixes, first = (
-            ("", "model.", "dit.model.", "model.dit.model."),
-            "patch_embedder.proj.weight",
-        )
-        prefix = next((p for p in prefixes if p + first in held), "")
-        due = {
-            n: [prefix + part for part in reference_names(n)]
-            for n in model.state_dict()
-            if n != "null_cond"
-        }
-        names = set(itertools.chain(*due.values()))
-        missing, surplus = (
-            sorted(names - set(held)),
-            sorted(set(held) - names - {prefix + "pad_token"}),
-        )
+                for full_name in file.keys():
+                    # BLIP3-o's names have model., dit.model. or model.dit.model. in front
+                    files[full_name.split("model.")[-1]] = path, full_name
+        names = {name for stack in stacks.values() for name in stack}
+        missing = sorted(names - set(files))
+        surplus = sorted(set(files) - names - {UNUSED})
         if missing or surplus:
             raise ValueError(
                 f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}"
             )
-        state = {name: cast(torch.cat([read(n) for n in parts])) for name, parts in due.items()}
-        state |= {name: -state[name] for name in ("final.weight", "final.bias")}
-        state["null_cond"] = cast(
-            torch.zeros(model.config.cond_dim, dtype=read(prefix + first).dtype)
-        )
-        model.load_state_dict(state, assign=True)
-    except (OSError, RuntimeError, SafetensorError) as e:
+        for ours, stack in stacks.items():
+            stacked = torch.cat([read(name, shape) for name, shape in stack.items()])
+            state[ours] = cast(-stacked if ours.startswith("final.") else stacked)
+        null_cond = torch.zeros(sizes["cond_dim"], dtype=stacked.dtype)
+        state["null_cond"] = cast(null_cond)
+    except (OSError, SafetensorError) as e:
         raise ValueError(f"{folder}: {' '.join(str(e).split())}") from e
-    return model
+    return sizes, state
 
 
 def to_diffusers(model, folder):
-    """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads: the reverse of from_diffusers.
+    """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads.
 
-    The null condition has no place there: where guidance is used, it is to be given as the condition. For a
-    velocity on the linear path. Raises ValueError where the folder holds another model's files, or where the model
-    is one that diffusers has not.
+    For a velocity on the linear path. The null condition has no place there: where guidance is
+    used, give it as the condition. Raises ValueError where the folder holds another model's files,
+    or where diffusers has no such model.
     """
     from safetensors.torch import save_file
 
-    for name, reference in dict(
-        conditioning="cross", conv=False, prior=False, rope="lumina"
-    ).items():
-        if getattr(model.config, name) != reference:
-            raise ValueError(f"diffusers has no NextDiT of {name}={getattr(model.config, name)!r}")
-    file = Path(folder) / "diffusion_pytorch_model.safetensors"
-    if others := [p.name for p in Path(folder).glob("*.safetensors*") if p.name != file.name]:
-        raise ValueError(f"{str(folder)!r} holds another model: {', '.join(sorted(others))}")
-    folder, state = (
-        Path(folder),
-        {"pad_token": torch.zeros(model.config.dim)},
-    )  # never used by the reference
-    for name, value in model.state_dict().items():
-        if name != "null_cond":
-            names = reference_names(name)
-            value = -value if name.startswith("final.") else value
-            sizes = (
-                model.layers[0].split
-                if len(names) == 4
-                else [len(value) // len(names)] * len(names)
-            )
-            state |= {n: part.contiguous().cpu() for n, part in zip(names, value.split(sizes))}
+    config, folder = model.config, Path(folder)
+    for name, expected in PLAIN.items():
+        value = getattr(config, name)
+        if value != expected:
+            raise ValueError(f"diffusers has no NextDiT of {name}={value!r}")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    others = sorted(p.name for p in folder.glob("*.safetensors*") if p.name != file.name)
+    if others:
+        raise ValueError(f"{str(folder)!r} holds another model: {', '.join(others)}")
+
+    sizes = {name: getattr(config, name) for name in CONFIG}
+    values, state = model.state_dict(), {UNUSED: torch.zeros(config.dim)}
+    for ours, stack in reference_parameters(sizes).items():
+        value = -values[ours] if ours.startswith("final.") else values[ours]
+        parts = value.split([shape[0] for shape in stack.values()])
+        state |= {name: part.contiguous().cpu() for name, part in zip(stack, parts)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, file, metadata={"format": "pt"})
-    H, W = model.config.grid
-    config = dict(
-        _class_name="LuminaNextDiT2DModel", sample_size=H, patch_size=1, learn_sigma=False
-    )
-    config |= dict(scaling_factor=1.0) | (
-        {} if H == W else {"grid": [H, W]}
-    )  # diffusers ignores the last
-    config |= {theirs: getattr(model.config, ours) for ours, theirs in REFERENCE_CONFIG.items()}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+    H, W = config.grid
+    written = {theirs: sizes[ours] for ours, theirs in CONFIG.items()}
+    written |= dict(sample_size=H, patch_size=1, learn_sigma=False, scaling_factor=1.0)
+    written["_class_name"] = "LuminaNextDiT2DModel"
+    if H != W:
+        written["grid"] = [H, W]  # diffusers ignores it
+    (folder / "config.json").write_text(json.dumps(written, indent=1))

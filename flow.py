@@ -9,8 +9,9 @@ Time runs from noise to data: t = 0 is noise, t = 1 is data.
 Training: `loss(model, x_1, cond, cfg)`, the whole objective in one function.
 Sampling: `integrate(velocity, x, steps, method)` with `velocity = guided_velocity(model, cond, cfg)`.
 
-A model here is any callable model(x_t, t, cond, cond_mask, drop) -> (B, T, D); guided_velocity
-further needs model.context(...), see model.py.
+A model here is any callable model(x_t, t, cond, drop) -> (B, T, D); guided_velocity also needs
+model.context(cond) and model.null_cond, see model.py. Shapes: B batch, T target tokens, D target
+channels, S condition tokens, C condition channels.
 """
 
 import math
@@ -19,19 +20,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+CHOICES = {
+    "path": ("linear", "cosine"),
+    "prediction": ("v", "epsilon", "x"),
+    "loss_space": ("native", "v"),
+    "t_sampling": ("uniform", "logit_normal"),
+}
+
 
 @dataclass
 class FlowConfig:
     path: str = "linear"  # linear: alpha = t | cosine: alpha = sin(pi t / 2)
     sigma_min: float = 0.0  # noise left at t = 1
     sigma_max: float = 1.0  # noise at t = 0
-    prediction: str = "v"  # what the model outputs: v | epsilon (x_0) | x (x_1)
-    loss_space: str = (
-        "native"  # where the error is measured: native (of the prediction) | v (of the velocity)
-    )
-    t_sampling: str = (
-        "uniform"  # uniform | logit_normal (Esser et al. 2024, arXiv 2403.03206, section 3.1)
-    )
+    prediction: str = "v"  # what the model predicts: v | epsilon (x_0) | x (x_1)
+    # where the error is measured: native (of the prediction itself) | v (of the velocity)
+    loss_space: str = "native"
+    # uniform | logit_normal (Esser et al. 2024, arXiv 2403.03206, section 3.1)
+    t_sampling: str = "uniform"
     t_mean: float = 0.0  # of logit(t), for logit_normal
     t_std: float = 1.0
     t_shift: float = 1.0  # > 1 moves training times towards noise
@@ -40,192 +46,188 @@ class FlowConfig:
 
     @classmethod
     def of(cls, settings, tokens, channels):
-        """From train.py's settings and the size of the data: the larger, the more noise hides it, and a t_shift of
-        None becomes sqrt(tokens * channels / 4096), at least 1 (Zheng et al. 2025, arXiv 2510.11690)."""
         chosen = {name: settings[name] for name in cls.__dataclass_fields__}
         if chosen["t_shift"] is None:
             chosen["t_shift"] = max(1.0, math.sqrt(tokens * channels / 4096))
         return cls(**chosen)
 
     def __post_init__(self):
-        choices = {
-            "path": PATHS,
-            "prediction": ("v", "epsilon", "x"),
-            "loss_space": ("native", "v"),
-        }
-        for name, known in (choices | {"t_sampling": ("uniform", "logit_normal")}).items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; it is one of {', '.join(known)}"
-                )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(choices)}")
         if not 0 <= self.sigma_min < self.sigma_max:
             raise ValueError(
-                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: need 0 <= sigma_min < sigma_max"
+                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: "
+                "need 0 <= sigma_min < sigma_max"
             )
         if not 0 <= self.cond_dropout < 1:
             raise ValueError(f"cond_dropout={self.cond_dropout} must be in [0, 1)")
-        if not (
-            0 < self.t_shift < math.inf and 0 < self.t_std < math.inf and math.isfinite(self.t_mean)
-        ):
-            raise ValueError(
-                f"t_shift={self.t_shift} and t_std={self.t_std} must be positive, t_mean={self.t_mean} finite"
-            )
+        for name in ("t_shift", "t_std"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be positive and finite")
+        if not math.isfinite(self.t_mean):
+            raise ValueError(f"t_mean={self.t_mean} must be finite")
 
 
-PATHS = {  # name: alpha, its derivative, the fall of the noise from 1 to 0, its derivative
-    "linear": lambda t: (t, torch.ones_like(t), 1 - t, -torch.ones_like(t)),
-    "cosine": lambda t: (
-        torch.sin(math.pi / 2 * t), math.pi / 2 * torch.cos(math.pi / 2 * t),
-        torch.cos(math.pi / 2 * t), -math.pi / 2 * torch.sin(math.pi / 2 * t),
-    ),
-}  # fmt: skip
+# ---------------------------------------------------------------- noise, times and the path
 
 
-def coefficients(t, cfg):
-    """alpha, sigma, alpha', sigma' at t, each of shape (B, 1, 1) for t (B,)."""
-    alpha, d_alpha, fall, d_fall = PATHS[cfg.path](t.view(-1, 1, 1))
-    span = cfg.sigma_max - cfg.sigma_min
-    return alpha, cfg.sigma_min + span * fall, d_alpha, span * d_fall
-
-
-def shift_time(t, shift):
-    """t / (t + shift * (1 - t)): Esser et al. 2024, equation 23, in our direction of time."""
-    return t / (t + shift * (1 - t))
+def draw_noise(shape, generator=None, device=None):
+    """x_0 of shape (..., T, D): the one place that decides what noise is, in training and sampling."""
+    return torch.randn(shape, generator=generator, device=device)
 
 
 def sample_t(n, cfg, generator=None, device=None):
     """(n,) training times in (0, 1)."""
     if cfg.t_sampling == "logit_normal":
-        t = torch.sigmoid(
-            cfg.t_mean + cfg.t_std * torch.randn(n, generator=generator, device=device)
-        )
+        logits = cfg.t_mean + cfg.t_std * torch.randn(n, generator=generator, device=device)
+        t = torch.sigmoid(logits)
     else:
         t = torch.rand(n, generator=generator, device=device)
     return shift_time(t, cfg.t_shift)
 
 
-def loss(model, x_1, cond, cfg, cond_mask=None, generator=None, x_0=None, t=None):
+def shift_time(t, shift):
+    """Esser et al. 2024 (arXiv 2403.03206), equation 23, in our direction of time."""
+    return t / (t + shift * (1 - t))
+
+
+def coefficients(t, cfg):
+    """alpha, sigma, alpha', sigma' at t, each of shape (B, 1, 1) for t (B,)."""
+    t = t.view(-1, 1, 1)
+    # fall: how the noise falls from 1 at t = 0 to 0 at t = 1
+    if cfg.path == "linear":
+        alpha, d_alpha = t, torch.ones_like(t)
+        fall, d_fall = 1 - t, -torch.ones_like(t)
+    else:
+        angle = math.pi / 2 * t
+        alpha, d_alpha = torch.sin(angle), math.pi / 2 * torch.cos(angle)
+        fall, d_fall = torch.cos(angle), -math.pi / 2 * torch.sin(angle)
+    span = cfg.sigma_max - cfg.sigma_min
+    return alpha, cfg.sigma_min + span * fall, d_alpha, span * d_fall
+
+
+# ---------------------------------------------------------------- training
+
+
+def loss(model, x_1, cond, cfg, generator=None, x_0=None, t=None):
     """The training objective: the mean squared error of the model's prediction, per sample.
 
-    With loss_space "v" prediction and truth are first taken to the velocity, which weights x by
-    1 / (1 - t)^2 (Li and He 2025, arXiv 2511.13720) and epsilon by 1 / t^2 on the linear path.
+    With loss_space "v" prediction and target are first converted to velocities. On the linear path
+    that weights the error of x by 1 / (1 - t)^2 (Li and He 2025, arXiv 2511.13720) and that of
+    epsilon by 1 / t^2.
 
-    x_1: (B, T, D) data; cond: (B, S, C); cond_mask: (B, S) or None
-    generator: torch.Generator on x_1's device; x_0 (B, T, D), t (B,): fixed instead of drawn
+    x_1: (B, T, D) data; cond: (B, S, C)
+    generator: torch.Generator on x_1's device, or None: torch's own
+    x_0 (B, T, D), t (B,): given instead of drawn, for validation
     Returns (B,) losses and the model's output (B, T, D), in float32.
     """
-    B, device = x_1.shape[0], x_1.device
+    B, device = len(x_1), x_1.device
     if x_0 is None:
-        x_0 = torch.randn(x_1.shape, generator=generator, device=device, dtype=x_1.dtype)
+        x_0 = draw_noise(x_1.shape, generator, device)  # (B, T, D)
     if t is None:
-        t = sample_t(B, cfg, generator, device)
-    drop = (
-        torch.rand(B, generator=generator, device=device) < cfg.cond_dropout
-        if cfg.cond_dropout
-        else None
-    )
+        t = sample_t(B, cfg, generator, device)  # (B,)
+    drop = None  # (B,), True where the model sees the null condition
+    if cfg.cond_dropout > 0:
+        drop = torch.rand(B, generator=generator, device=device) < cfg.cond_dropout
 
-    alpha, sigma, d_alpha, d_sigma = coefficients(t, cfg)
-    x_t = alpha * x_1 + sigma * x_0
-    target = {"v": d_alpha * x_1 + d_sigma * x_0, "epsilon": x_0, "x": x_1}[cfg.prediction]
-    out = model(x_t, t, cond, cond_mask, drop).float()
+    alpha, sigma, d_alpha, d_sigma = coefficients(t, cfg)  # each (B, 1, 1)
+    x_t = alpha * x_1 + sigma * x_0  # (B, T, D)
+    targets = {"v": d_alpha * x_1 + d_sigma * x_0, "epsilon": x_0, "x": x_1}
+    target = targets[cfg.prediction]
+    out = model(x_t, t, cond, drop).float()  # (B, T, D)
     error = out - target
     if cfg.loss_space == "v":
-        error = convert(out, x_t, t, cfg)[0] - convert(target, x_t, t, cfg)[0]
-    return (error**2).mean((1, 2)) + cfg.l2_weight * (out**2).mean((1, 2)), out
+        v, _, _ = convert(out, x_t, t, cfg)
+        v_target, _, _ = convert(target, x_t, t, cfg)
+        error = v - v_target
+    losses = (error**2).mean((1, 2)) + cfg.l2_weight * (out**2).mean((1, 2))  # (B,)
+    return losses, out
 
 
 def convert(out, x_t, t, cfg):
     """What a model's output means: (v, x_0, x_1), each (B, T, D).
 
-    Solves the two equations at the top of this file for the two unknowns. Divisors are kept
-    at 0.05 or more, where epsilon determines no data (t -> 0) and x no noise (t -> 1): Li and He
-    2025 (arXiv 2511.13720) clip at the same value.
+    Solves the two equations at the top of this file for the two unknowns. No divisor falls below
+    0.05: near t = 0 epsilon says nothing about the data, near t = 1 x nothing about the noise.
+    Li and He 2025 (arXiv 2511.13720) clip at the same value.
     """
-    alpha, sigma, d_alpha, d_sigma = coefficients(t, cfg)
+    alpha, sigma, d_alpha, d_sigma = coefficients(t, cfg)  # each (B, 1, 1)
     if cfg.prediction == "v":
         det = alpha * d_sigma - d_alpha * sigma
-        return out, (alpha * out - d_alpha * x_t) / det, (d_sigma * x_t - sigma * out) / det
+        x_0 = (alpha * out - d_alpha * x_t) / det
+        x_1 = (d_sigma * x_t - sigma * out) / det
+        return out, x_0, x_1
     if cfg.prediction == "epsilon":
-        x_0, x_1 = out, (x_t - sigma * out) / alpha.clamp(min=0.05)
+        x_0 = out
+        x_1 = (x_t - sigma * out) / alpha.clamp(min=0.05)
     else:
-        x_0, x_1 = (x_t - alpha * out) / sigma.clamp(min=0.05), out
+        x_0 = (x_t - alpha * out) / sigma.clamp(min=0.05)
+        x_1 = out
     return d_alpha * x_1 + d_sigma * x_0, x_0, x_1
 
 
-def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0), cond_mask=None):
+# ---------------------------------------------------------------- sampling
+
+
+def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0)):
     """velocity(x, t) for `integrate`, with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
 
-    v = v_null + guidance * (v_cond - v_null) where interval[0] <= t <= interval[1], v_cond elsewhere (Kynkaanniemi et
-    al. 2024, arXiv 2404.07724); the null branch is evaluated only there, and at guidance 1 never.
-    What depends on the condition alone is computed here, once for the trajectory.
-    Raises ValueError if guidance is asked of a model trained without condition dropout.
+    v = v_null + guidance * (v_cond - v_null) where interval[0] <= t <= interval[1], v_cond
+    elsewhere (Kynkaanniemi et al. 2024, arXiv 2404.07724). The model runs on the null condition only
+    there, and at guidance 1 never. What depends on the condition alone is computed here, once per
+    trajectory. Raises ValueError if guidance is asked of a model trained without condition dropout.
     """
     if len(interval) != 2:
         raise ValueError(
             f"guidance_interval={interval!r}: two times, from which and to which guidance acts"
         )
     low, high = interval
-    if not (math.isfinite(guidance) and 0 <= low < high <= 1):
-        raise ValueError(
-            f"guidance={guidance} must be finite, and its interval {low} to {high} lie within 0 to 1"
-        )
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance={guidance} must be finite")
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"guidance's interval {low} to {high} must lie within 0 to 1")
     if guidance != 1 and not cfg.cond_dropout:
         raise ValueError(
-            f"guidance={guidance} needs a model trained with cond_dropout > 0; this one has no null condition"
+            f"guidance={guidance} needs a model trained with cond_dropout > 0; "
+            "this one has no null condition"
         )
-    context = model.context(cond, cond_mask)
+    context = model.context(cond)
     if guidance != 1:
-        null = model.context(model.null_cond.expand(len(cond), 1, -1))  # one token for all
+        null = model.null_cond.expand(len(cond), 1, -1)  # (B, 1, C): one token stands for all
+        null_context = model.context(null)
 
     def velocity(x, t):
-        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)  # (B,)
 
-        def v(context):
-            return convert(model(x, times, context=context).float(), x, times, cfg)[0]
+        def velocity_given(context):
+            out = model(x, times, context=context).float()
+            v, _, _ = convert(out, x, times, cfg)
+            return v
 
         if guidance == 1 or not low <= t <= high:
-            return v(context)
-        v_null = v(null)
-        return v_null + guidance * (v(context) - v_null)
+            return velocity_given(context)
+        v_null = velocity_given(null_context)
+        return v_null + guidance * (velocity_given(context) - v_null)
 
     return velocity
 
 
-RUNGE_KUTTA = {  # explicit: nodes, rows of the matrix, weights (Hairer, Norsett, Wanner 1993, chapter II.1)
-    "euler": ([0], [[]], [1]),
-    "midpoint": ([0, 1 / 2], [[], [1 / 2]], [0, 1]),
-    "heun": ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
-    "rk4": (
-        [0, 1 / 2, 1 / 2, 1],
-        [[], [1 / 2], [0, 1 / 2], [0, 0, 1]],
-        [1 / 6, 1 / 3, 1 / 3, 1 / 6],
-    ),
-}
-ADAMS_BASHFORTH = {
-    "ab2": (2, "euler"),
-    "ab3": (3, "midpoint"),
-}  # order, and the first step, of one order less
-METHODS = (*RUNGE_KUTTA, *ADAMS_BASHFORTH)
-
-
-def adams_bashforth(times, t, t_next):
-    """Weights of the velocities at `times` in the step from t to t_next: exact if the velocity is a polynomial of
-    degree len(times) - 1 in t (Hairer, Norsett, Wanner 1993, chapter III.5: steps need not be equal)."""
-    nodes = (np.array(times) - t) / (t_next - t)
-    return (t_next - t) * np.linalg.solve(
-        np.vander(nodes, increasing=True).T, 1 / np.arange(1, len(nodes) + 1)
-    )
+METHODS = ("euler", "heun", "ab2")
 
 
 @torch.no_grad()
 def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
     """Solve dx/dt = velocity(x, t) from t = 0 to t = 1.
 
-    velocity: function of x (B, T, D) and of t, a float; x: state at t = 0, sigma_max * noise
-    steps: of the solver, uniform in t or, with shift > 1, finer near noise
-    method: evaluations of the velocity a step: euler 1, midpoint and heun 2, rk4 4; ab2 and ab3, which go on from the
-        evaluations of the steps before, 1 (and ab3 one more in the first)
+    velocity: function of x (B, T, D) and of t, a float
+    x: (B, T, D) state at t = 0, sigma_max * noise
+    steps: uniform in t or, with shift > 1, finer near noise
+    method: euler, of order 1; heun, of order 2 with two evaluations of the velocity per step; ab2,
+        two-step Adams-Bashforth, of order 2 with one, since it uses that of the step before
+        (Hairer, Norsett, Wanner 1993, chapters II.1 and III.5)
     Returns x at t = 1, in float32 (float64 if x is); with trajectory the states at all
     steps + 1 times, stacked.
     """
@@ -235,58 +237,64 @@ def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
         raise ValueError(f"steps={steps} must be a whole number, at least 1")
     if not 0 < shift < math.inf:
         raise ValueError(f"shift={shift} must be positive")
-    order, first = ADAMS_BASHFORTH.get(method, (0, method))
+    steps = int(steps)
+    times = [shift_time(i / steps, shift) for i in range(steps + 1)]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    times, states, past = [shift_time(i / steps, shift) for i in range(int(steps) + 1)], [x], []
-    for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        h, k = t_next - t, []
-        nodes, matrix, weights = RUNGE_KUTTA["euler" if order and i else first]
-        for node, row in zip(nodes, matrix):
-            stage = x + h * sum(a * k_i for a, k_i in zip(row, k) if a)
-            k.append(velocity(stage, t + node * h).to(x.dtype))
-        weights = [h * b for b in weights]
-        if order:
-            past = [*past, *((t + node * h, k_i) for node, k_i in zip(nodes, k))][-order:]
-            if i:
-                k, weights = (
-                    [k_i for _, k_i in past],
-                    adams_bashforth([time for time, _ in past], t, t_next),
-                )
-        x = x + sum(b * k_i for b, k_i in zip(weights, k) if b)
+    states = [x]
+    for i in range(steps):
+        t, h = times[i], times[i + 1] - times[i]
+        v = velocity(x, t).to(x.dtype)
+        if method == "heun":
+            v_end = velocity(x + h * v, t + h).to(x.dtype)
+            x = x + (h / 2 * v + h / 2 * v_end)
+        elif method == "ab2" and i > 0:
+            nodes = (np.array([times[i - 1], t]) - t) / h
+            vander = np.vander(nodes, increasing=True).T
+            a, b = h * np.linalg.solve(vander, 1 / np.arange(1, 3))
+            x = x + (a * v_before + b * v)
+        else:  # Euler's step, which is also the first of ab2
+            x = x + h * v
+        v_before = v
         if trajectory:
             states.append(x)
     return torch.stack(states) if trajectory else x
 
 
-TRAINING, SAMPLING = 0, 1  # streams of noise that never meet, whatever the seeds
+TRAINING, SAMPLING = 0, 1  # streams of random numbers that never meet, whatever the seeds
 
 
-def mix(stream, *numbers):
-    """One seed out of a stream and several non-negative integers, such as (seed, step, micro-batch)."""
-    return int(
-        np.random.SeedSequence([stream, *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    )
+def derive_seed(stream, *numbers):
+    """One seed from a stream and non-negative integers, such as (seed, iteration, micro-batch)."""
+    sequence = np.random.SeedSequence([stream, *numbers])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+mix = derive_seed
 
 
 def sample_noise(indices, shape, seed, draw=0):
-    """(B, *shape) standard normal noise; row i is a function of (seed, indices[i], draw) alone."""
-    try:
-        seeds = [mix(SAMPLING, seed, i, draw) for i in indices]
-    except (TypeError, ValueError) as e:
-        raise ValueError(
-            f"seed={seed}, draw={draw} and a sample's number must be integers of 0 or more"
-        ) from e
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
+    """x_0 of shape (B, *shape): row i is a function of (seed, indices[i], draw) alone."""
+    noise = []
+    for index in indices:
+        try:
+            generator = torch.Generator().manual_seed(derive_seed(SAMPLING, seed, index, draw))
+        except (TypeError, ValueError) as e:
+            raise ValueError(
+                f"seed={seed}, draw={draw} and a sample's number must be integers of 0 or more"
+            ) from e
+        noise.append(draw_noise(shape, generator))
+    return torch.stack(noise)
+
+
+# ---------------------------------------------------------------- normalization
 
 
 class Normalizer:
-    """To and from the space that the flow lives in, (..., channels) to the same shape.
+    """Takes embeddings into the space that the flow lives in, and back: (..., channels) to the same.
 
-    mode: 'channel': zero mean, unit variance per channel; 'none': the raw values; 'l2': every
-        token scaled to norm sqrt(channels). l2 forgets the norms: decode gives each token the
-        root mean square norm of the training set at norm sqrt(channels).
+    mode: 'channel': zero mean and unit variance per channel; 'none': as they are; 'l2': every
+        token scaled to norm sqrt(channels). l2 forgets the norms: decode scales tokens such that
+        norm sqrt(channels) becomes the root mean square norm of the training set.
     mean, std: (channels,) statistics of the training set
     """
 
@@ -294,21 +302,24 @@ class Normalizer:
         if mode not in ("channel", "l2", "none"):
             raise ValueError(f"normalize={mode!r} is unknown; it is one of channel, l2, none")
         self.mode = mode
-        mean, std = (torch.as_tensor(s, dtype=torch.float32, device=device) for s in (mean, std))
-        self.mean, self.std = mean, std.where(std > 1e-6, 1.0)  # a constant channel stays as it is
+        mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
+        std = torch.as_tensor(std, dtype=torch.float32, device=device)
+        self.mean = mean
+        self.std = std.where(std > 1e-6, 1.0)  # a constant channel is not scaled
         self.rms = (mean**2 + std**2).mean().sqrt()
 
     def encode(self, x):
         x = x.float()
         if self.mode == "channel":
             return (x - self.mean) / self.std
-        return (
-            x * x.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-            if self.mode == "l2"
-            else x
-        )
+        if self.mode == "l2":
+            mean_square = x.square().mean(-1, keepdim=True)  # (..., 1)
+            return x * mean_square.clamp(min=1e-12).rsqrt()
+        return x
 
     def decode(self, x):
         if self.mode == "channel":
             return x * self.std + self.mean
-        return x * self.rms if self.mode == "l2" else x
+        if self.mode == "l2":
+            return x * self.rms
+        return x

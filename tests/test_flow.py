@@ -19,7 +19,7 @@ def test_loss_trains_on_the_noise_it_shows(path, prediction, loss_space):
     x_1, cond = torch.randn(8, 4, 3).double(), torch.randn(8, 4, 2)
     seen = {}
 
-    def oracle(x_t, t, cond, cond_mask, drop):
+    def oracle(x_t, t, cond, drop):
         alpha, sigma, d_alpha, d_sigma = flow.coefficients(t, cfg)
         x_0 = (x_t - alpha * x_1) / sigma
         seen.update(x_0=x_0, x_t=x_t, t=t)
@@ -86,16 +86,13 @@ def test_training_times():
     assert abs(shifted.median() - 0.25) < 0.02  # 0.5 / (0.5 + 3 * 0.5)
 
 
-ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 2, "ab3": 3}
+ORDERS = {"euler": 1, "heun": 2, "ab2": 2}
 
 
 @pytest.mark.parametrize("method, order", ORDERS.items())
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 def test_solvers_have_their_order_on_an_exact_flow(method, order, shift):
-    """Gaussian data N(m, s^2): the exact velocity is known, and so is where it carries x_0.
-
-    On the cosine path: on the linear one, midpoint happens to be of order 3 for Gaussians.
-    """
+    """Gaussian data N(m, s^2): the exact velocity is known, and so is where it carries x_0."""
     cfg, m, s = FlowConfig(path="cosine", sigma_min=0.2, sigma_max=1.5), 1.5, 2.0
 
     def velocity(x, t):
@@ -113,7 +110,7 @@ def test_solvers_have_their_order_on_an_exact_flow(method, order, shift):
         for n in (64, 128)
     ]
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1, errors
-    assert errors[1] < {1: 0.03, 2: 1e-3, 3: 2e-5, 4: 1e-9}[order]
+    assert errors[1] < {1: 0.03, 2: 1e-3}[order]
 
 
 def test_integrate_counts_evaluations_and_keeps_the_trajectory():
@@ -127,14 +124,11 @@ def test_integrate_counts_evaluations_and_keeps_the_trajectory():
         states = flow.integrate(
             velocity, torch.zeros(2, 1, 1, dtype=torch.bfloat16), 5, method, shift, True
         )
-        assert (
-            len(calls) == {"rk4": 20, "heun": 10, "midpoint": 10, "ab3": 6}.get(method, 5)
-            and calls[0] == 0
-        )
+        assert len(calls) == (10 if method == "heun" else 5) and calls[0] == 0
         grid = [i / (i + shift * (5 - i)) for i in range(6)]  # finer near noise where shift > 1
         assert states.dtype == torch.float32 and states[:, 0, 0, 0].tolist() == pytest.approx(grid)
-        assert method not in ("euler", "ab2") or calls == pytest.approx(grid[:-1])
-    for bad in (dict(steps=0), dict(steps=5, method="rk5")):
+        assert method == "heun" or calls == pytest.approx(grid[:-1])
+    for bad in (dict(steps=0), dict(steps=2.5), dict(steps=5, method="rk4")):
         with pytest.raises(ValueError, match=str(list(bad.values())[-1])):
             flow.integrate(velocity, torch.zeros(1, 1, 1), **bad)
 
@@ -161,7 +155,7 @@ def test_training_never_sees_the_noise_of_sampling():
     assert (
         len(
             {
-                flow.mix(stream, *rest)
+                flow.derive_seed(stream, *rest)
                 for stream in (flow.TRAINING, flow.SAMPLING)
                 for rest in ((0, 5, 1), (5, 0, 1))
             }
@@ -209,7 +203,7 @@ def test_condition_dropout_trains_the_null_condition():
     assert model.null_cond.grad.abs().max() > 0
     drops = []
     flow.loss(
-        lambda x, t, c, m, drop: drops.append(drop) or x,
+        lambda x, t, c, drop: drops.append(drop) or x,
         torch.randn(4000, 1, 1),
         None,
         FlowConfig(cond_dropout=0.3),
@@ -279,8 +273,8 @@ def train_tiny(prediction, shuffle, steps=500):
     x = flow.integrate(
         flow.guided_velocity(model, cond, cfg),
         flow.sample_noise(range(800), (2, 1), 0),
-        20,
-        "midpoint",
+        40,
+        "ab2",
     )
     return x[::2].flatten(), x[1::2].flatten()
 

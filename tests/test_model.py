@@ -1,13 +1,12 @@
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
+import exchange
 import flow
-from exchange import reference_names
-from model import NextDiT, NextDiTConfig, attention, rope_2d, rotate
+from model import NextDiT, NextDiTConfig, attention, flops_per_sample, rope_2d, rotate
 
 CONFIG = NextDiTConfig(
     grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8
@@ -57,13 +56,22 @@ def reference(folder, config, shards=False, random=True):
     return model
 
 
-def ask(model, x, t, cond, mask=None, sign=-1):
+def from_diffusers(folder, *args):
+    """The model in a folder, built without parameters before those of the files."""
+    sizes, state = exchange.from_diffusers(folder, *args)
+    with torch.device("meta"):
+        model = NextDiT(NextDiTConfig(**sizes))
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def ask(model, x, t, cond, sign=-1):
     """The reference at our time and in our shapes: x (B, T, D), t 0 at noise."""
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     H, W = model.grid
     rope = get_2d_rotary_pos_embed_lumina(model.head_dim, H, W)
-    mask = torch.ones(cond.shape[:2]) if mask is None else mask
+    mask = torch.ones(cond.shape[:2])
     image = x.transpose(1, 2).unflatten(2, (H, W))
     out = model(image, 1000 * (1 - t), cond, mask, rope, cross_attention_kwargs={}).sample
     return sign * out.flatten(2).transpose(1, 2)
@@ -84,56 +92,59 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-6)])
 @pytest.mark.parametrize("name", SIZES)
-def test_equals_the_reference(tmp_path, name, dtype, tolerance, masked):
-    """Output and the gradients of every parameter and input are those of diffusers' LuminaNextDiT2DModel."""
+def test_equals_the_reference(tmp_path, name, dtype, tolerance):
+    """Output and the gradients of every parameter and input are diffusers' LuminaNextDiT2DModel's."""
+    from diffusers.models.normalization import RMSNorm
+
     config = dataclasses.replace(CONFIG, **{"grid": (2, 3), **SIZES[name]})
     theirs = reference(tmp_path, config).to(dtype)
+    for norm in theirs.modules():
+        if isinstance(norm, RMSNorm) and dtype == torch.float64:  # it takes variances in float32
+            shape = (norm.dim, norm.weight, norm.eps)
+            norm.forward = lambda x, shape=shape: torch.nn.functional.rms_norm(x, *shape)
     theirs.grid = config.grid
-    ours = NextDiT.from_diffusers(tmp_path, config.grid).to(dtype)
+    ours = from_diffusers(tmp_path, config.grid).to(dtype)
     T = config.grid[0] * config.grid[1]
     g = torch.Generator().manual_seed(1)
-    x, cond, weight = (
-        torch.randn(3, n, c, generator=g, dtype=dtype) for n, c in ((T, 5), (T + 3, 7), (T, 5))
-    )
-    mask = torch.ones(3, T + 3)
-    mask[1, T:], mask[2, 1:] = 0, 0
-    mask = mask if masked else None
+    x = torch.randn(3, T, 5, generator=g, dtype=dtype)
+    cond = torch.randn(3, T + 3, 7, generator=g, dtype=dtype)
+    weight = torch.randn(3, T, 5, generator=g, dtype=dtype)
+    t = torch.tensor([0.0, 0.37, 1.0], dtype=dtype)
     results = []
     for model in (lambda *args: ask(theirs, *args), ours):
         args = [v.clone().requires_grad_() for v in (x, cond)]
-        out = model(args[0], torch.tensor([0.0, 0.37, 1.0], dtype=dtype), args[1], mask)
+        out = model(args[0], t, args[1])
         (out * weight).sum().backward()
         results.append([out.detach(), *(v.grad for v in args)])
+    expected, got = results
     their_grads = {n: p.grad for n, p in theirs.named_parameters()}
     assert their_grads.pop("pad_token") is None
+    stacks = exchange.reference_parameters(vars(config))
     for n, p in ours.named_parameters():
         if n != "null_cond":
-            expected = torch.cat([their_grads.pop(part) for part in reference_names(n)])
-            results[0].append(-expected if n.startswith("final.") else expected)
-            results[1].append(p.grad)
+            stacked = torch.cat([their_grads.pop(part) for part in stacks[n]])
+            expected.append(-stacked if n.startswith("final.") else stacked)
+            got.append(p.grad)
     assert not their_grads and ours.null_cond.grad is None
-    floor = 1e-2 * max(
-        v.norm() for v in results[0]
-    )  # a bias of all keys changes nothing: its gradient is only noise
-    for expected, got in zip(*results):
-        assert (got - expected).norm() <= tolerance * max(expected.norm(), floor)
+    # a bias of all keys changes nothing: its gradient is only rounding
+    floor = 1e-2 * max(v.norm() for v in expected)
+    for a, b in zip(expected, got):
+        assert (b - a).norm() <= tolerance * max(a.norm(), floor)
 
 
 def test_samples_as_blip3o_does(tmp_path):
     """Its scheduler, 30 steps, guidance 3 with a zero condition, against our Euler steps from the same noise."""
-    import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     config = dataclasses.replace(CONFIG, grid=(2, 3))
     theirs = reference(tmp_path, config).double()
     theirs.grid = config.grid
-    ours = NextDiT.from_diffusers(tmp_path, config.grid).double()
+    ours = from_diffusers(tmp_path, config.grid).double()
     noise, _, cond = (v.double() for v in inputs())
     scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(30, sigmas=np.linspace(1, 1 / 30, 30))
+    scheduler.set_timesteps(30, sigmas=[1 - i / 30 for i in range(30)])
     with torch.no_grad():
         x = noise
         for timestep in scheduler.timesteps:
@@ -157,50 +168,57 @@ def test_exchange_with_diffusers(tmp_path):
     x = x[:, :4]
     expected = ask(theirs, x, t, cond)
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
-    ours = NextDiT.from_diffusers(tmp_path / "a")
+    ours = from_diffusers(tmp_path / "a")
     assert ours.config == config and torch.allclose(ours(x, t, cond), expected, atol=1e-5)
-    ours.to_diffusers(tmp_path / "b")
+    exchange.to_diffusers(ours, tmp_path / "b")
     again = LuminaNextDiT2DModel.from_pretrained(tmp_path / "b")
     again.grid = config.grid
     assert torch.equal(ask(again, x, t, cond), expected)
-    back = NextDiT.from_diffusers(tmp_path / "b").state_dict()
+    back = from_diffusers(tmp_path / "b").state_dict()
     assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
 
     file = tmp_path / "b" / "diffusion_pytorch_model.safetensors"
     plain = load_file(file)
     for prefix in ("model.", "dit.model.", "model.dit.model."):
         save_file({prefix + name: value for name, value in plain.items()}, file)
-        assert torch.equal(NextDiT.from_diffusers(tmp_path / "b")(x, t, cond), ours(x, t, cond))
+        assert torch.equal(from_diffusers(tmp_path / "b")(x, t, cond), ours(x, t, cond))
     del plain["layers.1.norm2.weight"]
     save_file(plain | {"extra": torch.zeros(1)}, file)
     with pytest.raises(
         ValueError, match=r"missing parameters \['layers.1.norm2.weight'\], surplus \['extra'\]"
     ):
-        NextDiT.from_diffusers(tmp_path / "b")
+        from_diffusers(tmp_path / "b")
     save_file(plain | {"layers.1.norm2.weight": torch.zeros(9)}, file)
     with pytest.raises(ValueError, match="size mismatch for layers.1.norm2.weight"):
-        NextDiT.from_diffusers(tmp_path / "b")
+        from_diffusers(tmp_path / "b")
+    given = tmp_path / "b" / "config.json"
+    config_text = given.read_text()
+    given.write_text(config_text.replace('"in_channels": 5', '"in_channels": 6'))
+    with pytest.raises(ValueError, match=r"proj.weight: \[32, 5\], but \[32, 6\] by config.json"):
+        from_diffusers(tmp_path / "b")
     file.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="header"):
-        NextDiT.from_diffusers(tmp_path / "b")
-    given = (tmp_path / "b" / "config.json").read_text()
+        from_diffusers(tmp_path / "b")
+    with pytest.raises(ValueError, match="diffusers has no NextDiT of conv=True"):
+        exchange.to_diffusers(build(conv=True), "nowhere")
     for change, words in (
         (("patch_size", "patch"), "not a LuminaNextDiT2DModel's, without patch_size"),
         (('"patch_size": 1', '"patch_size": 2'), "patch_size 1"),
         (('"num_layers": 2', '"num_layers": null'), "n_layer=None"),
         (('"sample_size": 2', '"sample_size": null'), "grid=None"),
+        (('"norm_eps": 1e-05', '"norm_eps": "small"'), "norm_eps"),
     ):
-        (tmp_path / "b" / "config.json").write_text(given.replace(*change))
+        given.write_text(config_text.replace(*change))
         with pytest.raises(ValueError, match=words):
-            NextDiT.from_diffusers(tmp_path / "b")
+            from_diffusers(tmp_path / "b")
     with pytest.raises(ValueError, match="no folder of a diffusers model"):
-        NextDiT.from_diffusers(tmp_path / "c")
+        from_diffusers(tmp_path / "c")
     with pytest.raises(ValueError, match="holds another model: diffusion_pytorch_model-00001-of"):
-        ours.to_diffusers(tmp_path / "a")
+        exchange.to_diffusers(ours, tmp_path / "a")
     wide = build(grid=(2, 3))
-    wide.to_diffusers(tmp_path / "wide")
-    assert NextDiT.from_diffusers(tmp_path / "wide").config == wide.config
-    moved = NextDiT.from_diffusers(tmp_path / "wide", None, lambda p: p.to("meta", torch.float16))
+    exchange.to_diffusers(wide, tmp_path / "wide")
+    assert from_diffusers(tmp_path / "wide").config == wide.config
+    moved = from_diffusers(tmp_path / "wide", None, lambda p: p.to("meta", torch.float16))
     assert {(p.device.type, p.dtype) for p in moved.parameters()} == {("meta", torch.float16)}
 
 
@@ -210,7 +228,7 @@ def test_initialization_is_the_references(tmp_path):
         CONFIG, dim=128, target_dim=96, cond_dim=160, grid=(2, 2), n_kv_head=2
     )
     reference(tmp_path, config, random=False)
-    theirs, ours = NextDiT.from_diffusers(tmp_path).state_dict(), NextDiT(config).state_dict()
+    theirs, ours = from_diffusers(tmp_path).state_dict(), NextDiT(config).state_dict()
     assert theirs.keys() == ours.keys()
     for name, value in ours.items():
         expected, noise = (
@@ -226,6 +244,26 @@ def test_initialization_is_the_references(tmp_path):
             assert abs(value.abs().max() / expected.abs().max() - 1) < noise, name
 
 
+@pytest.mark.parametrize("changes", [{}, OURS])
+def test_every_parameter_is_initialized(changes):
+    """init_weights sets every parameter, and to zero what must start silent."""
+    model = NextDiT(dataclasses.replace(CONFIG, **changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    model.init_weights()
+    silent = [model.null_cond]
+    if model.prior is not None:
+        silent += model.final.parameters()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        if name.endswith(("conv.weight", "gate")):
+            silent.append(p)
+        elif p.dim() == 2 and p is not model.final.weight:
+            assert p.std() > 0.5 * p.shape[1] ** -0.5, name
+    assert all((p == 0).all() for p in silent) and len(silent) >= 3
+
+
 def test_paper_size_has_the_reference_number_of_parameters():
     with torch.device("meta"):
         model = NextDiT(NextDiTConfig(grid=(8, 8), target_dim=768, cond_dim=1280))
@@ -234,8 +272,8 @@ def test_paper_size_has_the_reference_number_of_parameters():
 
 
 def test_rope_turns_by_relative_position():
-    rope = rope_2d(8, (3, 4))
-    q, k = torch.randn(2, 8)
+    rope = rope_2d(dataclasses.replace(CONFIG, grid=(3, 4)))
+    q, k = torch.randn(2, 8)  # of head_dim
     turned_q, turned_k = (rotate(v.expand(1, 12, 1, 8), rope)[0, :, 0] for v in (q, k))
     scores = turned_q @ turned_k.T  # (12, 12) over positions (row, column)
     assert torch.allclose(
@@ -244,14 +282,19 @@ def test_rope_turns_by_relative_position():
     assert not torch.allclose(scores[0, 1], scores[0, 4], atol=1e-3)  # a column is not a row
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_plain_attention_is_sdpa(masked):
-    q, k, v = (torch.randn(2, n, s, 8, requires_grad=True) for n, s in ((6, 5), (2, 7), (2, 7)))
-    mask = (torch.arange(7) < 4).expand(2, 1, 1, 7) if masked else None
-    outs = [attention(q, k, v, mask, plain) for plain in (True, False)]
-    assert torch.allclose(*outs, atol=1e-6)
-    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outs)):
+@pytest.mark.parametrize("n_kv_head", [6, 2])
+def test_attention_is_sdpa(n_kv_head):
+    """The products that a CPU computes are torch's attention, which other devices get."""
+    q = torch.randn(2, 5, 6, 8, requires_grad=True)
+    k, v = (torch.randn(2, 7, n_kv_head, 8, requires_grad=True) for _ in range(2))
+    args = [z.transpose(1, 2) for z in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*args, enable_gqa=True).transpose(1, 2)
+    plain = attention(q, k, v)
+    assert torch.allclose(plain, sdpa, atol=1e-6)
+    grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (plain, sdpa)]
+    for a, b in zip(*grads):
         assert torch.allclose(a, b, atol=1e-5)
+    assert attention(*(z.to("meta") for z in (q, k, v))).shape == q.shape
 
 
 def gaussian_tokens(n=4000, D=5):
@@ -315,62 +358,10 @@ def test_aligned_conditions():
     assert same.tolist() == [True, True, True, True, False, True]
     one = cond[:, :1]
     assert torch.allclose(model(x, t, one), model(x, t, one.expand(-1, 6, -1)), atol=1e-6)
-    mask = torch.ones(3, 6, dtype=torch.bool)
-    mask[:, 4] = False
-    masked = cond.clone()
-    masked[:, 4] = model.null_cond.detach()
-    assert torch.allclose(model(x, t, cond, mask), model(x, t, masked), atol=1e-6)
     with pytest.raises(
         ValueError, match=r"5 tokens of condition are not on the grid \(2, 3\): .*cross"
     ):
         model(x, t, cond[:, :5])
-
-
-def test_what_the_data_decides():
-    """Conditions on the target's grid are aligned, others attended to; the prior is for models narrower than it."""
-    settings = {
-        k: v for k, v in vars(CONFIG).items() if k not in ("grid", "target_dim", "cond_dim")
-    }
-    settings |= dict(
-        conditioning="auto", prior=None, path="linear", prediction="v", sigma_min=0.0, sigma_max=1.0
-    )
-
-    def of(S=6, **changes):
-        data = {
-            "train_cond": np.zeros((4, S, 7)),
-            "train_target": np.zeros((4, 6, 5)),
-            "meta": {"grid": [2, 3]},
-        }
-        return NextDiTConfig.of(settings | changes, data)
-
-    aligned = dataclasses.replace(CONFIG, conditioning="aligned")
-    assert of() == aligned and of(S=9) == CONFIG
-    narrow = dict(dim=4, n_head=1, n_kv_head=1)
-    assert of(**narrow) == dataclasses.replace(aligned, prior=True, **narrow)
-    assert (
-        of(**narrow, path="cosine")
-        == of(**narrow, prior=False)
-        == dataclasses.replace(aligned, **narrow)
-    )
-    assert NextDiT(of(S=9, prior=True))(*inputs(S=9)).shape == (3, 6, 5)
-    with pytest.raises(ValueError, match="prior=True needs path=linear"):
-        of(prior=True, path="cosine")
-    with pytest.raises(
-        ValueError, match="aligned: 9 condition tokens are not on the grid of 6 target tokens"
-    ):
-        of(S=9, conditioning="aligned")
-    with pytest.raises(ValueError, match="conditioning='both'"):
-        of(conditioning="both")
-    with pytest.raises(ValueError, match="diffusers has no NextDiT of conv=True"):
-        build(conv=True).to_diffusers("nowhere")
-
-
-def test_masked_condition_tokens_do_not_count():
-    model = build()
-    x, t, cond = inputs(S=6)
-    mask = torch.tensor([[True] * 4 + [False] * 2] * 3)
-    assert torch.allclose(model(x, t, cond, mask), model(x, t, cond[:, :4]), atol=1e-5)
-    assert torch.allclose(model(x, t, cond, torch.ones_like(mask)), model(x, t, cond), atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, OURS])
@@ -382,9 +373,6 @@ def test_context_and_drop(changes):
     expected = torch.stack([model.null_cond.expand(6, 7), cond[1], model.null_cond.expand(6, 7)])
     out = model(x, t, cond, drop=drop)
     assert torch.allclose(out, model(x, t, expected), atol=1e-5)
-    mask = torch.ones(3, 6, dtype=torch.bool)
-    mask[0] = False  # of a dropped condition no token need count
-    assert torch.allclose(model(x, t, cond, mask, drop), out, atol=1e-5)
     null = model.context(model.null_cond.expand(3, 1, -1))
     assert torch.allclose(out[drop], model(x, t, context=null)[drop], atol=1e-5)
     grads = [
@@ -415,7 +403,7 @@ def test_compiles_without_a_graph_break(changes):
     drop = torch.tensor([True, False, False])
     grads = []
     for net in (model, compiled):
-        net(x, t, cond, None, drop).square().mean().backward()
+        net(x, t, cond, drop).square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     assert (
@@ -451,3 +439,26 @@ def test_bad_inputs_are_named():
         model(x[:, :5], t, cond)
     with pytest.raises(ValueError, match=r"\(3, 6, 6\)"):
         model(x, t, cond[..., :6])
+
+
+@pytest.mark.parametrize("n_kv_head, cond_tokens", [(4, 9), (2, 5)])
+def test_flops_per_sample(n_kv_head, cond_tokens):
+    """By hand: 2 operations a weight and token forward, 4 backward, or 2 where the input needs no gradient."""
+    config = NextDiTConfig(
+        (3, 3), 10, 12, dim=32, n_layer=2, n_head=4, n_kv_head=n_kv_head, multiple_of=16
+    )
+    model, T = NextDiT(config), 9
+    by_hand = 4 * T * model.x_embed.weight.numel() + 6 * T * model.final.weight.numel()
+    by_hand += 4 * model.t_embed[0].weight.numel()
+    by_hand += 6 * sum(
+        m.weight.numel() for m in (model.t_embed[2], model.cond_embed[1], model.final_ada)
+    )
+    for block in model.layers:
+        by_hand += (
+            6 * T * sum(m.weight.numel() for m in (block.qkvq, block.out, block.w13, block.w2))
+        )
+        by_hand += 6 * block.ada.weight.numel() + 4 * cond_tokens * block.cond_kv.weight.numel()
+        by_hand += 3 * (4 * T * T + 4 * T * cond_tokens) * config.dim
+    assert flops_per_sample(config, cond_tokens) == by_hand
+    config.gradient_checkpointing = config.conv = True
+    assert flops_per_sample(config, cond_tokens) == by_hand
