@@ -9,7 +9,7 @@ DEMO_PACKAGES = $(shell grep -E '^(scikit-learn|matplotlib)==' requirements-dev.
 demo: .venv/demo
 	$(BIN)/python data/digits/make.py
 	$(BIN)/python prepare.py data/digits/embeddings.pkl --out=data/digits --overwrite=True
-	$(BIN)/python train.py config/train_digits.py $(TRAIN)
+	$(BIN)/python train.py config/train_digits.py --overwrite=True $(TRAIN)
 	$(BIN)/python plot.py out-digits
 	$(BIN)/python sample.py --out_dir=out-digits --plot=True $(SAMPLE)
 

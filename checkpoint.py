@@ -34,7 +34,7 @@ def save(path, state):
 
 
 def replace_file(path, write):
-    """Let write(f) fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
+    """Let write(f) fill a temporary file beside `path`, flush it to the disk and rename it.
 
     Raises OSError where that fails, as on a full disk; what was at `path` is then untouched.
     """
@@ -140,7 +140,7 @@ class Output:
 
 
 def read_checkpoint(path):
-    """What save_checkpoint wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
+    """What save() wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as e:
@@ -219,8 +219,8 @@ def restore(path, config, stats, models, scaler):
 
 
 def restore_optimizer(path, opt):
-    """Load the optimizer state at `path`, sixteen parameters at a time, through a memory map each, so
-    that there are never two copies in memory. A sharded parameter gets its process's part.
+    """Load the optimizer state at `path`, sixteen parameters at a time, each through a new memory
+    map, so that there are never two copies in memory. A sharded parameter gets its process's part.
 
     Learning rate, weight decay and betas stay those of `opt`. Raises ValueError.
     """
@@ -254,7 +254,7 @@ def like(p, name, value):
 
 
 def code_version():
-    """The git commit of this code, "-dirty" where files differ from it; without git, a hash of them."""
+    """The git commit of this code, "-dirty" if files differ from it; without git, their hash."""
     try:
         git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()

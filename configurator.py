@@ -11,7 +11,6 @@ A key that the script does not know, or a value of another type, ends the run wi
 
 import ast
 import difflib
-import math
 import os
 import sys
 import textwrap
@@ -121,22 +120,19 @@ def check(key, value, defaults, origin, from_text=False):
     return value
 
 
-def check_range(config, names, low, high=math.inf, above=False):
-    """Exit with one line where a setting is not in low..high, or equals `low` where it must be
-    above it. None passes."""
-    for name in names.split():
-        value = config[name]
-        if value is None:
+def check_numbers(config, positive, any_sign):
+    """Exit with one line where a number is negative, or 0 where it must be positive."""
+    for name, value in config.items():
+        if not isinstance(value, (int, float)) or name in any_sign:
             continue
-        if not low <= value <= high or (above and value == low):
-            limits = f"above {low}" if above else f"at least {low}"
-            if high < math.inf:
-                limits += f" and at most {high}"
-            sys.exit(f"error: {name}={value} must be {limits}")
+        if name in positive and value <= 0:
+            sys.exit(f"error: {name}={value} must be above 0")
+        if value < 0:
+            sys.exit(f"error: {name}={value} must be 0 or more")
 
 
 def user_errors_in_one_line():
-    """From here on a ValueError is taken for the user's mistake: one line instead of a traceback."""
+    """From here on take a ValueError for the user's mistake: a line instead of a traceback."""
 
     def hook(kind, error, traceback):
         if isinstance(error, ValueError):

@@ -171,7 +171,7 @@ def from_diffusers(folder, grid=None, cast=lambda parameter: parameter):
         state["null_cond"] = cast(null_cond)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{folder}: {' '.join(str(e).split())}") from e
-    return sizes, state
+    return PLAIN | sizes, state
 
 
 def to_diffusers(model, folder):

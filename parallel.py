@@ -8,15 +8,14 @@ Devices, and what the processes of a run do together: start, add up, share rows,
 import datetime
 import math
 import os
-import re
 import signal
+import socket
 import sys
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -28,13 +27,14 @@ def print0(*args):
 
 
 def pick_device(name):
-    """'auto' as cuda, else mps, else cpu; any other name if this machine has it, else ValueError."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [kind for kind in has if has[kind]]
+    """'auto' as this machine's accelerator, else the CPU. Raises ValueError for what it lacks."""
     if name == "auto":
-        return available[0]
-    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name) or name.split(":")[0] not in available:
-        raise ValueError(f"device={name!r}: this machine has {', '.join(available)}")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator.type if accelerator else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device={name!r}: {str(e).partition(chr(10))[0]}") from e
     return name
 
 
@@ -59,13 +59,36 @@ def init_distributed(device, timeout):
         backend = "nccl"
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+    limit = datetime.timedelta(minutes=timeout)
+    dist.init_process_group(
+        backend, store=rendezvous(), rank=RANK, world_size=WORLD_SIZE, timeout=limit
+    )
     dist.barrier()  # nobody ends because of an error of its own before all have come
     return device
 
 
+def rendezvous():
+    """A store at process 0 in which the processes of this start find each other. That of torchrun
+    outlives restarts and can hold addresses of dead processes, for which new ones would wait
+    (pytorch issue 135712)."""
+    host = os.environ["MASTER_ADDR"]
+    torchrun = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
+    if RANK == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        torchrun.set("port of process 0", str(store.port))
+        return store
+    while True:
+        port = int(torchrun.get("port of process 0"))
+        try:
+            socket.create_connection((host, port), timeout=3).close()
+        except OSError:  # it is that of an earlier start
+            time.sleep(0.1)
+            continue
+        return dist.TCPStore(host, port, is_master=False)
+
+
 def exit_process(error=None):
-    """End this process, together with the others if there is no error, else with a line and code 1."""
+    """End this process: with a line and code 1 after an error, else together with the others."""
     if error is not None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -76,7 +99,7 @@ def exit_process(error=None):
 
 
 def all_reduce_sum(x):
-    """The sum of a tensor over the processes, on the CPU; all must call this. Waits for the device."""
+    """The sum of a tensor over the processes, on the CPU; all must call this."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x.cpu()
@@ -101,8 +124,8 @@ def map_rows(function, n, batch_size, device, interrupts):
     return all_reduce_sum(results)  # a row is zero in all processes but one
 
 
-class Interrupted(Exception):
-    """A signal or the time limit came while something was computed that can be broken off."""
+class Interrupted(ValueError):
+    """A signal or the time limit came during an evaluation."""
 
 
 class Interrupts:
@@ -134,7 +157,7 @@ class Interrupts:
     def check(self, device):
         """Raise Interrupted in all processes if one should stop."""
         if all_reduce_sum(self.flag(device)).item():
-            raise Interrupted
+            raise Interrupted("the evaluation was broken off")
 
 
 def shard_model(model, dtype):
@@ -143,18 +166,21 @@ def shard_model(model, dtype):
     A process holds a part of every parameter, gathers those of a block when their turn comes, in
     the dtype of the arithmetic, and gets its part of the mean gradients, in float32.
     """
+    from torch.distributed import fsdp  # slow to import
+
     param_dtype = None if dtype == "float32" else getattr(torch, dtype)
-    policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
+    policy = fsdp.MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        fully_shard(block, mp_policy=policy)
+        fsdp.fully_shard(block, mp_policy=policy)
     # reshard also after evaluations: what they have gathered would stay, and grow old
-    fully_shard(model, reshard_after_forward=True)
+    fsdp.fully_shard(model, reshard_after_forward=True)
     for module in (model, *model.layers):
-        register_fsdp_forward_method(module, "context")
+        fsdp.register_fsdp_forward_method(module, "context")
 
 
 def gather_state_dict(state):
-    """A state dict with its sharded tensors gathered on the CPU of the first process; all must call this."""
+    """A state dict with its sharded tensors gathered on the CPU of the first process; all processes
+    must call this."""
     if isinstance(state, dict):
         return {name: gather_state_dict(value) for name, value in state.items()}
     if not hasattr(state, "full_tensor"):

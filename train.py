@@ -19,7 +19,6 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ import exchange
 import flow
 import parallel
 import score
-from configurator import check_range, configure, describe, user_errors_in_one_line
+from configurator import check_numbers, configure, describe, user_errors_in_one_line
 from flow import FlowConfig, Normalizer
 from loader import Loader, open_dataset
 from model import NextDiT, NextDiTConfig, flops_per_sample
@@ -128,13 +127,10 @@ if debug:
     subset_size, max_iters, num_epochs = 64, 10, None
     eval_interval, log_interval, wandb_log = 5, 1, False
     config = {name: globals()[name] for name in config}
-check_range(config, "batch_size gradient_accumulation_steps eval_batch_size eval_interval", 1)
-check_range(config, "save_interval log_interval eval_size eval_sample_steps max_iters", 1)
-check_range(config, "subset_size max_bad_steps", 1)
-check_range(config, "seed eval_samples warmup_iters learning_rate min_lr weight_decay", 0)
-check_range(config, "grad_clip l2_weight time_limit", 0)
-check_range(config, "num_epochs norm_eps dist_timeout", 0, above=True)
-check_range(config, "beta1 beta2 ema_decay", 0, 1)
+positive = "batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size norm_eps"
+positive += " eval_sample_steps eval_interval save_interval log_interval max_iters num_epochs"
+positive += " max_bad_steps dist_timeout"
+check_numbers(config, positive.split(), any_sign=["t_mean"])
 
 # ---------------------------------------------------------------- system
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -266,9 +262,6 @@ def get_lr(iteration):
 
 
 # ---------------------------------------------------------------- evaluation
-map_rows = partial(
-    parallel.map_rows, batch_size=eval_batch_size, device=device, interrupts=interrupts
-)
 T_BINS = 4  # of t, from noise to data
 SAMPLED = ("token_cosine", "retrieval_r1", "frechet")  # metrics of score.py
 standardize = score.standardizer(stats["target_mean"], stats["target_std"])
@@ -286,9 +279,10 @@ def evaluate_loss(net):
         x_0 = flow.sample_noise(rows, (T, D), seed=0).to(device)
         return flow.loss(net, x_1, cond, eval_flow, x_0=x_0, t=eval_t[rows].to(device))[0]
 
+    n = min(eval_size, loader.n_val)
     with autocast:
-        values = map_rows(losses, min(eval_size, loader.n_val))  # (n,)
-    bins = (eval_t[: len(values)] * T_BINS).long()
+        values = parallel.map_rows(losses, n, eval_batch_size, device, interrupts)  # (n,)
+    bins = (eval_t[:n] * T_BINS).long()
     results = {"val_loss": values.mean().item()}
     for i in bins.unique().tolist():
         results[f"val_loss_t{i}"] = values[bins == i].mean().item()
@@ -305,11 +299,12 @@ def evaluate_samples(net):
         velocity = flow.guided_velocity(net, cond, flow_config)
         return target_space.decode(flow.integrate(velocity, sigma_max * x_0, eval_sample_steps))
 
+    n = min(eval_samples, loader.n_val)
     with autocast:
-        generated = standardize(map_rows(samples, min(eval_samples, loader.n_val)))
+        generated = parallel.map_rows(samples, n, eval_batch_size, device, interrupts)  # (n, T, D)
     metrics = dict.fromkeys(SAMPLED, math.nan)
     if generated.isfinite().all():
-        metrics = score.metrics(generated, standardize(data["val_target"][: len(generated)]))
+        metrics = score.metrics(standardize(generated), standardize(data["val_target"][:n]))
     return {f"val_{name}": metrics[name] for name in SAMPLED}
 
 
@@ -333,32 +328,18 @@ version = checkpoint.code_version()
 def save(path):
     """Write a checkpoint, all processes together. Returns whether that worked: if not, training
     goes on without."""
-    state = dict(model=raw_model.state_dict())
+    state = dict(
+        model=raw_model.state_dict(), optimizer=opt.state_dict(), scaler=scaler.state_dict(),
+        iter=iteration, best_val_loss=best_val_loss, bad_steps=bad_steps, wandb_id=wandb_id,
+        config=config, code=version, model_args=asdict(model_config), flow=asdict(flow_config),
+        normalize=normalize, stats=stats, cond_tokens=S,
+    )  # fmt: skip
     if ema_decay:
         state["ema"] = ema_model.state_dict()
-    state |= dict(
-        optimizer=opt.state_dict(),
-        scaler=scaler.state_dict(),
-        iter=iteration,
-        best_val_loss=best_val_loss,
-    )
-    state |= dict(bad_steps=bad_steps, wandb_id=wandb_id, config=config, code=version)
-    state |= dict(model_args=asdict(model_config), flow=asdict(flow_config), cond_tokens=S)
-    state |= dict(normalize=normalize, stats=stats)
     state = parallel.gather_state_dict(state)
-    if not ema_decay:
-        state["ema"] = state["model"]
+    state.setdefault("ema", state["model"])  # the same tensors, which the file holds once
     saved = rank > 0 or checkpoint.save(path, state)
     return all_reduce_sum(torch.tensor([float(saved)], device=device)).item() == world_size
-
-
-def keep_best(val_loss):
-    """Write ckpt_best.pt if this validation loss is the lowest so far."""
-    global best_val_loss
-    if iteration > 0 and val_loss < best_val_loss:
-        previous, best_val_loss = best_val_loss, val_loss
-        if not save(best):
-            best_val_loss = previous
 
 
 def write_log(record):
@@ -383,10 +364,8 @@ if wandb_log:
 print0(describe(config, __file__))
 count = sum(p.numel() for p in params) / 1e6
 print0(f"{count:.2f}M parameters on {world_size} x {device}, {dtype}")
-epochs = max_iters * samples_per_iter / loader.n_train
-print0(
-    f"{loader.n_train} samples, {samples_per_iter} per iteration, {max_iters} iterations ({epochs:.1f} epochs)"
-)
+epochs = f"{max_iters} iterations ({max_iters * samples_per_iter / loader.n_train:.1f} epochs)"
+print0(f"{loader.n_train} samples, {samples_per_iter} per iteration, {epochs}")
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 # the place of a micro-batch in the global batch decides its data and its noise
 micros = range(rank * micro_steps, (rank + 1) * micro_steps)
@@ -450,7 +429,10 @@ while not stop:
         except parallel.Interrupted:
             stop = True
             break
-        keep_best(record["val_loss"])
+        if iteration > 0 and record["val_loss"] < best_val_loss:
+            previous, best_val_loss = best_val_loss, record["val_loss"]
+            if not save(best):
+                best_val_loss = previous
         clock += time.perf_counter() - start
     if iteration >= max_iters:
         write_log(record)

@@ -1,8 +1,8 @@
-# The embedded digits on a laptop's CPU.
+# The embedded digits, on the CPU of a laptop.
 #   python data/digits/make.py
-#   python prepare.py data/digits/embeddings.pkl --out=data/digits
-#   python train.py config/train_digits.py
-# Expect a validation loss of about 0.21 in two minutes on two cores.
+#   python prepare.py data/digits/embeddings.pkl --out=data/digits --overwrite=True
+#   python train.py config/train_digits.py --overwrite=True
+# Expect a validation loss of about 0.21 after two minutes on two cores.
 out_dir = "out-digits"
 data_dir = "data/digits"
 eval_interval = 250

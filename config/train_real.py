@@ -1,9 +1,10 @@
-# Real features, (64, 1280) -> (64, 768), 720 training samples: a model that two CPU cores train in minutes.
+# Features of photographs, (64, 1280) -> (64, 768): a model that two CPU cores train in minutes.
 #   python prepare.py SHARDS --out=data/real
 #   python train.py config/train_real.py
 #   python sample.py --out_dir=out-real
-# Expect, of 800 photographs, a validation loss of about 1.32 in some two minutes on two cores, and samples of token
-# cosine 0.20. So few samples are soon learned by heart (their std ratio is 1.08): with more, train longer.
+# With 720 training samples, expect a validation loss of about 1.32 after some two minutes on two
+# cores, and samples with a token cosine of 0.20. The model soon learns so few samples by heart
+# (its std ratio is 1.08); with more, train longer.
 out_dir = "out-real"
 data_dir = "data/real"
 eval_interval = 100
