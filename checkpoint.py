@@ -8,7 +8,6 @@ config.py and its log; and samples, written as they come.
 
 import fcntl
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -158,24 +157,21 @@ def unreadable(path, e):
     return f"{path} cannot be read as a checkpoint: {type(e).__name__}: {reason}"
 
 
-def weights_by_block(path, key):
-    """Yield the state dict at `key` in parts: one for each block of layers, one for the rest.
-
-    Each part is read through a memory map of its own, because the pages that were read stay in
-    memory for as long as their map is open. So a process never holds two copies of a model.
-    """
-    first = read_checkpoint(path)
-    names = sorted(first[key], key=block_of)
-    for _, group in itertools.groupby(names, key=block_of):
+def read_in_parts(path, items):
+    """Yield (sixteen of the items, the checkpoint), each time through a new memory map: the pages
+    that were read stay in memory for as long as their map is open."""
+    first = read_checkpoint(path)["iter"]
+    for i in range(0, len(items), 16):
         ckpt = read_checkpoint(path)
-        if ckpt["iter"] != first["iter"]:
+        if ckpt["iter"] != first:
             raise ValueError(f"{path} was replaced while it was read; try again")
-        yield {name: ckpt[key][name] for name in group}
+        yield items[i : i + 16], ckpt
 
 
-def block_of(name):
-    """'layers.3' for a parameter of that block, '' for one outside the blocks."""
-    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
+def read_weights(path, key):
+    """Yield the state dict at `key` in parts, so that there are never two copies in memory."""
+    for names, ckpt in read_in_parts(path, list(read_checkpoint(path)[key])):
+        yield {name: ckpt[key][name] for name in names}
 
 
 # what a run cannot change; the other settings of the model are caught by the weights' shapes
@@ -204,12 +200,10 @@ def restore(path, config, stats, models, scaler):
         for key, model in models.items():
             if model.state_dict().keys() != ckpt[key].keys():
                 raise KeyError(f"{key} has other parameters than this model")
-            for block in weights_by_block(path, key):
-                model.load_state_dict(block, strict=False)
+            for part in read_weights(path, key):
+                model.load_state_dict(part, strict=False)
         if ckpt["scaler"]:  # empty unless it was float16
             scaler.load_state_dict(ckpt["scaler"])
-        for name in ("iter", "best_val_loss", "bad_steps", "wandb_id"):
-            ckpt[name]
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(unreadable(path, e)) from e
     changed = [name for name in config if config[name] != old.get(name) and name != "init_from"]
@@ -219,19 +213,18 @@ def restore(path, config, stats, models, scaler):
 
 
 def restore_optimizer(path, opt):
-    """Load the optimizer state at `path`, sixteen parameters at a time, each through a new memory
-    map, so that there are never two copies in memory. A sharded parameter gets its process's part.
+    """Load the optimizer state at `path` in parts, so that there are never two copies in memory. A
+    sharded parameter gets its process's part of it.
 
     Learning rate, weight decay and betas stay those of `opt`. Raises ValueError.
     """
     params = [p for group in opt.param_groups for p in group["params"]]
     try:
-        for first in range(0, len(params), 16):
-            ckpt = read_checkpoint(path)
+        for part, ckpt in read_in_parts(path, list(enumerate(params))):
             state = ckpt["optimizer"]["state"]
             if ckpt["iter"] and not state:
                 raise KeyError("it has no state of the optimizer")
-            for i, p in enumerate(params[first : first + 16], first):
+            for i, p in part:
                 if i in state:  # a frozen parameter has none
                     opt.state[p] = {name: like(p, name, x) for name, x in state[i].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:

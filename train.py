@@ -6,8 +6,7 @@ Train a NextDiT with flow matching on a dataset that prepare.py made.
     python train.py --out_dir=out-mine --init_from=resume                 # go on with a run
     python train.py --help
 
-A run writes into out_dir: ckpt_last.pt and ckpt_best.pt, log.jsonl, and config.py, with which it
-can be repeated.
+Writes ckpt_last.pt, ckpt_best.pt, log.jsonl, and config.py, which repeats the run, into out_dir.
 """
 
 import copy
@@ -356,9 +355,8 @@ if is_main:
 if wandb_log:
     import wandb
 
-    run = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
-    wandb.init(**run, config=config, dir=out_dir)
-    wandb_id = wandb.run.id
+    names = dict(project=wandb_project, name=wandb_run_name, id=wandb_id)
+    wandb_id = wandb.init(**names, resume="allow", config=config, dir=out_dir).id
 
 # ---------------------------------------------------------------- training loop
 print0(describe(config, __file__))
@@ -374,7 +372,7 @@ generator = torch.Generator(device)
 
 
 def forward_backward(micro):
-    """Gradients of one micro-batch; returns its share of the loss and of the mean output norm."""
+    """Gradients of one micro-batch; returns (2,), its share of the loss and of the output norm."""
     x_1, cond = encode(*next(batches))
     generator.manual_seed(flow.derive_seed(flow.TRAINING, seed, iteration, micro))
     is_last = micro == micros[-1]  # only then are gradients summed over the processes
@@ -387,7 +385,8 @@ def forward_backward(micro):
     loss = losses.mean() / micro_steps
     if loss.isfinite() or not optimizer_in_backward:  # that cannot skip the update afterwards
         scaler.scale(loss).backward()
-    return loss.detach(), output.detach().norm(dim=-1).mean() / micro_steps
+    output_norm = output.detach().norm(dim=-1).mean()  # over tokens
+    return torch.stack([loss.detach(), output_norm / micro_steps])
 
 
 def clip_gradients():
@@ -405,10 +404,10 @@ if eval_only:
     evaluate()
     parallel.exit_process()
 if dry_run:
-    loss, _ = forward_backward(micros[0])
+    loss, _ = forward_backward(micros[0]).tolist()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else peak
-    print0(f"dry run: loss {loss.item() * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
+    print0(f"dry run: loss {loss * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
     parallel.exit_process()
 
 flops = flops_per_sample(model_config, S)
@@ -441,11 +440,7 @@ while not stop:
     if iteration > 0 and iteration % save_interval == 0 and bad_in_a_row == 0:
         saved = save(last)
 
-    loss, output_norm = torch.zeros(2, device=device)  # of the global batch
-    for micro in micros:
-        micro_loss, micro_norm = forward_backward(micro)
-        loss += micro_loss
-        output_norm += micro_norm
+    loss, output_norm = sum(forward_backward(micro) for micro in micros)
     grad_norm = clip_gradients()
     # the only time in an iteration that this process waits for the device
     sums = torch.stack([loss, output_norm, grad_norm, interrupts.flag(device)])
