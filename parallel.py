@@ -9,7 +9,6 @@ import datetime
 import math
 import os
 import signal
-import socket
 import sys
 import time
 
@@ -59,32 +58,9 @@ def init_distributed(device, timeout):
         backend = "nccl"
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    limit = datetime.timedelta(minutes=timeout)
-    dist.init_process_group(
-        backend, store=rendezvous(), rank=RANK, world_size=WORLD_SIZE, timeout=limit
-    )
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
     dist.barrier()  # nobody ends because of an error of its own before all have come
     return device
-
-
-def rendezvous():
-    """A store at process 0 in which the processes of this start find each other. That of torchrun
-    outlives restarts and can hold addresses of dead processes, for which new ones would wait
-    (pytorch issue 135712)."""
-    host = os.environ["MASTER_ADDR"]
-    torchrun = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
-    if RANK == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        torchrun.set("port of process 0", str(store.port))
-        return store
-    while True:
-        port = int(torchrun.get("port of process 0"))
-        try:
-            socket.create_connection((host, port), timeout=3).close()
-        except OSError:  # it is that of an earlier start
-            time.sleep(0.1)
-            continue
-        return dist.TCPStore(host, port, is_master=False)
 
 
 def exit_process(error=None):

@@ -57,9 +57,9 @@ def torchrun(n, dataset, out, *args, script="train.py"):
     return run(*launch, *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args)
 
 
-def start(*args, stdout=subprocess.PIPE, cwd=ROOT):
+def start(*args, stdout=subprocess.PIPE, cwd=ROOT, **env):
     """A process that goes on while the test does, its text output in one pipe."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
     args = [sys.executable, *map(str, args)]
     return subprocess.Popen(
         args, cwd=cwd, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True
