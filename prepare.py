@@ -21,11 +21,9 @@ import argparse
 import collections
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -66,10 +64,11 @@ def split(n, val_fraction, seed):
 def survey(shards, manifests, load):
     """Compare the shards with each other and with their manifests; no embedding is read.
 
-    Returns the number of samples in each shard.
+    Returns the number of samples in each shard, and the keys of all samples as the source of a
+    string, since integers can be chosen to have the same hash.
     """
     first = load(shards[0])
-    counts, keys = [], set()
+    counts, keys = [], []
     for paths in shards:
         shard = load(paths)
         for kind in ("cond", "target"):
@@ -78,22 +77,18 @@ def survey(shards, manifests, load):
             if found != expected:
                 raise DataError(f"{paths[0]}: {kind} is {found}, but {expected} in {shards[0][0]}")
         counts.append(len(shard["cond"]))
-        for item in items(shard["content"], counts[-1], paths[0]):
-            key = repr(item["key"])  # a string: integers can be chosen to have the same hash
-            if key in keys:
-                raise DataError(f"{paths[0]}: the key {key[:80]} is there twice")
-            if item["key"] is not None:
-                keys.add(key)
+        keys += [repr(item["key"]) for item in items(shard["content"], counts[-1], paths[0])]
+    for key, count in collections.Counter(keys).items():
+        if count > 1 and key != "None":
+            raise DataError(f"the key {key[:80]} is there twice")
     for folder, (n_samples, n_shards) in manifests.items():
         held = [n for paths, n in zip(shards, counts) if paths[0].parent == folder]
-        if n_shards is None:
-            n_shards = len(held)
         if (n_samples, n_shards) != (sum(held), len(held)):
             raise DataError(
                 f"{folder}: its manifest promises {n_samples} samples in {n_shards} shards, "
                 f"its pickles hold {sum(held)} in {len(held)}"
             )
-    return counts
+    return counts, keys
 
 
 # ---------------------------------------------------------------- the second pass: convert
@@ -107,7 +102,7 @@ def moments(samples):
     tokens = samples.reshape(-1, samples.shape[-1])  # (n * T, C)
     step = max(1, BLOCK // tokens.shape[1])
     sums = np.zeros((2, tokens.shape[1]))
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         for start in range(0, len(tokens), step):
             block = tokens[start : start + step].astype(np.float64)
             sums[0] += block.sum(0)
@@ -134,23 +129,25 @@ def convert(rows, splits, pool):
         yield from future.result()
 
 
-def write_arrays(shards, counts, load, splits, shapes, folder):
-    """Write all samples, in order, each to the files of its split; returns the arrays' moments."""
-    first = load(shards[0])
-    totals = {name: np.zeros((2, shape[-1])) for name, shape in shapes.items()}
+def open_files(stack, folder, shapes, layout):
+    """{name: file} for the arrays, their headers written, and for the items of either split."""
+    files = {}
+    for name, shape in shapes.items():
+        files[name] = stack.enter_context(open(folder / f"{name}.npy", "wb"))
+        _, _, dtype = layout[name.split("_")[1]]
+        header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=tuple(shape))
+        np.lib.format.write_array_header_1_0(files[name], header)
+    for which in ("train", "val"):
+        files[which] = stack.enter_context(open(folder / f"{which}_items.jsonl", "w"))
+    return files
+
+
+def write_arrays(shards, counts, load, splits, keys, files):
+    """Write all samples and items, in order, each to its split; return the moments per array."""
+    totals = collections.Counter()
     not_finite = {}  # number of a sample -> "cond" or "target"
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for which in ("train", "val"):
-            files[which] = stack.enter_context(open(folder / f"{which}_items.jsonl", "w"))
-        for name, shape in shapes.items():
-            files[name] = stack.enter_context(open(folder / f"{name}.npy", "wb"))
-            descr = first[name.split("_")[1]].dtype.str
-            header = dict(descr=descr, fortran_order=False, shape=tuple(shape))
-            np.lib.format.write_array_header_1_0(files[name], header)
-        bar = stack.enter_context(tqdm(total=2 * len(splits), unit=" arrays", desc="converting"))
-        pool = stack.enter_context(ThreadPoolExecutor(2))
-        n_before = 0
+    n_before = 0  # samples in the shards before
+    with ThreadPoolExecutor(2) as pool, tqdm(total=2 * len(splits), desc="converting") as bar:
         for paths, n in zip(shards, counts):
             shard = load(paths)
             if len(shard["cond"]) != n:
@@ -159,25 +156,23 @@ def write_arrays(shards, counts, load, splits, shapes, folder):
             for which, item in zip(names, items(shard["content"], n, paths[0])):
                 files[which].write(json.dumps(item) + "\n")
             for kind in ("cond", "target"):
-                i = 0  # number in the shard
+                i = 0  # samples of the shard that are written
                 for samples, sums in convert(shard[kind], names, pool):
                     name = f"{names[i]}_{kind}"
                     files[name].write(samples)
-                    totals[name] += sums
+                    totals[name] = totals[name] + sums
                     if not np.isfinite(sums).all():
-                        finite = np.isfinite(samples).all((1, 2))
-                        for j in np.flatnonzero(~finite):
-                            not_finite.setdefault(n_before + i + int(j), kind)
+                        for row in range(len(samples)):
+                            if not np.isfinite(moments(samples[row : row + 1])).all():
+                                not_finite.setdefault(n_before + i + row, kind)
                     i += len(samples)
                     bar.update(len(samples))
             n_before += n
     if not_finite:
         i = min(not_finite)
-        keys = (json.loads(line)["key"] for line in open(folder / f"{splits[i]}_items.jsonl"))
-        key = next(itertools.islice(keys, int((splits[:i] == splits[i]).sum()), None))
         raise DataError(
             f"NaN or Inf in {len(not_finite)} of {len(splits)} samples, "
-            f"the first in the {not_finite[i]} of sample {i} (key {key!r})"
+            f"the first in the {not_finite[i]} of sample {i} (key {keys[i]})"
         )
     return totals
 
@@ -188,8 +183,6 @@ def statistics(totals, shapes):
     for kind in ("cond", "target"):
         n_samples, n_tokens, _ = shapes[f"train_{kind}"]
         mean, square = totals[f"train_{kind}"] / (n_samples * n_tokens)  # (C,) each
-        if not np.isfinite(square).all():
-            raise DataError(f"the squares of the {kind} are too large for float64")
         variance = square - mean**2
         variance[variance < 1e-12 * square] = 0  # less is only rounding
         stats[f"{kind}_mean"] = mean
@@ -200,103 +193,83 @@ def statistics(totals, shapes):
 # ---------------------------------------------------------------- the dataset on disk
 
 
-def prepare(
-    sources,
-    out,
-    cond_key,
-    target_key,
-    val_fraction,
-    seed,
-    grid=None,
-    overwrite=False,
-    dtype="source",
-    drop_cls=False,
-    pool=1,
-):
-    """Convert the sources into the dataset folder `out`; returns its meta.json. Raises DataError.
-
-    The flags of the command line say what the arguments are.
-    """
-    out = Path(out)
-    if (out / "meta.json").is_file() and not overwrite:
+def prepare(args):
+    """Convert what the command line names; returns the content of meta.json. Raises DataError."""
+    out = Path(args.out)
+    if (out / "meta.json").is_file() and not args.overwrite:
         raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
-    if grid and not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", grid):
-        raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
-    if pool < 1:
-        raise DataError(f"--pool={pool} must be 1 or more")
-    asked = tuple(map(int, grid.split("x"))) if grid else None
-    files, manifests = find_files(sources)
-    for path in files:
+    if args.pool < 1:
+        raise DataError(f"--pool={args.pool} must be 1 or more")
+    paths, manifests = find_files(args.sources)
+    for path in paths:
         if path.name in FILES and path.resolve().parent == out.resolve():
             raise DataError(f"{path} is both a source and a file to be written")
-    shards = pair_arrays(files)
-    options = dict(dtype=dtype, grid=asked, drop_cls=drop_cls, pool=pool)
-    load = functools.partial(load_shard, cond_key=cond_key, target_key=target_key, **options)
-    load = functools.lru_cache(8)(load)
-    counts = survey(shards, manifests, load)
-    shard = load(shards[0])
-    target = shard["target"]
-    tokens = target.tokens * pool**2
-    if asked and target.grid != (asked[0] // pool, asked[1] // pool):
-        raise DataError(f"--grid={grid} is not ROWSxCOLUMNS of {tokens} tokens")
-    if not target.grid:
-        raise DataError(
-            f"{tokens} target tokens are not a square; say --grid=ROWSxCOLUMNS or --drop_cls=True"
-        )
-    say_how_tokens_pair(shard["cond"].tokens, target.tokens)
+    shards = pair_arrays(paths)
 
+    @functools.lru_cache(8)
+    def load(paths):
+        options = dict(dtype=args.dtype, grid=args.grid, drop_cls=args.drop_cls, pool=args.pool)
+        return load_shard(paths, args.cond_key, args.target_key, **options)
+
+    counts, keys = survey(shards, manifests, load)
+    shard = load(shards[0])
+    layout = {kind: shard[kind].layout for kind in ("cond", "target")}
+    grid = shard["target"].grid
+    check_tokens(layout["cond"][0], layout["target"][0], grid, args)
     splits = np.full(sum(counts), "train")
-    splits[split(len(splits), val_fraction, seed)[1]] = "val"
-    shapes, size = {}, 0
+    splits[split(len(splits), args.val_fraction, args.seed)[1]] = "val"
+    shapes = {}
     for name in ARRAYS:
         which, kind = name.split("_")
-        shapes[name] = [int((splits == which).sum()), shard[kind].tokens, shard[kind].channels]
-        size += math.prod(shapes[name]) * shard[kind].dtype.itemsize
+        shapes[name] = [int((splits == which).sum()), *layout[kind][:2]]
     meta = dict(
-        format_version=1,
         shapes=shapes,
-        grid=list(target.grid),
-        layout={kind: shard[kind].layout for kind in ("cond", "target")},
-        cond_key=cond_key,
-        target_key=target_key,
-        val_fraction=val_fraction,
-        seed=seed,
-        dtype=dtype,
-        drop_cls=drop_cls,
-        pool=pool,
-        sources=[dict(path=str(path.resolve()), bytes=path.stat().st_size) for path in files],
+        grid=grid,
+        layout=layout,
+        settings=vars(args),
+        sources=[dict(path=str(path.resolve()), bytes=path.stat().st_size) for path in paths],
         config=plain(shard["content"].get("config")),
     )
-    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         for left_over in out.glob(".partial-*"):  # of a run that was killed
             shutil.rmtree(left_over)
-        free = shutil.disk_usage(out).free
-        if size > free:
-            raise DataError(f"{out} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
             folder = Path(folder)
-            totals = write_arrays(shards, counts, load, splits, shapes, folder)
+            with contextlib.ExitStack() as stack:
+                files = open_files(stack, folder, shapes, layout)
+                totals = write_arrays(shards, counts, load, splits, keys, files)
             np.savez(folder / "stats.npz", **statistics(totals, shapes))
             (folder / "meta.json").write_text(json.dumps(meta, indent=1))
             (out / "meta.json").unlink(missing_ok=True)  # from here on there is no whole dataset
             for name in (*FILES, "meta.json"):
                 os.replace(folder / name, out / name)
     finally:
-        if is_new and not any(out.iterdir()):
+        with contextlib.suppress(OSError):  # which says that it is not empty
             out.rmdir()
     return meta
 
 
-def say_how_tokens_pair(cond_tokens, target_tokens):
-    if cond_tokens == target_tokens:
-        return
-    line = f"{cond_tokens} condition tokens for {target_tokens} target tokens: "
-    line += "the model will use cross-attention"
-    if cond_tokens == target_tokens + 1:
-        line += "; --drop_cls=True drops the first one, which aligns them"
-    print(line)
+def check_tokens(cond_tokens, target_tokens, grid, args):
+    """Refuse target tokens without a grid; say what other condition tokens mean for the model."""
+    in_source = target_tokens * args.pool**2
+    if args.grid and math.prod(args.grid) != in_source:
+        asked = "x".join(map(str, args.grid))
+        raise DataError(f"--grid={asked} is not ROWSxCOLUMNS of {in_source} tokens")
+    if not grid:
+        raise DataError(
+            f"{in_source} target tokens are not a square; "
+            "say --grid=ROWSxCOLUMNS or --drop_cls=True"
+        )
+    if cond_tokens != target_tokens:
+        line = f"{cond_tokens} condition tokens for {target_tokens} target tokens: "
+        line += "the model will use cross-attention"
+        if cond_tokens == target_tokens + 1:
+            line += "; --drop_cls=True drops the first one, which aligns them"
+        print(line)
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def yes_or_no(text):
@@ -305,7 +278,14 @@ def yes_or_no(text):
     return text == "True"
 
 
-def main():
+def rows_x_columns(text):
+    rows, columns = map(int, text.split("x"))
+    if min(rows, columns) < 1:
+        raise ValueError
+    return rows, columns
+
+
+def parse_args(command_line=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -347,6 +327,7 @@ def main():
     )
     add(
         "--grid",
+        type=rows_x_columns,
         metavar="HxW",
         help="rows x columns of the source's tokens, if they are not a square",
     )
@@ -359,29 +340,29 @@ def main():
     )
     add("--overwrite", **flag, help="replace the dataset in DIR, once the new one is whole")
     add("--inspect", **flag, help="print what the sources hold and convert nothing")
-    args = vars(parser.parse_args())
-    only_inspect = args.pop("inspect")
-    out = args["out"]
-    if not out and not only_inspect:
+    args = parser.parse_args(command_line)
+    if not args.out and not args.inspect:
         parser.error("--out=DIR is required")
+    return args
+
+
+def main():
+    args = parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C
     try:
-        if only_inspect:
-            return inspect(find_files(args["sources"])[0])
-        meta = prepare(**args)
+        if args.inspect:
+            return inspect(find_files(args.sources)[0])
+        meta = prepare(args)
     except DataError as e:  # names in a hostile file may hold what a terminal obeys
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000])
         sys.exit(f"error: {line}")
-    except OSError as e:
-        sys.exit(f"error: {e}; no new dataset was left in {out}")
-    except KeyboardInterrupt:
-        sys.exit(f"error: interrupted; no new dataset was left in {out}")
-    print(f"{out}: grid {meta['grid'][0]}x{meta['grid'][1]}")
-    for name, shape in meta["shapes"].items():
-        path = Path(out) / f"{name}.npy"
-        dtype = meta["layout"][name.split("_")[1]][2]
-        megabytes = path.stat().st_size / 1e6
-        print(f"  {path.name:17} {str(tuple(shape)):18} {dtype:8} {megabytes:10.1f} MB")
+    except (OSError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {str(e) or 'interrupted'}; no new dataset was left in {args.out}")
+    print(f"{args.out}: grid {meta['grid'][0]}x{meta['grid'][1]}")
+    for name in ARRAYS:
+        array = np.load(Path(args.out) / f"{name}.npy", mmap_mode="r")
+        shape, dtype, megabytes = str(array.shape), array.dtype.name, array.nbytes / 1e6
+        print(f"  {name + '.npy':17} {shape:18} {dtype:8} {megabytes:10.1f} MB")
 
 
 if __name__ == "__main__":

@@ -50,15 +50,15 @@ def find_files(sources):
         files += sorted(found, key=natural_order)
         manifest = source / "embeddings_manifest.json"
         if manifest.is_file():
-            manifests[source] = read_manifest(manifest)
+            manifests[source] = read_manifest(manifest, len(found))
     return files, manifests
 
 
-def read_manifest(path):
-    """(samples, shards) that a manifest promises; shards may be None."""
+def read_manifest(path, n_shards):
+    """(samples, shards) that a manifest promises; it may leave out the number of shards."""
     try:
         manifest = json.loads(path.read_text())
-        return int(manifest["total_samples"]), manifest.get("total_shards")
+        return int(manifest["total_samples"]), manifest.get("total_shards", n_shards)
     except Exception as e:  # JSON may hold anything
         raise DataError(f"{path}: no readable total_samples in it") from e
 
@@ -134,12 +134,14 @@ def find_pieces(value, where):
         raise DataError(f"{where}: samples (H, W, C) or batches (n, T, C)? stack them")
     if isinstance(value, list):
         pieces = [piece[None] if piece.ndim == 2 else piece for piece in pieces]
-    first = pieces[0]
-    if first.ndim not in (3, 4) or 0 in first.shape:
-        raise DataError(f"{where} has shape {first.shape}; expected (samples, tokens, channels)")
     for piece in pieces:
-        if piece.shape[1:] != first.shape[1:] or piece.dtype != first.dtype or not len(piece):
-            raise DataError(f"{where} mixes {describe(first)} and {describe(piece)}")
+        if piece.ndim not in (3, 4) or 0 in piece.shape:
+            raise DataError(
+                f"{where} has shape {piece.shape}; expected (samples, tokens, channels)"
+            )
+    kinds = sorted({describe(piece[:1]) for piece in pieces})
+    if len(kinds) > 1:
+        raise DataError(f"{where} mixes {kinds[0]} and {kinds[1]}")
     return pieces
 
 

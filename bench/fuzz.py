@@ -124,6 +124,7 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
     warnings.simplefilter("ignore")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     start = peak()
+    flags = [f"--out={folder / 'out'}", "--val_fraction=0.25", "--overwrite=True"]
     prepare.tqdm = functools.partial(tqdm, disable=True)
     for case in range(cases):
         rng = random.Random(f"{seed}.{case}")
@@ -133,7 +134,7 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
         paths = [path] if suffix != ".npy" else [path, folder / "seed.npy"]
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            prepare.prepare(paths, folder / "out", COND, TARGET, 0.25, 0, overwrite=True)
+            prepare.prepare(prepare.parse_args([*map(str, paths), *flags]))
             open_dataset(folder / "out")
             outcomes["dataset"] += 1
         except DataError as e:

@@ -5,11 +5,11 @@ prepare.py beside `cp` and beside pickle.load + np.save: speed and memory.
     python bench/prepare.py FOLDER --gb=1 --rounds=5
 
 Writes a pickle of random embeddings (N, 64, 1280) and (N, 64, 768) into FOLDER and converts it in
-separate processes, one of each kind in a round, timed from start to end, imports included. Warm: the
-file is in the page cache. Cold: it has been dropped from it. Ratios are of cp's time of the same
-round to the process's, so that 1 is as fast as cp; the table has their median. Memory is the peak of
-RssAnon, sampled every 5 ms. Needs three times the pickle's size on the disk, and as much free memory
-for the page cache; leaves nothing there. Leave the machine alone meanwhile.
+separate processes, one of each kind in a round, timed from start to end, imports included. Warm:
+the file is in the page cache. Cold: it has been dropped from it. Ratios are of cp's time of the
+same round to the process's, so that 1 is as fast as cp; the table has their median. Memory is the
+peak of RssAnon, sampled every 5 ms. Needs three times the pickle's size on the disk, and as much
+free memory for the page cache; leaves nothing there. Leave the machine alone meanwhile.
 """
 
 import argparse
