@@ -64,8 +64,8 @@ def split(n, val_fraction, seed):
 def survey(shards, manifests, load):
     """Compare the shards with each other and with their manifests; no embedding is read.
 
-    Returns the number of samples in each shard, and the keys of all samples as the source of a
-    string, since integers can be chosen to have the same hash.
+    Returns the number of samples in each shard, and the repr() of every sample's key: a string,
+    since integers can be chosen to have the same hash.
     """
     first = load(shards[0])
     counts, keys = [], []
@@ -95,9 +95,9 @@ def survey(shards, manifests, load):
 
 
 def moments(samples):
-    """Sums of (n, T, C) over samples and tokens, and of the squares, in float64: (2, C).
+    """Sums over samples and tokens of the values and of their squares: (n, T, C) -> float64 (2, C).
 
-    They are not finite where a value is not.
+    A channel with NaN, Inf or an overflow has sums that are not finite.
     """
     tokens = samples.reshape(-1, samples.shape[-1])  # (n * T, C)
     step = max(1, BLOCK // tokens.shape[1])
@@ -111,7 +111,10 @@ def moments(samples):
 
 
 def convert(rows, splits, pool):
-    """Yield (samples, their moments) in order, in runs of samples of the same split."""
+    """Yield (samples, their moments), in order, in runs of samples that go to the same split.
+
+    splits: the split of each row, "train" or "val"
+    """
     step = max(1, SLICE * len(rows) // rows.nbytes)
 
     def convert_slice(start):
@@ -241,7 +244,8 @@ def prepare(args):
                 totals = write_arrays(shards, counts, load, splits, keys, files)
             np.savez(folder / "stats.npz", **statistics(totals, shapes))
             (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-            (out / "meta.json").unlink(missing_ok=True)  # from here on there is no whole dataset
+            # without meta.json there is no dataset, until all of the new one is in place
+            (out / "meta.json").unlink(missing_ok=True)
             for name in (*FILES, "meta.json"):
                 os.replace(folder / name, out / name)
     finally:

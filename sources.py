@@ -188,7 +188,7 @@ class Rows:
 
     def __getitem__(self, rows):
         """Samples (n, T, C) in C order, a view of the file where nothing has to be converted."""
-        unpickle.drop_pages(self.pieces[0])  # of what was read before
+        unpickle.drop_pages(self.pieces[0])  # which earlier slices have read
         start, stop, _ = rows.indices(len(self))
         first, last = np.searchsorted(self.ends, (start, stop - 1), "right")
         parts = []
@@ -217,7 +217,10 @@ class Rows:
 
 
 def load_shard(paths, cond_key, target_key, **options):
-    """dict(cond, target, keys, captions, config) of a pickle, or of two .npy; options are Rows'."""
+    """dict(cond, target, content) of a pickle, or of a .npy of conditions and one of targets.
+
+    cond and target are Rows with these options; content is all that the pickle holds.
+    """
     content = load_pickle(paths[0])
     if len(paths) == 2:
         arrays = [load_pickle(path).get("array") for path in paths]
@@ -303,6 +306,7 @@ def inspect(files):
 
 
 def value_range(samples):
+    """The range of the values, in words."""
     x = samples.astype(np.float64)
     finite = x[np.isfinite(x)]
     words = f"the first {len(x)}: "
