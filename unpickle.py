@@ -22,7 +22,7 @@ from pickle import UnpicklingError
 import numpy as np
 
 VIEW = 256  # bytes: a longer string is a view of the map, a shorter one a copy
-ROOM, MORE = 1 << 26, 1 << 29  # bytes of small objects: at most ROOM + min(file, MORE) + file / 8
+ROOM = 1 << 26  # bytes of small objects that a file may make, beside half of its own size
 DIRECTORY = 1 << 24  # bytes that the directory of a zip file may have
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # begins a torch.save file of the format before zip
 LONGEST_TEXT = 1 << 20  # bytes
@@ -182,7 +182,7 @@ STORAGES = {
 NAMES |= {name: np.dtype(spec) for name, spec in STORAGES.items()}
 
 OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
-    BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
     MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"""
 
@@ -233,9 +233,9 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
         state = self.stack.pop()
         self.stack[-1].build(state)  # of an Array or a DType, nothing else has that method
 
-    def load_text(self, layout):
-        (n,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
-        if LONGEST_TEXT < n < len(self.reader.data):
+    def load_text(self):
+        (n,) = struct.unpack("<I", self.read(4))
+        if n > LONGEST_TEXT:
             raise UnpicklingError(SAVE_AGAIN)
         self.append(str(self.read(n), "utf-8", "surrogatepass"))
 
@@ -247,9 +247,7 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Dict())
     dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
-    dispatch[pickle.SHORT_BINUNICODE[0]] = lambda self: self.load_text("<B")
-    dispatch[pickle.BINUNICODE[0]] = lambda self: self.load_text("<I")
-    dispatch[pickle.BINUNICODE8[0]] = lambda self: self.load_text("<Q")
+    dispatch[pickle.BINUNICODE[0]] = load_text
 
 
 # ---------------------------------------------------------------- files
@@ -308,7 +306,7 @@ def load_legacy(reader):
 def load_file(reader):
     """A pickle or a torch.save file that is no zip file, to its end."""
     value = Unpickler(reader).load()
-    if type(value) is int and value == TORCH_MAGIC:
+    if value == TORCH_MAGIC:
         value = load_legacy(reader)
     if reader.position != len(reader.data):
         raise UnpicklingError(f"{len(reader.data) - reader.position} bytes follow its end")
@@ -344,7 +342,7 @@ def load(path):
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         if data[:6] == b"\x93NUMPY":
             return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
-        room = [ROOM + min(len(data), MORE) + len(data) // 8]
+        room = [ROOM + len(data) // 2]
         is_zip = data[:2] == b"PK"
         value = load_zip(data, room) if is_zip else load_file(Reader(data, room))
         return resolve(value) if isinstance(value, dict) else value
