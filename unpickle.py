@@ -1,34 +1,35 @@
 """
 Open a pickle, a torch.save file or a .npy of embeddings without trusting it and without loading it.
 
-The file is memory-mapped and parsed by the standard library's unpickler, with no opcodes left but those that plain
-values need and no names but those of arrays and tensors. Long byte strings become views of the map. So arrays, and
-tensors inside their nested torch serialization, come out as numpy arrays that take no memory of their own.
+The file is memory-mapped and parsed by the standard library's unpickler, with no opcodes left but
+those that plain values need and no names but those of arrays and tensors. Long byte strings become
+views of the map. So arrays and tensors come out as numpy arrays that take no memory of their own.
 
-    content = unpickle.load("embeddings.pkl")  # {"eva_blip3o_embeddings": array over the map, "keys": [...], ...}
+    content = unpickle.load("embeddings.pkl")  # {"eva_blip3o_embeddings": array, ...}
+
+torch.load is not used: with weights_only=True, a file of 244 bytes still makes it take 2 GB.
 """
 
-import codecs
-import functools
+import io
 import math
 import mmap
-import os
 import pickle
 import re
 import struct
-import tempfile
 import zipfile
 from pickle import UnpicklingError
 
 import numpy as np
 
 VIEW = 256  # bytes: a longer string is a view of the map, a shorter one a copy
-ROOM, MORE = (
-    1 << 26,
-    1 << 29,
-)  # bytes of small objects that a file may make: ROOM + min(size, MORE) + size / 8
-PIECE = 1 << 24  # bytes of text decoded at a time
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what a torch.save file of the format before zip begins with
+ROOM = 1 << 26  # bytes of small objects that a file may make, beside half of its own size
+DIRECTORY = 1 << 24  # bytes that the directory of a zip file may have
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # begins a torch.save file of the format before zip
+LONGEST_TEXT = 1 << 20  # bytes
+SAVE_AGAIN = (
+    "it stores arrays as text: save it again with pickle.dump(content, f, protocol=4) "
+    "or torch.save(content, f, pickle_protocol=4)"
+)
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has no bfloat16: its bits, under their name
 
@@ -37,25 +38,19 @@ class Tensor(np.ndarray):
     """An array that the file holds as a torch tensor."""
 
 
-class Text:
-    """A long string, as a view of its UTF-8."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __str__(self):
-        return str(self.data, "utf-8", "surrogatepass")
-
-
 class Reader:
-    """A file over a buffer, for the unpickler. What is read draws on `room`, a list of one number of bytes."""
+    """A file over a memoryview, for the unpickler.
+
+    room: a list of one number, the bytes of small objects that may still be made, which nested
+    files share
+    """
 
     def __init__(self, data, room):
-        self.data, self.position, self.room = memoryview(data), 0, room
+        self.data, self.position, self.room = data, 0, room
 
     def read(self, n):
         part = self.data[self.position : self.position + n]
-        if len(part) < n:
+        if len(part) != n:
             raise UnpicklingError("it is cut short")
         self.position += n
         self.room[0] -= 32 + min(n, VIEW)  # about what an object takes, beside its bytes
@@ -64,58 +59,8 @@ class Reader:
         return part if n >= VIEW else part.tobytes()
 
     def readline(self):
-        line, newline, _ = (
-            self.data[self.position : self.position + VIEW].tobytes().partition(b"\n")
-        )
-        return bytes(self.read(len(line) + len(newline)))
-
-
-class ZipBytes(Reader):
-    """The same for zipfile, which asks for more than there is."""
-
-    def tell(self):
-        return self.position
-
-    def seek(self, offset, whence=0):
-        self.position = offset + (0, self.position, len(self.data))[whence]
-        if self.position < 0:
-            raise UnpicklingError("a broken zip file")
-        return self.position
-
-    def read(self, n=-1):
-        part = self.data[self.position :][: n if n >= 0 else None]
-        self.position += len(part)
-        self.room[0] -= 8 * len(
-            part
-        )  # an entry of 46 bytes and a name becomes an object of several hundred
-        if self.room[0] < 0:
-            raise UnpicklingError("it holds more zip entries than embeddings of this size would")
-        return part.tobytes()
-
-
-class Spool:
-    """Where the bytes go that protocol 2 stores as text: to a temporary file, never larger than the source."""
-
-    def __init__(self, size, folder):
-        self.size, self.folder, self.used, self.map = size, folder, 0, None
-
-    def encode(self, data):
-        if self.map is None:
-            self.file = tempfile.TemporaryFile(dir=self.folder)
-            self.file.truncate(self.size)  # sparse: takes no room before it is written
-            self.map = memoryview(mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ))
-        decoder, start = codecs.getincrementaldecoder("utf-8")(), self.used
-        for i in range(0, len(data), PIECE):
-            part = decoder.decode(data[i : i + PIECE].tobytes(), i + PIECE >= len(data)).encode(
-                "latin1"
-            )
-            if self.used + len(part) > self.size:
-                raise UnpicklingError("it uses the same text as bytes again and again")
-            self.file.seek(self.used)
-            self.file.write(part)
-            self.used += len(part)
-        self.file.flush()
-        return self.map[start : self.used]
+        start = bytes(self.data[self.position : self.position + VIEW])
+        return bytes(self.read(start.index(b"\n") + 1))
 
 
 # ---------------------------------------------------------------- what a pickle may build
@@ -123,304 +68,284 @@ class Spool:
 
 class Dict(dict):
     def __setitem__(self, key, value):
-        # hashing can take forever: a tuple of tuples of tuples, or integers that all have the same hash
+        # hashing can take forever: a tuple of tuples of tuples, or integers of the same hash
         if type(key) is not str and not (type(key) is int and abs(key) < 2**60):
             raise UnpicklingError("a dict with keys that are not plain")
         super().__setitem__(key, value)
 
 
 class DType:
-    def __init__(self, dtype):
-        self.value = dtype
+    def __init__(self, spec, *flags):
+        if not re.fullmatch(r"[?biufcO]\d{0,2}|[SU][1-9]\d{0,8}", spec):
+            raise UnpicklingError("an array of a type that is neither numbers, strings nor objects")
+        self.dtype = np.dtype(spec)
 
     def build(self, state):
-        if state[1] not in ("<", ">", "|", "="):
-            raise UnpicklingError("an array of unknown byte order")
-        self.value = self.value.newbyteorder(state[1])
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class Array:
-    """What numpy's _reconstruct makes, before and after BUILD gives it its state."""
+    """What numpy's _reconstruct makes, of which nothing but the state that follows is kept."""
 
-    value = None
+    def __init__(self, *ignored):
+        pass
 
     def build(self, state):
         _, shape, dtype, fortran, data = state
-        self.value = as_array(data, dtype, shape, "F" if fortran else "C")
+        self.array = make_array(data, dtype, shape, "F" if fortran else "C")
+
+    def resolve(self):
+        return self.array
 
 
 class Storage:
-    def __init__(self, data, dtype):
-        self.data, self.dtype = data, dtype
+    def __init__(self, dtype, data=b""):
+        self.dtype, self.data = dtype, data
 
 
-def as_array(data, dtype, shape, order):
-    if dtype.value.kind == "O":  # its objects, made of plain values like all others
+class LazyTensor:
+    """What torch's _rebuild_tensor_v2 makes: a tensor whose storage may follow in the file."""
+
+    def __init__(self, storage, offset, size, stride, *flags):
+        self.storage, self.offset = storage, offset
+        self.size, self.stride = size[:8], stride[:8]  # a hostile file could make them long
+
+    def resolve(self):
+        for n in (self.offset, *self.size, *self.stride):
+            if type(n) is not int or n < 0:
+                raise UnpicklingError("a tensor of impossible shape or stride")
+        if type(self.storage) is not Storage:
+            raise UnpicklingError("a tensor without a storage")
+        dtype, data = self.storage.dtype, self.storage.data
+        # the number of elements, and where the last one stands: numpy's own check overflows
+        count = math.prod(self.size)
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride))
+        if count and max(count, last + 1) * dtype.itemsize > len(data):
+            raise UnpicklingError(f"a tensor larger than its storage: shape {tuple(self.size)}")
+        strides = [step * dtype.itemsize for step in self.stride]
+        start = self.offset * dtype.itemsize
+        return np.ndarray.__new__(Tensor, self.size, dtype, data, start, strides)
+
+
+def make_array(data, dtype, shape, order):
+    dtype = dtype.dtype
+    if dtype.kind == "O":  # its objects, made of plain values like all others
         if not isinstance(data, list) or shape != (len(data),):
             raise UnpicklingError("an array of objects that is not a list of them")
         return data
-    array = np.ndarray(shape, dtype.value, data, order=order)
-    if array.nbytes != memoryview(data).nbytes:
-        raise UnpicklingError(
-            f"an array of {array.nbytes} bytes in a string of {memoryview(data).nbytes}"
-        )
-    return array
+    return np.ndarray(shape, dtype, data, order=order)
 
 
-def make_array(unpickler, kind, shape, typecode):
-    if kind != "ndarray":
-        raise UnpicklingError(f"an array of class {type(kind).__name__}")
-    return Array()
-
-
-def make_dtype(unpickler, spec, *flags):
-    if not isinstance(spec, str) or not re.fullmatch(r"[?biufcO]\d{0,2}|[SU][1-9]\d{0,8}", spec):
-        raise UnpicklingError("an array of a type that is neither numbers, strings nor objects")
-    return DType(np.dtype(spec))
-
-
-def make_scalar(unpickler, dtype, data):
+def make_scalar(dtype, data):
     if len(data) > VIEW:
         raise UnpicklingError(f"a single value of {len(data)} bytes")
-    return as_array(data, dtype, (1,), "C").tolist()[0]
+    return make_array(data, dtype, (1,), "C").tolist()[0]
 
 
-def make_bytes(unpickler, text, encoding):
-    if encoding not in ("latin1", "latin-1"):
-        raise UnpicklingError("bytes in an unknown encoding")
-    return unpickler.spool.encode(text.data) if isinstance(text, Text) else text.encode("latin1")
+def make_bytes(text, encoding):
+    if len(text) > VIEW:
+        raise UnpicklingError(SAVE_AGAIN)
+    return text.encode("latin1")
 
 
-def make_tensor(unpickler, storage, offset, size, stride, *flags):
-    if storage.data is None:
-        return None  # the first pass over a torch file: see load_legacy
-    if (
-        len(size) > 8
-        or len(size) != len(stride)
-        or any(type(n) is not int or n < 0 for n in (offset, *size, *stride))
-    ):
-        raise UnpicklingError("a tensor of impossible shape or stride")
-    width = storage.dtype.itemsize
-    last = offset + sum(
-        (n - 1) * step for n, step in zip(size, stride)
-    )  # numpy's own check overflows
-    if max(math.prod(size), last + 1 if math.prod(size) else 0) * width > len(storage.data):
-        raise UnpicklingError(
-            f"a tensor of more elements than its storage holds: shape {tuple(size)}"
-        )
-    strides = [n * width for n in stride]
-    return np.ndarray.__new__(Tensor, size, storage.dtype, storage.data, offset * width, strides)
-
-
-def make_storage(unpickler, data):
-    storage = load_torch(memoryview(data), unpickler.room, unpickler.spool)
-    if not isinstance(storage, Storage):
-        raise UnpicklingError("a nested file that is not a torch storage")
-    return storage
-
-
-# every name that a pickle may call, and what is called in its place, with the unpickler as first argument
-CALLS = {
-    ("collections", "OrderedDict"): lambda unpickler: Dict(),
-    ("_codecs", "encode"): make_bytes,
-    ("numpy", "dtype"): make_dtype,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): make_array for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): make_scalar for core in ("core", "_core")},
-    **{
-        (f"numpy.{core}.numeric", "_frombuffer"): lambda unpickler, *args: as_array(*args)
-        for core in ("core", "_core")
-    },
-    ("torch", "Size"): lambda unpickler, size: tuple(size[:8]),
-    ("__builtin__", "bytes"): lambda unpickler: b"",  # protocol 2's only way to say so
-    ("torch.storage", "_load_from_bytes"): make_storage,
-    ("torch._utils", "_rebuild_tensor_v2"): make_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda unpickler, data, *flags: data,
+# every name that a pickle may mention, and what stands in its place: functions of ours that it may
+# call, and inert values
+NAMES = {
+    "collections.OrderedDict": lambda: Dict(),
+    "_codecs.encode": make_bytes,
+    "__builtin__.bytes": lambda: b"",  # protocol 2's only way to say so
+    "numpy.dtype": DType,
+    "numpy.ndarray": None,
+    "numpy.memmap": None,
+    "numpy.core.multiarray._reconstruct": Array,
+    "numpy.core.multiarray.scalar": make_scalar,
+    "numpy.core.numeric._frombuffer": make_array,
+    "torch.Size": lambda size: tuple(size[:8]),
+    "torch._utils._rebuild_tensor_v2": LazyTensor,
+    "torch._utils._rebuild_parameter": lambda data, *flags: data,
 }
-# every name that a pickle may mention: inert values
-NAMES = {("numpy", name): "ndarray" for name in ("ndarray", "memmap")}
-NAMES |= {("torch.storage", "UntypedStorage"): np.dtype("u1")} | {
-    ("torch", f"{name}Storage"): np.dtype(spec) if isinstance(spec, str) else spec
-    for name, spec in dict(
-        Float="<f4", Double="<f8", Half="<f2", BFloat16=BFLOAT16, Bool="?", Byte="u1", Char="i1", Short="<i2",
-        Int="<i4", Long="<i8", ComplexFloat="<c8", ComplexDouble="<c16",
-    ).items()
-}  # fmt: skip
+STORAGES = {
+    "torch.storage.UntypedStorage": "u1",
+    "torch.FloatStorage": "<f4",
+    "torch.DoubleStorage": "<f8",
+    "torch.HalfStorage": "<f2",
+    "torch.BFloat16Storage": BFLOAT16,
+    "torch.BoolStorage": "?",
+    "torch.ByteStorage": "u1",
+    "torch.CharStorage": "i1",
+    "torch.ShortStorage": "<i2",
+    "torch.IntStorage": "<i4",
+    "torch.LongStorage": "<i8",
+    "torch.ComplexFloatStorage": "<c8",
+    "torch.ComplexDoubleStorage": "<c16",
+}
+NAMES |= {name: np.dtype(spec) for name, spec in STORAGES.items()}
 
-OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
-    SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_TUPLE TUPLE TUPLE1
-    TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET
-    GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID""".split()
+OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
+    BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
+    MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"""
 
 
 class Dispatch(dict):
     def __missing__(self, opcode):
-        raise UnpicklingError(
-            f"it uses the opcode {bytes([opcode])!r}, which embeddings do not need"
-        )
+        raise UnpicklingError(f"it uses the opcode {bytes([opcode])!r}, which no embeddings need")
 
 
 class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
-    def __init__(self, reader, spool, storages=None):
+    """get_storage(key, dtype) -> Storage, where the pickle is one of torch."""
+
+    def __init__(self, reader, get_storage=None):
         super().__init__(reader)
-        self.room, self.spool, self.storages = reader.room, spool, storages
+        self.reader, self.get_storage = reader, get_storage
 
     def find_class(self, module, name):
-        if (module, name) in NAMES:
-            return NAMES[module, name]
-        if (module, name) not in CALLS:
-            raise UnpicklingError(
-                f"it asks for {module + '.' + name!r}, which is not on the list of what embeddings need"
-            )
-        return functools.partial(CALLS[module, name], self)
+        name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if name == "torch.storage._load_from_bytes":
+            return self.load_storage
+        if name not in NAMES:
+            raise UnpicklingError(f"it asks for {name!r}, which no embeddings need")
+        return NAMES[name]
+
+    def load_storage(self, data):
+        if data[:2] == b"PK":
+            raise UnpicklingError("a zip file inside a pickle")
+        return load_file(Reader(memoryview(data), self.reader.room))
 
     def persistent_load(self, pid):
-        if (
-            self.storages is None
-            or not isinstance(pid, tuple)
-            or len(pid) < 5
-            or pid[0] != "storage"
-        ):
+        if type(pid) is not tuple:
             raise UnpicklingError("a persistent id outside a torch file")
-        if not isinstance(pid[1], np.dtype) or not isinstance(pid[2], str):
+        _, dtype, key, _, _, *view = pid
+        if not isinstance(dtype, np.dtype) or not isinstance(key, str) or any(view):
             raise UnpicklingError("a torch storage of unknown type")
-        if any(pid[5:]):
-            raise UnpicklingError("a view of a storage, as torch wrote before version 0.4")
-        return self.storages(pid[2], pid[1])
+        return self.get_storage(key, dtype)
 
     def load_frame(self):
         self.read(8)  # frames spare small reads from a file; here there are none
 
     def load_reduce(self):
         args = self.stack.pop()
-        if (
-            type(args) is not tuple or len(args) > 16
-        ):  # a long string would come apart into its bytes
+        if type(args) is not tuple or len(args) > 16:  # a string would come apart into its bytes
             raise UnpicklingError("it calls something with arguments that nothing takes")
         self.stack[-1] = self.stack[-1](*args)
 
     def load_build(self):
-        state, instance = self.stack.pop(), self.stack[-1]
-        if type(instance) not in (Array, DType):
-            raise UnpicklingError("it sets the state of something that is not an array")
-        instance.build(state)
+        state = self.stack.pop()
+        self.stack[-1].build(state)  # of an Array or a DType, nothing else has that method
 
-    def load_text(self, layout):
-        data = self.read(*struct.unpack(layout, self.read(struct.calcsize(layout))))
-        self.append(
-            Text(data) if isinstance(data, memoryview) else str(data, "utf-8", "surrogatepass")
-        )
+    def load_text(self):
+        (n,) = struct.unpack("<I", self.read(4))
+        if n > LONGEST_TEXT:
+            raise UnpicklingError(SAVE_AGAIN)
+        self.append(str(self.read(n), "utf-8", "surrogatepass"))
 
-    dispatch = Dispatch(
-        (op, pickle._Unpickler.dispatch[op])
-        for op in (getattr(pickle, name)[0] for name in OPCODES)
-    )
-    dispatch |= {
-        pickle.FRAME[0]: load_frame,
-        pickle.REDUCE[0]: load_reduce,
-        pickle.BUILD[0]: load_build,
-        pickle.EMPTY_DICT[0]: lambda self: self.append(Dict()),
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
-        pickle.SHORT_BINUNICODE[0]: lambda self: self.load_text("<B"),
-        pickle.BINUNICODE[0]: lambda self: self.load_text("<I"),
-        pickle.BINUNICODE8[0]: lambda self: self.load_text("<Q"),
-    }
+    dispatch = Dispatch()
+    for name in OPCODES.split():
+        dispatch[getattr(pickle, name)[0]] = pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+    dispatch[pickle.FRAME[0]] = load_frame
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Dict())
+    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
+    dispatch[pickle.BINUNICODE[0]] = load_text
 
 
 # ---------------------------------------------------------------- files
 
 
-def load_zip(data, room, spool):
-    """What torch.save wrote: a zip file of data.pkl and one uncompressed entry a storage."""
-    entries = {entry.filename: entry for entry in zipfile.ZipFile(ZipBytes(data, room)).infolist()}
-    names = [name for name in entries if name.endswith("data.pkl") and name.count("/") < 2]
-    if len(names) != 1:
-        raise UnpicklingError("a zip file that is not of torch.save")
-    prefix = names[0].removesuffix("data.pkl")
+def load_zip(data, room):
+    """What torch.save wrote: a zip file of data.pkl and one uncompressed entry per storage."""
+    end = data[-DIRECTORY:]  # zipfile finds the directory there, and counts positions from there
+    archive = zipfile.ZipFile(io.BytesIO(end))
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    pickles = [name for name in entries if name.endswith("data.pkl")]
+    if not pickles:
+        raise UnpicklingError("a zip file that is not of torch.save; a .npz of several arrays?")
+    folder = pickles[0].removesuffix("data.pkl")
 
     def read(name):
         entry = entries[name]
-        start = entry.header_offset
-        start += 30 + sum(
-            struct.unpack("<HH", data[start + 26 : start + 30])
-        )  # the lengths of name and extra field
+        start = entry.header_offset + len(data) - len(end)
+        name_size, extra_size = struct.unpack("<HH", data[start + 26 : start + 30])
+        start += 30 + name_size + extra_size
         if entry.compress_type or start + entry.file_size > len(data):
             raise UnpicklingError(f"{name!r} in the zip file is compressed or cut short")
         return data[start : start + entry.file_size]
 
-    if prefix + "byteorder" in entries and bytes(read(prefix + "byteorder")[:8]) != b"little":
+    if folder + "byteorder" in entries and read(folder + "byteorder") != b"little":
         raise UnpicklingError("it was saved on a machine of another byte order")
-    return Unpickler(
-        Reader(read(names[0]), room),
-        spool,
-        lambda key, dtype: Storage(read(f"{prefix}data/{key}"), dtype),
-    ).load()
+
+    def get_storage(key, dtype):
+        return Storage(dtype, read(f"{folder}data/{key}"))
+
+    return Unpickler(Reader(read(pickles[0]), room), get_storage).load()
 
 
-def load_legacy(reader, spool):
-    """What torch.save wrote before version 1.6, and what a pickled tensor holds: storages follow the object.
+def load_legacy(reader):
+    """What torch.save wrote before version 1.6, and what a pickled tensor holds.
 
-    So the object is read twice, first to learn what storages there are.
+    The storages follow the object that refers to them.
     """
-    version, system = (Unpickler(reader, spool).load() for _ in range(2))
-    if version != 1001 or system.get("little_endian") is not True:
-        raise UnpicklingError("a torch file of unknown version or byte order")
-    start, found, used = reader.position, {}, spool.used
-    Unpickler(reader, spool, lambda key, dtype: found.setdefault(key, Storage(None, dtype))).load()
-    keys = Unpickler(reader, spool).load()
-    if not all(isinstance(key, str) for key in keys):
-        raise UnpicklingError("a torch file with unknown storages")
-    for key in keys:
-        n = struct.unpack("<q", reader.read(8))[0] * found[key].dtype.itemsize
-        if n < 0:
-            raise UnpicklingError("a storage of negative size")
-        found[key].data = reader.read(n)
-    end, reader.position, spool.used = reader.position, start, used
-    value = Unpickler(reader, spool, lambda key, dtype: Storage(found[key].data, dtype)).load()
-    reader.position = end
+    Unpickler(reader).load()  # the version
+    if Unpickler(reader).load()["little_endian"] is not True:
+        raise UnpicklingError("it was saved on a machine of another byte order")
+    storages = {}
+
+    def get_storage(key, dtype):
+        return storages.setdefault(key, Storage(dtype))
+
+    value = Unpickler(reader, get_storage).load()
+    for key in Unpickler(reader).load():
+        if not isinstance(key, str):
+            raise UnpicklingError("a torch file with unknown storages")
+        (n,) = struct.unpack("<q", reader.read(8))
+        storages[key].data = reader.read(n * storages[key].dtype.itemsize)
     return value
 
 
-def load_torch(data, room, spool):
-    if data[:2] == b"PK":
-        return load_zip(data, room, spool)
-    reader = Reader(data, room)
-    value = Unpickler(reader, spool).load()
-    value = load_legacy(reader, spool) if type(value) is int and value == TORCH_MAGIC else value
-    if reader.position != len(data):
-        raise UnpicklingError(f"{len(data) - reader.position} bytes follow its end")
+def load_file(reader):
+    """A pickle or a torch.save file that is no zip file, to its end."""
+    value = Unpickler(reader).load()
+    if value == TORCH_MAGIC:
+        value = load_legacy(reader)
+    if reader.position != len(reader.data):
+        raise UnpicklingError(f"{len(reader.data) - reader.position} bytes follow its end")
     return value
 
 
-def settle(content):
-    """The dict with its Arrays, also those in a list under a key, replaced by what they became."""
+def resolve(content):
+    """The dict, with values in place of Array and LazyTensor, also in a list under a key."""
     lists = {}  # by identity: the same one may be there under many keys
     for key, value in content.items():
-        content[key] = value = value.value if isinstance(value, Array) else value
+        value = resolve_one(value)
         if isinstance(value, (list, tuple)):
             if id(value) not in lists:
-                lists[id(value)] = [v.value if isinstance(v, Array) else v for v in value]
-            content[key] = lists[id(value)]
+                lists[id(value)] = [resolve_one(item) for item in value]
+            value = lists[id(value)]
+        content[key] = value
     return content
 
 
-def load(path, scratch=None):
+def resolve_one(value):
+    return value.resolve() if isinstance(value, (Array, LazyTensor)) else value
+
+
+def load(path):
     """What a pickle, a torch.save file or a .npy (as {"array": ...}) holds.
 
-    Arrays and tensors are read-only numpy arrays over a memory map, bfloat16 of dtype BFLOAT16; strings
-    of more than VIEW bytes are Text. `scratch` is the folder for the temporary file that arrays of protocol
-    2 need. Nothing but the functions in CALLS can be called by the file. Raises OSError where it cannot
-    be read, and UnpicklingError, whatever else is wrong with it.
+    Arrays and tensors are read-only numpy arrays over a memory map, bfloat16 of dtype BFLOAT16.
+    Nothing but the functions in NAMES can be called by the file. Raises OSError where it cannot be
+    read, UnpicklingError whatever else is wrong with it.
     """
-    with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        if not size:
-            raise UnpicklingError("it is empty")
-        data = memoryview(mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ))
     try:
+        with open(path, "rb") as f:
+            data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         if data[:6] == b"\x93NUMPY":
             return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
-        value = load_torch(data, [ROOM + min(size, MORE) + size // 8], Spool(size, scratch))
-        return settle(value) if isinstance(value, dict) else value
+        room = [ROOM + len(data) // 2]
+        is_zip = data[:2] == b"PK"
+        value = load_zip(data, room) if is_zip else load_file(Reader(data, room))
+        return resolve(value) if isinstance(value, dict) else value
     except OSError:
         raise
     except KeyError as e:

@@ -3,10 +3,11 @@ Mutate valid files at random and convert them: every case must end in a dataset 
 
     python bench/fuzz.py FOLDER --cases=20000 --seed=0
 
-FOLDER is for temporary files. A case is one of a dozen small valid files (pickles of protocols 2 to 5, torch.save
-files, .npy pairs) with a few mutations: bytes flipped, cut out, repeated or inserted, opcodes swapped, lengths
-replaced by extreme ones, the end cut off. It fails on any exception but DataError, if it takes longer than
---seconds, or if the process's memory grows by more than --megabytes. Prints how the cases ended.
+FOLDER is for temporary files. A case is one of a dozen small valid files (pickles of protocols 3 to
+5, torch.save files, .npy pairs) with a few mutations: bytes flipped, cut out, repeated or inserted,
+opcodes swapped, lengths replaced by extreme ones, the end cut off. It fails on any exception but
+DataError, if it takes longer than --seconds, or if the process's memory grows by more than
+--megabytes. Prints how the cases ended.
 """
 
 import argparse
@@ -27,24 +28,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare  # noqa: E402
+from loader import open_dataset  # noqa: E402
 from sources import DataError  # noqa: E402
 
 COND, TARGET = "eva_blip3o_embeddings", "clip_blip3o_embeddings"
 OPCODES = bytes(op[0] for op in vars(pickle).values() if type(op) is bytes and len(op) == 1)
-EXTREMES = [
-    0,
-    1,
-    255,
-    256,
-    2**15,
-    2**16 - 1,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**63 - 1,
-    2**64 - 1,
-]
+EXTREMES = [0, 1, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40]
+EXTREMES += [2**63 - 1, 2**64 - 1]
 
 
 def seeds(folder):
@@ -56,27 +46,16 @@ def seeds(folder):
         captions=["a caption", "long " * 99] * 4,
         config={"a": [1, {"b": 2.5}]},
     )
-    found = [
-        (".pkl", pickle.dumps({COND: x, TARGET: y, **names}, protocol)) for protocol in (2, 3, 4, 5)
+    objects = np.array(["a", "b"] * 4, object)
+    contents = [
+        {COND: tx.half(), TARGET: ty.bfloat16(), **names},
+        {COND: list(x), TARGET: list(y.astype(">f8")), "keys": np.arange(8)},
+        {COND: np.asfortranarray(x), TARGET: y, "captions": objects},
     ]
-    found += [
-        (".pkl", pickle.dumps({COND: tx.half(), TARGET: ty.bfloat16(), **names}, 4)),
-        (".pkl", pickle.dumps({COND: tx[::2], TARGET: ty[1::2].transpose(1, 2)}, 2)),
-        (
-            ".pkl",
-            pickle.dumps({COND: list(x), TARGET: list(y.astype(">f8")), "keys": np.arange(8)}),
-        ),
-        (
-            ".pkl",
-            pickle.dumps(
-                {
-                    COND: np.asfortranarray(x),
-                    TARGET: y,
-                    "captions": np.array(["a", "b"] * 4, object),
-                }
-            ),
-        ),
-    ]
+    strided = {COND: tx[::2], TARGET: ty[1::2].transpose(1, 2)}
+    found = [(".pkl", pickle.dumps({COND: x, TARGET: y, **names}, p)) for p in (3, 4, 5)]
+    found.append((".pkl", pickle.dumps(strided, 3)))
+    found += [(".pkl", pickle.dumps(content, 4)) for content in contents]
     for zipped in (True, False):
         torch.save(
             {COND: tx, TARGET: ty[:, :, :10], **names},
@@ -91,7 +70,7 @@ def seeds(folder):
 def mutate(data, rng):
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
-        # two thirds hit the first 400 or the last 1000 bytes, where there are fewer values and more structure
+        # two thirds hit the first 400 or the last 1000 bytes, where there is more structure
         at = rng.choice(
             [
                 rng.randrange(len(data)),
@@ -136,12 +115,16 @@ def too_late(*_):
 
 
 def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
-    """Counter of how the cases ended: dataset, error. Raises at the first that ends otherwise, having kept its file."""
+    """Counter of how the cases ended: dataset, error.
+
+    Raises at the first that ends otherwise, having kept its file.
+    """
     folder, valid, outcomes = Path(folder), seeds(Path(folder)), collections.Counter()
     signal.signal(signal.SIGALRM, too_late)
     warnings.simplefilter("ignore")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     start = peak()
+    flags = [f"--out={folder / 'out'}", "--val_fraction=0.25", "--overwrite=True"]
     prepare.tqdm = functools.partial(tqdm, disable=True)
     for case in range(cases):
         rng = random.Random(f"{seed}.{case}")
@@ -151,8 +134,8 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
         paths = [path] if suffix != ".npy" else [path, folder / "seed.npy"]
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            prepare.prepare(paths, folder / "out", COND, TARGET, 0.25, 0, overwrite=True)
-            prepare.open_dataset(folder / "out")
+            prepare.prepare(prepare.parse_args([*map(str, paths), *flags]))
+            open_dataset(folder / "out")
             outcomes["dataset"] += 1
         except DataError as e:
             assert "\n" not in str(e) and len(str(e)) < 2000, str(e)
@@ -183,9 +166,8 @@ def main():
     args = parser.parse_args()
     messages = collections.Counter()
     outcomes = fuzz(args.folder, args.cases, args.seed, args.seconds, args.megabytes, messages)
-    print(
-        f"{args.cases} cases: {outcomes['dataset']} datasets, {outcomes['error']} errors, at most {peak()} MB"
-    )
+    ends = f"{outcomes['dataset']} datasets, {outcomes['error']} errors"
+    print(f"{args.cases} cases: {ends}, at most {peak()} MB")
     for message, count in messages.most_common(25):
         print(f"{count:7}  {message}")
 

@@ -1,15 +1,15 @@
 """
 prepare.py beside `cp` and beside pickle.load + np.save: speed and memory.
 
-    python bench/prepare.py FOLDER                   # a free folder on the disk to measure; 1 GB and 8 GB pickles
+    python bench/prepare.py FOLDER        # a free folder on the disk to measure; 1 and 8 GB pickles
     python bench/prepare.py FOLDER --gb=1 --rounds=5
 
-Writes a pickle of random embeddings (N, 64, 1280) and (N, 64, 768) into FOLDER and converts it in separate
-processes, one of each kind in a round, timed from start to end, imports included. Warm: the file is in the page
-cache. Cold: it has been dropped from it. Ratios are of cp's time of the same round to the process's, so that 1
-is as fast as cp; the table has their median. Memory is the peak of RssAnon, sampled every 5 ms, less that of an idle
-interpreter that has imported torch. Needs three times the pickle's size on the disk, and as much free memory for
-the page cache; leaves nothing there. Leave the machine alone meanwhile.
+Writes a pickle of random embeddings (N, 64, 1280) and (N, 64, 768) into FOLDER and converts it in
+separate processes, one of each kind in a round, timed from start to end, imports included. Warm:
+the file is in the page cache. Cold: it has been dropped from it. Ratios are of cp's time of the
+same round to the process's, so that 1 is as fast as cp; the table has their median. Memory is the
+peak of RssAnon, sampled every 5 ms. Needs three times the pickle's size on the disk, and as much
+free memory for the page cache; leaves nothing there. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -103,8 +103,9 @@ def measure(folder, gb, dtype, rounds):
         for name, figures in results.items():
             seconds, peaks = zip(*figures)
             ratios = sorted(a / b for (a, _), b in zip(results["cp"], seconds))
+            speed = size / statistics.median(seconds)
             print(
-                f"{size:5.1f} GB {dtype} {state}  {name:28} {size / statistics.median(seconds):6.2f} GB/s"
+                f"{size:5.1f} GB {dtype} {state}  {name:28} {speed:6.2f} GB/s"
                 f"  {statistics.median(ratios):5.2f} of cp ({ratios[0]:.2f} to {ratios[-1]:.2f})"
                 f"  {max(peaks):6.0f} MB anonymous",
                 flush=True,
@@ -125,10 +126,6 @@ def main():
     args = parser.parse_args()
     if args.write:
         return write_pickle(args.folder / "bench.pkl", args.gb[0], args.dtype[0])
-    with subprocess.Popen([sys.executable, "-c", "import torch, time; time.sleep(30)"]) as idle:
-        time.sleep(10)
-        print(f"an idle interpreter with torch imported: {anonymous(idle.pid):.0f} MB anonymous")
-        idle.kill()
     for gb in args.gb:
         for dtype in args.dtype:
             measure(args.folder, gb, dtype, args.rounds)

@@ -21,7 +21,6 @@ from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from prepare import split  # noqa: E402
-from sources import DataError, load_pickle  # noqa: E402
 
 HERE = Path(__file__).parent
 SEED, VAL_FRACTION = 0, 0.1  # prepare.py's defaults: the decoder must not see validation images
@@ -79,18 +78,7 @@ def main():
             "clip_model": "random convolutions",
         },
     }
-    path = HERE / "embeddings.pkl"
-    try:
-        old = load_pickle(path)
-    except DataError:
-        old = {}
-    same = [
-        name for name, value in content.items() if name in old and np.array_equal(value, old[name])
-    ]
-    if len(same) < len(
-        content
-    ):  # torch pickles the same tensors to other bytes each time: keep what prepare.py knows
-        path.write_bytes(pickle.dumps(content))
+    (HERE / "embeddings.pkl").write_bytes(pickle.dumps(content))
     np.savez(HERE / "decoder.npz", **decoder)
     for name, tokens, truth in (
         ("target", target[val], images[val]),
@@ -99,7 +87,8 @@ def main():
         pixels = tokens.double() @ torch.from_numpy(decoder[name][:-1]) + decoder[name][-1]
         explained = 1 - (pixels - truth.flatten(1)).square().mean() / truth.var()
         print(
-            f"{name}: {tuple(tokens.shape[1:])} tokens, pixels decoded with R^2 {explained:.3f} on unseen images"
+            f"{name}: {tuple(tokens.shape[1:])} tokens, pixels decoded with "
+            f"R^2 {explained:.3f} on unseen images"
         )
     print(f"wrote {HERE / 'embeddings.pkl'} ({len(images)} samples) and {HERE / 'decoder.npz'}")
 
