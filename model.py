@@ -128,35 +128,29 @@ class NextDiTConfig:
 
 
 def rope_2d(config, device=None):
-    """2D rotary embedding (Su et al. 2021, arXiv 2104.09864; per axis as in Lumina-Next).
+    """Cosines and sines of a 2D rotary embedding, each (T, 1, head_dim / 2).
 
     The pair of channels (2j, 2j + 1) turns with the row for even j and with the column for odd j,
-    both at frequency highest * theta^(-4k / head_dim), k = j // 2.
-    Returns cosines and sines, (T, head_dim / 2, 2).
+    both at frequency highest * theta^(-4k / head_dim), k = j // 2: Su et al. 2021 (arXiv
+    2104.09864), per axis as in Lumina-Next.
     """
     H, W = config.grid
     highest, theta = ROPE[config.rope]
     half = config.head_dim // 2
-    exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
-    freqs = highest / theta**exponents  # (head_dim / 4,)
-    rows = torch.arange(H, device=device).repeat_interleave(W)  # (T,)
-    cols = torch.arange(W, device=device).repeat(H)  # (T,)
-    angles = torch.stack([rows[:, None] * freqs, cols[:, None] * freqs], dim=-1)
-    angles = angles.flatten(1)  # (T, head_dim / 2)
-    if torch.compiler.is_compiling():  # inductor has no complex numbers
-        return torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
+    freqs = highest / theta ** (torch.arange(0, half, 2, device=device) / half)  # (head_dim / 4,)
+    i = torch.arange(H * W, device=device)  # (T,)
+    positions = torch.stack([i // W, i % W], dim=-1)  # (T, 2), row and column
+    angles = positions[:, None] * freqs[:, None]  # (T, head_dim / 4, 2)
+    angles = angles.flatten(1)[:, None]  # (T, 1, head_dim / 2)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, rope):
     """Turn the channel pairs of x (B, T, n, head_dim) by the angles of `rope`, in float32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = pairs.unbind(-1), rope[:, None].unbind(-1)
-        y = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:
-        y = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None])
-    return y.flatten(-2).type_as(x)
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, n, head_dim / 2)
+    y = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return y.flatten(-2).type_as(x)  # (B, T, n, head_dim)
 
 
 def timestep_embedding(t, dim=256, max_period=10000):
