@@ -241,20 +241,18 @@ def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
     times = [shift_time(i / steps, shift) for i in range(steps + 1)]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     states = [x]
+    v_before, h_before = None, None
     for i in range(steps):
         t, h = times[i], times[i + 1] - times[i]
         v = velocity(x, t).to(x.dtype)
+        slope = v  # Euler's, which is also the first of ab2
         if method == "heun":
-            v_end = velocity(x + h * v, t + h).to(x.dtype)
-            x = x + (h / 2 * v + h / 2 * v_end)
-        elif method == "ab2" and i > 0:
-            nodes = (np.array([times[i - 1], t]) - t) / h
-            vander = np.vander(nodes, increasing=True).T
-            a, b = h * np.linalg.solve(vander, 1 / np.arange(1, 3))
-            x = x + (a * v_before + b * v)
-        else:  # Euler's step, which is also the first of ab2
-            x = x + h * v
-        v_before = v
+            v_end = velocity(x + h * v, times[i + 1]).to(x.dtype)
+            slope = (v + v_end) / 2
+        if method == "ab2" and i > 0:
+            slope = v + h / (2 * h_before) * (v - v_before)
+        x = x + h * slope
+        v_before, h_before = v, h
         if trajectory:
             states.append(x)
     return torch.stack(states) if trajectory else x
