@@ -20,14 +20,13 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 # highest frequency, in radians per token, and theta
 ROPE = {"lumina": (1.0, 10000.0), "grid": (3.0, 10.0)}
-CHOICES = {"conditioning": ("cross", "aligned"), "rope": tuple(ROPE)}
 SIZES = ("target_dim", "cond_dim", "dim", "n_layer", "n_head", "n_kv_head", "multiple_of")
 
 
@@ -54,20 +53,16 @@ class NextDiTConfig:
     def __post_init__(self):
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
-        self.grid = tuple(self.grid)
-        sizes = [(name, getattr(self, name)) for name in SIZES]
-        sizes += [("grid", size) for size in self.grid]
-        for name, size in sizes:
+        for name in SIZES:
+            size = getattr(self, name)
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(choices)}")
-        if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps={self.norm_eps} must be between 0 and 1")
-        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < math.inf:
-            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} must be positive")
+        if self.conditioning not in ("cross", "aligned"):
+            raise ValueError(
+                f"conditioning={self.conditioning!r} is unknown; it is one of cross, aligned"
+            )
+        if self.rope not in ROPE:
+            raise ValueError(f"rope={self.rope!r} is unknown; it is one of {', '.join(ROPE)}")
         if self.dim % (4 * self.n_head):
             raise ValueError(
                 f"dim={self.dim} / n_head={self.n_head} must be a multiple of 4: "
@@ -77,6 +72,15 @@ class NextDiTConfig:
             raise ValueError(
                 f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
             )
+        self.grid = tuple(self.grid)
+        self.n_tokens = math.prod(self.grid)  # T
+        self.head_dim = self.dim // self.n_head
+        self.kv_dim = self.n_kv_head * self.head_dim
+        self.emb_dim = min(self.dim, 1024)  # of the embedding of time and pooled condition
+        hidden = int(8 * self.dim / 3)  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        self.ffn_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
 
     @classmethod
     def of(cls, settings, data):
@@ -103,28 +107,6 @@ class NextDiTConfig:
             )
         return cls(**chosen, grid=tuple(data["meta"]["grid"]))
 
-    @property
-    def n_tokens(self):
-        return math.prod(self.grid)  # T
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_head
-
-    @property
-    def kv_dim(self):
-        return self.n_kv_head * self.head_dim
-
-    @property
-    def emb_dim(self):
-        return min(self.dim, 1024)  # of the embedding of time and pooled condition
-
-    @property
-    def ffn_dim(self):
-        hidden = int(8 * self.dim / 3)  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
 def rope_2d(config, device=None):
@@ -138,132 +120,141 @@ def rope_2d(config, device=None):
     highest, theta = ROPE[config.rope]
     half = config.head_dim // 2
     freqs = highest / theta ** (torch.arange(0, half, 2, device=device) / half)  # (head_dim / 4,)
-    i = torch.arange(H * W, device=device)  # (T,)
-    positions = torch.stack([i // W, i % W], dim=-1)  # (T, 2), row and column
+    rows, cols = torch.arange(H, device=device), torch.arange(W, device=device)
+    positions = torch.cartesian_prod(rows, cols)  # (T, 2)
     angles = positions[:, None] * freqs[:, None]  # (T, head_dim / 4, 2)
     angles = angles.flatten(1)[:, None]  # (T, 1, head_dim / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, rope):
-    """Turn the channel pairs of x (B, T, n, head_dim) by the angles of `rope`, in float32."""
-    cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, n, head_dim / 2)
+    """Turn the channel pairs of each head of x (B, T, n * head_dim) by the angles of `rope`."""
+    cos, sin = rope  # each (T, 1, head_dim / 2)
+    pairs = x.float().unflatten(-1, (-1, cos.shape[-1], 2))  # (B, T, n, head_dim / 2, 2)
+    a, b = pairs.unbind(-1)
     y = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    return y.flatten(-2).type_as(x)  # (B, T, n, head_dim)
+    return y.flatten(2).type_as(x)  # (B, T, n * head_dim)
 
 
-def timestep_embedding(t, dim=256, max_period=10000):
-    """(B,) -> (B, dim) sinusoids of the noise level 1000 * (1 - t).
+def timestep_embedding(t):
+    """(B,) -> (B, 256) sinusoids of the noise level 1000 * (1 - t).
 
     That is the reference's timestep, which runs from data (0) to noise (1000): so its weights
     work unchanged with our time, which runs from noise to data.
     """
-    half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device)
-    freqs = torch.exp(-math.log(max_period) * exponents / half)  # (dim / 2,)
-    angles = (1000 * (1 - t)).float()[:, None] * freqs  # (B, dim / 2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
+    freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)  # (128,)
+    angles = (1000 * (1 - t)).float()[:, None] * freqs  # (B, 128)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def split_heads(x, head_dim):
-    return x.unflatten(-1, (-1, head_dim))  # (B, T, n * head_dim) -> (B, T, n, head_dim)
-
-
-def attention(q, k, v):
-    """q: (B, T, n_head, head_dim), k and v: (B, S, n_kv_head, head_dim) -> q's shape."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n, T or S, head_dim)
-    n_rep = q.shape[1] // k.shape[1]
-    if n_rep > 1:
-        k = k.repeat_interleave(n_rep, dim=1)  # (B, n_head, S, head_dim)
-        v = v.repeat_interleave(n_rep, dim=1)
-    if q.device.type == "cpu":  # SDPA's kernel for it is up to ten times slower at few tokens
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, n_head, T, S)
-        y = scores.softmax(dim=-1) @ v
+def attend(q, k, v, head_dim):
+    """q (B, T, n_head * head_dim), k and v (B, S, n_kv_head * head_dim) -> (B, T, n_head, head_dim)"""
+    # each (B, n, T or S, head_dim)
+    q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] > k.shape[1]
+    # on a CPU SDPA is up to ten times slower for a few hundred tokens
+    if q.device.type == "cpu" and not grouped:
+        scores = (q * head_dim**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, S)
+        y = scores.softmax(dim=-1) @ v  # (B, n_head, T, head_dim)
     else:
-        y = F.scaled_dot_product_attention(q, k, v)
-    return y.transpose(1, 2)  # (B, T, n_head, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x over the root of its channels' mean square (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+class Attention(nn.Module):
+    """Self-attention, plus gated cross-attention to the condition if conditioning is "cross"."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, kv_dim = config.dim, config.kv_dim
+        norm = nn.LayerNorm if config.qk_norm else nn.Identity  # spans all heads, as in Lumina-Next
+        self.head_dim = config.head_dim
+        self.cross = config.conditioning == "cross"
+        # queries, keys and values, and the queries of cross-attention
+        self.sizes = [dim, kv_dim, kv_dim, dim if self.cross else 0]
+        self.qkvq = nn.Linear(dim, sum(self.sizes), bias=False)
+        if self.cross:
+            self.gate = nn.Parameter(torch.empty(config.n_head))
+            self.cond_norm = nn.RMSNorm(config.cond_dim, config.norm_eps)
+            self.cond_kv = nn.Linear(config.cond_dim, 2 * kv_dim, bias=False)
+            self.cond_q_norm = norm(dim)
+            self.cond_k_norm = norm(kv_dim)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.q_norm = norm(dim)
+        self.k_norm = norm(kv_dim)
+
+    def keys_values(self, cond, drop=None, null=None):
+        """Keys and values of the condition (B, S, C), or of null (C,) where drop (B,) is True.
+
+        The norm's weight goes into the matrix, so that in training, where the condition needs no
+        gradient, nothing of its size is computed in the backward pass.
+        """
+        weight = self.cond_kv.weight * self.cond_norm.weight  # (2 * kv_dim, C)
+
+        def project(c):
+            return F.linear(F.rms_norm(c, c.shape[-1:], eps=self.cond_norm.eps), weight)
+
+        kv = project(cond)  # (B, S, 2 * kv_dim)
+        if drop is not None:
+            kv = torch.where(drop[:, None, None], project(null), kv)
+        k, v = kv.chunk(2, dim=-1)  # each (B, S, kv_dim)
+        return self.cond_k_norm(k), v
+
+    def forward(self, x, rope, condition, keys_values):
+        q, k, v, cond_q = self.qkvq(x).split(self.sizes, dim=-1)  # (B, T, dim or kv_dim)
+        q = rotate(self.q_norm(q), rope)
+        k = rotate(self.k_norm(k), rope)
+        y = attend(q, k, v, self.head_dim)  # (B, T, n_head, head_dim)
+        if self.cross:
+            k, v = keys_values or self.keys_values(*condition)
+            q = rotate(self.cond_q_norm(cond_q), rope)  # the reference turns it here too
+            y = y + self.gate.tanh()[:, None] * attend(q, k, v, self.head_dim)
+        return self.out(y.flatten(2))  # (B, T, dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-
-
-def qk_norm(width, config):
-    """It spans all heads, as in Lumina-Next."""
-    return nn.LayerNorm(width, eps=1e-5) if config.qk_norm else nn.Identity()
+        a, b = self.w13(x).chunk(2, dim=-1)  # each (B, T, ffn_dim)
+        return self.w2(F.silu(a) * b)  # (B, T, dim)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        dim, kv_dim, C, self.eps = config.dim, config.kv_dim, config.cond_dim, config.norm_eps
-        self.head_dim, self.grid = config.head_dim, config.grid
-        self.cross = config.conditioning == "cross"
-        self.split = (dim, kv_dim, kv_dim, dim)[: 4 if self.cross else 3]
+        dim, eps = config.dim, config.norm_eps
+        self.grid = config.grid
         self.ada = nn.Linear(config.emb_dim, 4 * dim)
-        self.norm1 = RMSNorm(dim, self.eps)
-        self.norm2 = RMSNorm(dim, self.eps)
-        self.ffn_norm1 = RMSNorm(dim, self.eps)
-        self.ffn_norm2 = RMSNorm(dim, self.eps)
-        # queries, keys and values of self-attention and, if there is any, queries of cross-attention
-        self.qkvq = nn.Linear(dim, sum(self.split), bias=False)
-        if self.cross:
-            self.cond_scale = nn.Parameter(torch.empty(C))  # of the condition's RMSNorm
-            self.cond_kv = nn.Linear(C, 2 * kv_dim, bias=False)
-            self.gate = nn.Parameter(torch.empty(config.n_head))
-            self.cond_q_norm = qk_norm(dim, config)
-            self.cond_k_norm = qk_norm(kv_dim, config)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.q_norm = qk_norm(dim, config)
-        self.k_norm = qk_norm(kv_dim, config)
+        self.norm1 = nn.RMSNorm(dim, eps)
+        self.norm2 = nn.RMSNorm(dim, eps)
+        self.ffn_norm1 = nn.RMSNorm(dim, eps)
+        self.ffn_norm2 = nn.RMSNorm(dim, eps)
+        self.attn = Attention(config)
         self.conv = None
         if config.conv:
             self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.w13 = nn.Linear(dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, dim, bias=False)
+        self.ffn = FeedForward(config)
 
-    def context(self, cond, drop=None, null=None):
-        """Keys and values of the condition: they do not depend on x_t or t.
-
-        The scale of the condition's RMSNorm goes into the matrix, so that in training, where the
-        condition needs no gradient, nothing of its size is computed in the backward pass.
-        """
-        weight = self.cond_kv.weight * self.cond_scale  # (2 * kv_dim, C)
-        kv = F.linear(F.rms_norm(cond, cond.shape[-1:], eps=self.eps), weight)  # (B, S, 2 * kv_dim)
-        if drop is not None:
-            null_kv = F.linear(F.rms_norm(null, null.shape, eps=self.eps), weight)  # (2 * kv_dim,)
-            kv = torch.where(drop[:, None, None], null_kv, kv)
-        k, v = kv.chunk(2, dim=-1)  # each (B, S, kv_dim)
-        return split_heads(self.cond_k_norm(k), self.head_dim), split_heads(v, self.head_dim)
+    def context(self, cond):
+        return self.attn.keys_values(cond)
 
     def forward(self, x, emb, rope, condition, keys_values):
+        """x: (B, T, dim); emb: (B, emb_dim) of time and pooled condition
+        condition: what Attention.keys_values takes; keys_values: what it returned, or None"""
         scale1, gate1, scale2, gate2 = self.ada(emb)[:, None].chunk(4, dim=-1)  # each (B, 1, dim)
-
         if self.conv is not None:
             image = self.norm1(x).transpose(1, 2).unflatten(2, self.grid)  # (B, dim, H, W)
             x = x + self.conv(image).flatten(2).transpose(1, 2)  # (B, T, dim)
-        h = self.norm1(x) * (1 + scale1)
-        q, k, v, *cond_q = self.qkvq(h).split(self.split, dim=-1)
-        q = rotate(split_heads(self.q_norm(q), self.head_dim), rope)
-        k = rotate(split_heads(self.k_norm(k), self.head_dim), rope)
-        y = attention(q, k, split_heads(v, self.head_dim))  # (B, T, n_head, head_dim)
-        if self.cross:
-            if keys_values is None:
-                # not the method of this name that fully_shard wraps
-                keys_values = Block.context(self, *condition)
-            cond_k, cond_v = keys_values
-            cond_q = split_heads(self.cond_q_norm(*cond_q), self.head_dim)
-            cond_q = rotate(cond_q, rope)  # the reference turns the query here too
-            y = y + self.gate.tanh()[:, None] * attention(cond_q, cond_k, cond_v)
-        x = x + gate1.tanh() * self.norm2(self.out(y.flatten(2)))
-
-        a, b = self.w13(self.ffn_norm1(x) * (1 + scale2)).chunk(2, dim=-1)
-        h = F.silu(a.float()).to(a.dtype) * b
-        return x + gate2.tanh() * self.ffn_norm2(self.w2(h))
+        h = self.attn(self.norm1(x) * (1 + scale1), rope, condition, keys_values)
+        x = x + gate1.tanh() * self.norm2(h)
+        h = self.ffn(self.ffn_norm1(x) * (1 + scale2))
+        return x + gate2.tanh() * self.ffn_norm2(h)
 
 
 class Prior(nn.Module):
@@ -328,7 +319,7 @@ class NextDiT(nn.Module):
         """The reference's initialization, and zero for what must start silent.
 
         Linear                weights and biases uniform in +-1 / sqrt(fan_in)
-        RMSNorm, LayerNorm    weights 1, biases 0; the condition's RMSNorm (cond_scale) 1
+        RMSNorm, LayerNorm    weights 1, biases 0
         gate                  0: cross-attention starts closed
         conv                  0: each block starts without it
         null_cond             0, as BLIP3-o's; training moves ours
@@ -337,21 +328,18 @@ class NextDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
-                nn.init.uniform_(module.weight, -bound, bound)
-                if module.bias is not None:
-                    nn.init.uniform_(module.bias, -bound, bound)
-            if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+                for p in module.parameters():
+                    nn.init.uniform_(p, -bound, bound)
+            elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
-            if isinstance(module, nn.Conv2d):
+            elif isinstance(module, Attention) and module.cross:
+                nn.init.zeros_(module.gate)
+            elif isinstance(module, nn.Conv2d):
                 nn.init.zeros_(module.weight)
-        for block in self.layers:
-            if block.cross:
-                nn.init.ones_(block.cond_scale)
-                nn.init.zeros_(block.gate)
         nn.init.zeros_(self.null_cond)
         if self.prior is not None:
-            nn.init.zeros_(self.final.weight)
-            nn.init.zeros_(self.final.bias)
+            for p in self.final.parameters():
+                nn.init.zeros_(p)
 
     def embed_condition(self, cond, drop=None):
         """cond (B, S, C) -> its part of adaLN's embedding (B, emb_dim), and what is added to the
@@ -359,17 +347,17 @@ class NextDiT(nn.Module):
         pooled = cond.mean(1)  # (B, C)
         if drop is not None:
             pooled = torch.where(drop[:, None], self.null_cond, pooled)
-        cond_emb = self.cond_embed(pooled)  # (B, emb_dim)
-        if self.cond_in is None:
-            return cond_emb, None
-        if cond.shape[1] not in (1, self.config.n_tokens):
-            raise ValueError(
-                f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
-                'train with conditioning="cross"'
-            )
-        if drop is not None:
+            # only the aligned tokens: keys and values are replaced in Attention.keys_values
             cond = torch.where(drop[:, None, None], self.null_cond, cond)
-        return cond_emb, self.cond_in(cond)
+        added = None
+        if self.cond_in is not None:
+            if cond.shape[1] not in (1, self.config.n_tokens):
+                raise ValueError(
+                    f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
+                    'train with conditioning="cross"'
+                )
+            added = self.cond_in(cond)
+        return self.cond_embed(pooled), added
 
     def context(self, cond):
         """All that depends on the condition (B, S, C) alone, computed once for a whole trajectory.
@@ -377,8 +365,8 @@ class NextDiT(nn.Module):
         One token stands for the learned null condition: `null_cond.expand(B, 1, -1)`.
         Returns what forward() takes as `context`.
         """
-        keys_values = [None] * len(self.layers)
-        if self.config.conditioning == "cross":
+        keys_values = None
+        if self.cond_in is None:
             keys_values = [block.context(cond) for block in self.layers]
         return *self.embed_condition(cond), keys_values
 
@@ -393,33 +381,33 @@ class NextDiT(nn.Module):
         B, T, D = x_t.shape
         config = self.config
         if (T, D) != (config.n_tokens, config.target_dim):
-            H, W = config.grid
             raise ValueError(
                 f"x_t has {T} tokens of {D} channels; "
-                f"the model is for {H}x{W} of {config.target_dim}"
+                f"the model is for a grid of {config.grid} tokens of {config.target_dim} channels"
             )
         if context is None:
-            if cond.shape[0] != B or cond.shape[-1] != config.cond_dim:
+            if (cond.shape[0], cond.shape[2]) != (B, config.cond_dim):
                 raise ValueError(
                     f"cond has shape {tuple(cond.shape)}; expected ({B}, S, {config.cond_dim})"
                 )
-            cond_emb, added = self.embed_condition(cond, drop)
-            keys_values = [None] * len(self.layers)
-        else:
-            cond_emb, added, keys_values = context
+            context = *self.embed_condition(cond, drop), None
+        cond_emb, added, keys_values = context
 
         z = x_t if self.prior is None else self.prior.project(x_t, t)
-        x = self.x_embed(z)  # (B, T, dim)
-        x = x.to(self.null_cond.dtype)  # under autocast the residual stream stays in float32
+        # under autocast the residual stream stays in float32
+        x = self.x_embed(z).to(x_t.dtype)  # (B, T, dim)
         if added is not None:
             x = x + added
-        t_emb = self.t_embed(timestep_embedding(t).to(x.dtype))  # (B, emb_dim)
-        emb = F.silu(t_emb + cond_emb)
+        emb = self.t_embed(timestep_embedding(t).to(x.dtype)) + cond_emb  # (B, emb_dim)
+        emb = F.silu(emb)
         rope = rope_2d(config, x.device)
-        recompute = config.gradient_checkpointing and torch.is_grad_enabled()
-        for block, block_keys_values in zip(self.layers, keys_values):
-            args = (x, emb, rope, (cond, drop, self.null_cond), block_keys_values)
-            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        condition = (cond, drop, self.null_cond)
+        for i, block in enumerate(self.layers):
+            args = (x, emb, rope, condition, keys_values and keys_values[i])
+            if config.gradient_checkpointing:
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
         x = self.final_norm(x) * (1 + self.final_ada(emb))[:, None]
         out = self.final(x)  # (B, T, D)
         return out if self.prior is None else self.prior(z, t, out)
@@ -433,11 +421,8 @@ def flops_per_sample(config, cond_tokens):
     pass torch would count as a dense one's.
     """
     config = replace(config, gradient_checkpointing=False, conv=False)
-    with torch.device("meta"):  # shapes alone: nothing is computed
-        model = NextDiT(config)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # computes nothing
         x_t = torch.empty(1, config.n_tokens, config.target_dim)
-        t = torch.empty(1)
         cond = torch.empty(1, cond_tokens, config.cond_dim)
-    with FlopCounterMode(display=False) as counter:
-        model(x_t, t, cond).sum().backward()
+        NextDiT(config)(x_t, torch.empty(1), cond).sum().backward()
     return counter.get_total_flops()

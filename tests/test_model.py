@@ -6,7 +6,7 @@ import torch
 
 import exchange
 import flow
-from model import NextDiT, NextDiTConfig, attention, flops_per_sample, rope_2d, rotate
+from model import NextDiT, NextDiTConfig, attend, flops_per_sample, rope_2d, rotate
 
 CONFIG = NextDiTConfig(
     grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8
@@ -274,7 +274,7 @@ def test_paper_size_has_the_reference_number_of_parameters():
 def test_rope_turns_by_relative_position():
     rope = rope_2d(dataclasses.replace(CONFIG, grid=(3, 4)))
     q, k = torch.randn(2, 8)  # of head_dim
-    turned_q, turned_k = (rotate(v.expand(1, 12, 1, 8), rope)[0, :, 0] for v in (q, k))
+    turned_q, turned_k = (rotate(v.expand(1, 12, 8), rope)[0] for v in (q, k))
     scores = turned_q @ turned_k.T  # (12, 12) over positions (row, column)
     assert torch.allclose(
         scores[0, 5], scores[6, 11], atol=1e-5
@@ -282,19 +282,18 @@ def test_rope_turns_by_relative_position():
     assert not torch.allclose(scores[0, 1], scores[0, 4], atol=1e-3)  # a column is not a row
 
 
-@pytest.mark.parametrize("n_kv_head", [6, 2])
-def test_attention_is_sdpa(n_kv_head):
+def test_attention_is_sdpa():
     """The products that a CPU computes are torch's attention, which other devices get."""
-    q = torch.randn(2, 5, 6, 8, requires_grad=True)
-    k, v = (torch.randn(2, 7, n_kv_head, 8, requires_grad=True) for _ in range(2))
-    args = [z.transpose(1, 2) for z in (q, k, v)]
-    sdpa = torch.nn.functional.scaled_dot_product_attention(*args, enable_gqa=True).transpose(1, 2)
-    plain = attention(q, k, v)
-    assert torch.allclose(plain, sdpa, atol=1e-6)
+    q = torch.randn(2, 5, 6 * 8, requires_grad=True)
+    k, v = (torch.randn(2, 7, 6 * 8, requires_grad=True) for _ in range(2))
+    heads = [x.unflatten(-1, (6, 8)).transpose(1, 2) for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+    plain = attend(q, k, v, head_dim=8)
+    assert plain.shape == (2, 5, 6, 8) and torch.allclose(plain, sdpa, atol=1e-6)
     grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (plain, sdpa)]
     for a, b in zip(*grads):
         assert torch.allclose(a, b, atol=1e-5)
-    assert attention(*(z.to("meta") for z in (q, k, v))).shape == q.shape
+    assert attend(*(x.to("meta") for x in (q, k, v)), head_dim=8).shape == (2, 5, 6, 8)
 
 
 def gaussian_tokens(n=4000, D=5):
@@ -348,7 +347,7 @@ def test_aligned_conditions():
     """A token of the condition belongs to the token at its place; one stands for all; other numbers are refused."""
     model = build(**OURS)
     for block in model.layers:  # without attention and convolution tokens do not see each other
-        torch.nn.init.zeros_(block.out.weight)
+        torch.nn.init.zeros_(block.attn.out.weight)
         torch.nn.init.zeros_(block.conv.weight)
     torch.nn.init.zeros_(model.cond_embed[1].weight)  # and none sees the pooled condition
     x, t, cond = inputs()
@@ -435,7 +434,7 @@ def test_bad_sizes_are_named(changes, words):
 def test_bad_inputs_are_named():
     model = build()
     x, t, cond = inputs()
-    with pytest.raises(ValueError, match="5 tokens of 5 channels; the model is for 2x3 of 5"):
+    with pytest.raises(ValueError, match=r"5 tokens of 5 channels; the model is for a grid of \(2, 3\)"):
         model(x[:, :5], t, cond)
     with pytest.raises(ValueError, match=r"\(3, 6, 6\)"):
         model(x, t, cond[..., :6])
@@ -455,9 +454,9 @@ def test_flops_per_sample(n_kv_head, cond_tokens):
     )
     for block in model.layers:
         by_hand += (
-            6 * T * sum(m.weight.numel() for m in (block.qkvq, block.out, block.w13, block.w2))
+            6 * T * sum(m.weight.numel() for m in (block.attn.qkvq, block.attn.out, block.ffn.w13, block.ffn.w2))
         )
-        by_hand += 6 * block.ada.weight.numel() + 4 * cond_tokens * block.cond_kv.weight.numel()
+        by_hand += 6 * block.ada.weight.numel() + 4 * cond_tokens * block.attn.cond_kv.weight.numel()
         by_hand += 3 * (4 * T * T + 4 * T * cond_tokens) * config.dim
     assert flops_per_sample(config, cond_tokens) == by_hand
     config.gradient_checkpointing = config.conv = True
