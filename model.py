@@ -344,10 +344,7 @@ class NextDiT(nn.Module):
     def embed_condition(self, cond, drop=None):
         """cond (B, S, C) -> its part of adaLN's embedding (B, emb_dim), and what is added to the
         input's tokens: (B, S, dim) if they are aligned, else None."""
-        pooled = cond.mean(1)  # (B, C)
         if drop is not None:
-            pooled = torch.where(drop[:, None], self.null_cond, pooled)
-            # only the aligned tokens: keys and values are replaced in Attention.keys_values
             cond = torch.where(drop[:, None, None], self.null_cond, cond)
         added = None
         if self.cond_in is not None:
@@ -357,7 +354,7 @@ class NextDiT(nn.Module):
                     'train with conditioning="cross"'
                 )
             added = self.cond_in(cond)
-        return self.cond_embed(pooled), added
+        return self.cond_embed(cond.mean(1)), added
 
     def context(self, cond):
         """All that depends on the condition (B, S, C) alone, computed once for a whole trajectory.
