@@ -272,7 +272,7 @@ def test_paper_size_has_the_reference_number_of_parameters():
 
 
 def test_rope_turns_by_relative_position():
-    rope = rope_2d(dataclasses.replace(CONFIG, grid=(3, 4)))
+    rope = rope_2d(dataclasses.replace(CONFIG, grid=(3, 4)), "cpu")
     q, k = torch.randn(2, 8)  # of head_dim
     turned_q, turned_k = (rotate(v.expand(1, 12, 8), rope)[0] for v in (q, k))
     scores = turned_q @ turned_k.T  # (12, 12) over positions (row, column)
