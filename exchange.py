@@ -35,46 +35,46 @@ CONFIG = INTEGERS | dict(
 PLAIN = dict(conditioning="cross", conv=False, prior=False, rope="lumina")
 # Our parameter, the reference's and its shape; where ours has several, they are stacked in it.
 PARAMETERS = """
-x_embed.weight               patch_embedder.proj.weight                            dim D
-x_embed.bias                 patch_embedder.proj.bias                              dim
-t_embed.0.weight             time_caption_embed.timestep_embedder.linear_1.weight  emb_dim 256
-t_embed.0.bias               time_caption_embed.timestep_embedder.linear_1.bias    emb_dim
-t_embed.2.weight             time_caption_embed.timestep_embedder.linear_2.weight  emb_dim emb_dim
-t_embed.2.bias               time_caption_embed.timestep_embedder.linear_2.bias    emb_dim
-cond_embed.0.weight          time_caption_embed.caption_embedder.0.weight          C
-cond_embed.0.bias            time_caption_embed.caption_embedder.0.bias            C
-cond_embed.1.weight          time_caption_embed.caption_embedder.1.weight          emb_dim C
-cond_embed.1.bias            time_caption_embed.caption_embedder.1.bias            emb_dim
-layers.N.ada.weight          layers.N.norm1.linear.weight                          4*dim emb_dim
-layers.N.ada.bias            layers.N.norm1.linear.bias                            4*dim
-layers.N.norm1.weight        layers.N.norm1.norm.weight                            dim
-layers.N.norm2.weight        layers.N.norm2.weight                                 dim
-layers.N.ffn_norm1.weight    layers.N.ffn_norm1.weight                             dim
-layers.N.ffn_norm2.weight    layers.N.ffn_norm2.weight                             dim
-layers.N.qkvq.weight         layers.N.attn1.to_q.weight                            dim dim
-layers.N.qkvq.weight         layers.N.attn1.to_k.weight                            kv_dim dim
-layers.N.qkvq.weight         layers.N.attn1.to_v.weight                            kv_dim dim
-layers.N.qkvq.weight         layers.N.attn2.to_q.weight                            dim dim
-layers.N.q_norm.weight       layers.N.attn1.norm_q.weight                          dim
-layers.N.q_norm.bias         layers.N.attn1.norm_q.bias                            dim
-layers.N.k_norm.weight       layers.N.attn1.norm_k.weight                          kv_dim
-layers.N.k_norm.bias         layers.N.attn1.norm_k.bias                            kv_dim
-layers.N.cond_scale          layers.N.norm1_context.weight                         C
-layers.N.cond_kv.weight      layers.N.attn2.to_k.weight                            kv_dim C
-layers.N.cond_kv.weight      layers.N.attn2.to_v.weight                            kv_dim C
-layers.N.cond_q_norm.weight  layers.N.attn2.norm_q.weight                          dim
-layers.N.cond_q_norm.bias    layers.N.attn2.norm_q.bias                            dim
-layers.N.cond_k_norm.weight  layers.N.attn2.norm_k.weight                          kv_dim
-layers.N.cond_k_norm.bias    layers.N.attn2.norm_k.bias                            kv_dim
-layers.N.gate                layers.N.gate                                         n_head
-layers.N.out.weight          layers.N.attn2.to_out.0.weight                        dim dim
-layers.N.w13.weight          layers.N.feed_forward.linear_1.weight                 ffn_dim dim
-layers.N.w13.weight          layers.N.feed_forward.linear_3.weight                 ffn_dim dim
-layers.N.w2.weight           layers.N.feed_forward.linear_2.weight                 dim ffn_dim
-final_ada.weight             norm_out.linear_1.weight                              dim emb_dim
-final_ada.bias               norm_out.linear_1.bias                                dim
-final.weight                 norm_out.linear_2.weight                              D dim
-final.bias                   norm_out.linear_2.bias                                D
+x_embed.weight                   patch_embedder.proj.weight                           dim D
+x_embed.bias                     patch_embedder.proj.bias                             dim
+t_embed.0.weight                 time_caption_embed.timestep_embedder.linear_1.weight emb 256
+t_embed.0.bias                   time_caption_embed.timestep_embedder.linear_1.bias   emb
+t_embed.2.weight                 time_caption_embed.timestep_embedder.linear_2.weight emb emb
+t_embed.2.bias                   time_caption_embed.timestep_embedder.linear_2.bias   emb
+cond_embed.0.weight              time_caption_embed.caption_embedder.0.weight         C
+cond_embed.0.bias                time_caption_embed.caption_embedder.0.bias           C
+cond_embed.1.weight              time_caption_embed.caption_embedder.1.weight         emb C
+cond_embed.1.bias                time_caption_embed.caption_embedder.1.bias           emb
+layers.N.ada.weight              layers.N.norm1.linear.weight                         4*dim emb
+layers.N.ada.bias                layers.N.norm1.linear.bias                           4*dim
+layers.N.norm1.weight            layers.N.norm1.norm.weight                           dim
+layers.N.norm2.weight            layers.N.norm2.weight                                dim
+layers.N.ffn_norm1.weight        layers.N.ffn_norm1.weight                            dim
+layers.N.ffn_norm2.weight        layers.N.ffn_norm2.weight                            dim
+layers.N.attn.qkvq.weight        layers.N.attn1.to_q.weight                           dim dim
+layers.N.attn.qkvq.weight        layers.N.attn1.to_k.weight                           kv_dim dim
+layers.N.attn.qkvq.weight        layers.N.attn1.to_v.weight                           kv_dim dim
+layers.N.attn.qkvq.weight        layers.N.attn2.to_q.weight                           dim dim
+layers.N.attn.q_norm.weight      layers.N.attn1.norm_q.weight                         dim
+layers.N.attn.q_norm.bias        layers.N.attn1.norm_q.bias                           dim
+layers.N.attn.k_norm.weight      layers.N.attn1.norm_k.weight                         kv_dim
+layers.N.attn.k_norm.bias        layers.N.attn1.norm_k.bias                           kv_dim
+layers.N.attn.cond_norm.weight   layers.N.norm1_context.weight                        C
+layers.N.attn.cond_kv.weight     layers.N.attn2.to_k.weight                           kv_dim C
+layers.N.attn.cond_kv.weight     layers.N.attn2.to_v.weight                           kv_dim C
+layers.N.attn.cond_q_norm.weight layers.N.attn2.norm_q.weight                         dim
+layers.N.attn.cond_q_norm.bias   layers.N.attn2.norm_q.bias                           dim
+layers.N.attn.cond_k_norm.weight layers.N.attn2.norm_k.weight                         kv_dim
+layers.N.attn.cond_k_norm.bias   layers.N.attn2.norm_k.bias                           kv_dim
+layers.N.attn.gate               layers.N.gate                                        n_head
+layers.N.attn.out.weight         layers.N.attn2.to_out.0.weight                       dim dim
+layers.N.ffn.w13.weight          layers.N.feed_forward.linear_1.weight                ffn_dim dim
+layers.N.ffn.w13.weight          layers.N.feed_forward.linear_3.weight                ffn_dim dim
+layers.N.ffn.w2.weight           layers.N.feed_forward.linear_2.weight                dim ffn_dim
+final_ada.weight                 norm_out.linear_1.weight                             dim emb
+final_ada.bias                   norm_out.linear_1.bias                               dim
+final.weight                     norm_out.linear_2.weight                             D dim
+final.bias                       norm_out.linear_2.bias                               D
 """
 UNUSED = "pad_token"  # a parameter that the reference never uses
 
@@ -85,7 +85,7 @@ def reference_parameters(sizes):
     kv_dim = dim // sizes["n_head"] * sizes["n_kv_head"]
     hidden = int((sizes["ffn_dim_multiplier"] or 1) * int(8 * dim / 3))
     widths = {"D": sizes["target_dim"], "C": sizes["cond_dim"], "n_head": sizes["n_head"]}
-    widths |= {"dim": dim, "4*dim": 4 * dim, "kv_dim": kv_dim, "emb_dim": min(dim, 1024)}
+    widths |= {"dim": dim, "4*dim": 4 * dim, "kv_dim": kv_dim, "emb": min(dim, 1024)}
     widths |= {"ffn_dim": multiple_of * math.ceil(hidden / multiple_of), "256": 256}
     stacks = {}
     for line in PARAMETERS.strip().splitlines():

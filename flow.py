@@ -6,8 +6,9 @@ Time runs from noise to data: t = 0 is noise, t = 1 is data.
     x_t = alpha(t) * x_1 + sigma(t) * x_0        x_0 noise, x_1 data
     v   = dx_t/dt = alpha'(t) * x_1 + sigma'(t) * x_0
 
-Training: `loss(model, x_1, cond, cfg)`, the whole objective in one function.
-Sampling: `integrate(velocity, x, steps, method)` with `velocity = guided_velocity(model, cond, cfg)`.
+    losses, out = loss(model, x_1, cond, cfg)           # the whole training objective
+    velocity = guided_velocity(model, cond, cfg)        # what is integrated to sample
+    x_1 = integrate(velocity, cfg.sigma_max * x_0, steps=30)
 
 A model here is any callable model(x_t, t, cond, drop) -> (B, T, D); guided_velocity also needs
 model.context(cond) and model.null_cond, see model.py. Shapes: B batch, T target tokens, D target
@@ -44,13 +45,6 @@ class FlowConfig:
     cond_dropout: float = 0.1  # share of samples that train the null condition, for guidance
     l2_weight: float = 0.0  # weight of mean(output^2) in the loss
 
-    @classmethod
-    def of(cls, settings, tokens, channels):
-        chosen = {name: settings[name] for name in cls.__dataclass_fields__}
-        if chosen["t_shift"] is None:
-            chosen["t_shift"] = max(1.0, math.sqrt(tokens * channels / 4096))
-        return cls(**chosen)
-
     def __post_init__(self):
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -75,7 +69,7 @@ class FlowConfig:
 
 
 def draw_noise(shape, generator=None, device=None):
-    """x_0 of shape (..., T, D): the one place that decides what noise is, in training and sampling."""
+    """x_0 of shape (..., T, D). Training, validation and sampling all draw their noise here."""
     return torch.randn(shape, generator=generator, device=device)
 
 
@@ -173,12 +167,13 @@ def convert(out, x_t, t, cfg):
 
 
 def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0)):
-    """velocity(x, t) for `integrate`, with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
+    """velocity(x, t) for `integrate`, with classifier-free guidance.
 
     v = v_null + guidance * (v_cond - v_null) where interval[0] <= t <= interval[1], v_cond
-    elsewhere (Kynkaanniemi et al. 2024, arXiv 2404.07724). The model runs on the null condition only
-    there, and at guidance 1 never. What depends on the condition alone is computed here, once per
-    trajectory. Raises ValueError if guidance is asked of a model trained without condition dropout.
+    elsewhere (Ho and Salimans 2022, arXiv 2207.12598; Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    The model runs on the null condition only within the interval, and at guidance 1 never. What
+    depends on the condition alone is computed here, once per trajectory. Raises ValueError if
+    guidance is asked of a model trained without condition dropout.
     """
     if len(interval) != 2:
         raise ValueError(
@@ -241,20 +236,18 @@ def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
     times = [shift_time(i / steps, shift) for i in range(steps + 1)]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     states = [x]
+    v_before, h_before = None, None
     for i in range(steps):
         t, h = times[i], times[i + 1] - times[i]
         v = velocity(x, t).to(x.dtype)
+        slope = v  # Euler's, which is also the first of ab2
         if method == "heun":
-            v_end = velocity(x + h * v, t + h).to(x.dtype)
-            x = x + (h / 2 * v + h / 2 * v_end)
-        elif method == "ab2" and i > 0:
-            nodes = (np.array([times[i - 1], t]) - t) / h
-            vander = np.vander(nodes, increasing=True).T
-            a, b = h * np.linalg.solve(vander, 1 / np.arange(1, 3))
-            x = x + (a * v_before + b * v)
-        else:  # Euler's step, which is also the first of ab2
-            x = x + h * v
-        v_before = v
+            v_end = velocity(x + h * v, times[i + 1]).to(x.dtype)
+            slope = (v + v_end) / 2
+        if method == "ab2" and i > 0:
+            slope = v + h / (2 * h_before) * (v - v_before)
+        x = x + h * slope
+        v_before, h_before = v, h
         if trajectory:
             states.append(x)
     return torch.stack(states) if trajectory else x
@@ -267,9 +260,6 @@ def derive_seed(stream, *numbers):
     """One seed from a stream and non-negative integers, such as (seed, iteration, micro-batch)."""
     sequence = np.random.SeedSequence([stream, *numbers])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-mix = derive_seed
 
 
 def sample_noise(indices, shape, seed, draw=0):
@@ -290,7 +280,7 @@ def sample_noise(indices, shape, seed, draw=0):
 
 
 class Normalizer:
-    """Takes embeddings into the space that the flow lives in, and back: (..., channels) to the same.
+    """Takes embeddings (..., channels) into the space that the flow lives in, and back.
 
     mode: 'channel': zero mean and unit variance per channel; 'none': as they are; 'l2': every
         token scaled to norm sqrt(channels). l2 forgets the norms: decode scales tokens such that

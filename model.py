@@ -6,29 +6,28 @@ BLIP3-o (Chen et al. 2025, arXiv 2505.09568) uses it on grids of image-token emb
     model = NextDiT(config)
     out = model(x_t, t, cond)    # (B, T, D), (B,), (B, S, C) -> (B, T, D)
 
-A block has self-attention with 2D RoPE and QK-norm, whose output is summed with that of a gated
-cross-attention to the condition, then a SwiGLU feed-forward. RMSNorm stands before and after each
-of the two (sandwich), and time and pooled condition set a scale and a tanh gate for each (adaLN).
-Structure and initialization are those of diffusers' LuminaNextDiT2DModel, but projections of the
-same input are fused into one matrix. What train.py adds by default (`conditioning="aligned"`,
-`conv`, `rope="grid"`, `prior`) earned its place in RECORDS.md.
+A block is self-attention with 2D RoPE and QK-norm, plus gated cross-attention to the condition,
+then a SwiGLU feed-forward. RMSNorm stands before and after each (sandwich); time and pooled
+condition set a scale and a tanh gate for each (adaLN). Structure and initialization are those of
+diffusers' LuminaNextDiT2DModel. train.py's defaults differ (conditioning="aligned", conv,
+rope="grid", prior): RECORDS.md says why.
 
-Shapes: B batch, T = H * W target tokens, D target channels, S condition tokens, C condition channels.
+Shapes: B batch, T = H * W target tokens, D their channels, S condition tokens, C their channels.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-# highest frequency, in radians per token, and theta
-ROPE = {"lumina": (1.0, 10000.0), "grid": (3.0, 10.0)}
-CHOICES = {"conditioning": ("cross", "aligned"), "rope": tuple(ROPE)}
-SIZES = ("target_dim", "cond_dim", "dim", "n_layer", "n_head", "n_kv_head", "multiple_of")
+ROPE = {  # highest frequency, in radians per token, and theta
+    "lumina": (1.0, 10000.0),  # as in texts
+    "grid": (3.0, 10.0),  # for few rows and columns
+}
 
 
 @dataclass
@@ -47,27 +46,24 @@ class NextDiTConfig:
     # cross: attention to the condition | aligned: condition token i is added to target token i
     conditioning: str = "cross"
     conv: bool = False  # a depthwise 3x3 convolution on the grid, at the start of each block
-    rope: str = "lumina"  # frequencies of RoPE: lumina, as in texts | grid, for few rows and columns
+    rope: str = "lumina"  # frequencies of RoPE, see ROPE: lumina | grid
     prior: bool = False  # see Prior; the output is then the velocity on the linear path
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
-        self.grid = tuple(self.grid)
-        sizes = [(name, getattr(self, name)) for name in SIZES]
-        sizes += [("grid", size) for size in self.grid]
-        for name, size in sizes:
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(choices)}")
-        if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps={self.norm_eps} must be between 0 and 1")
-        if self.ffn_dim_multiplier is not None and not 0 < self.ffn_dim_multiplier < math.inf:
-            raise ValueError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} must be positive")
+        if min(self.dim, self.n_layer, self.n_head, self.n_kv_head, self.multiple_of) < 1:
+            raise ValueError(
+                f"dim={self.dim}, n_layer={self.n_layer}, n_head={self.n_head}, "
+                f"n_kv_head={self.n_kv_head} and multiple_of={self.multiple_of} must be at least 1"
+            )
+        if self.conditioning not in ("cross", "aligned"):
+            raise ValueError(
+                f"conditioning={self.conditioning!r} is unknown; it is one of cross, aligned"
+            )
+        if self.rope not in ROPE:
+            raise ValueError(f"rope={self.rope!r} is unknown; it is one of {', '.join(ROPE)}")
         if self.dim % (4 * self.n_head):
             raise ValueError(
                 f"dim={self.dim} / n_head={self.n_head} must be a multiple of 4: "
@@ -77,210 +73,169 @@ class NextDiTConfig:
             raise ValueError(
                 f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
             )
-
-    @classmethod
-    def of(cls, settings, data):
-        S, T = (data[f"train_{name}"].shape[1] for name in ("cond", "target"))
-        chosen = {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
-        chosen |= {f"{name}_dim": data[f"train_{name}"].shape[2] for name in ("cond", "target")}
-        if chosen["conditioning"] == "auto":
-            chosen["conditioning"] = "aligned" if S == T else "cross"
-        if chosen["conditioning"] == "aligned" and S not in (1, T):
-            raise ValueError(
-                f"--conditioning=aligned: {S} condition tokens are not on the grid of {T} target tokens"
-            )
-        linear = [settings[name] for name in ("path", "prediction", "sigma_min", "sigma_max")] == [
-            "linear",
-            "v",
-            0,
-            1,
-        ]
-        if chosen["prior"] is None:  # narrower models cannot pass on the noise that v and x_t hold
-            chosen["prior"] = linear and chosen["target_dim"] > chosen["dim"]
-        elif chosen["prior"] and not linear:
-            raise ValueError(
-                "prior=True needs path=linear, prediction=v, sigma_min=0 and sigma_max=1"
-            )
-        return cls(**chosen, grid=tuple(data["meta"]["grid"]))
-
-    @property
-    def n_tokens(self):
-        return math.prod(self.grid)  # T
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_head
-
-    @property
-    def kv_dim(self):
-        return self.n_kv_head * self.head_dim
-
-    @property
-    def emb_dim(self):
-        return min(self.dim, 1024)  # of the embedding of time and pooled condition
-
-    @property
-    def ffn_dim(self):
-        hidden = int(8 * self.dim / 3)  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
+        self.grid = tuple(self.grid)
+        self.n_tokens = math.prod(self.grid)  # T
+        self.head_dim = self.dim // self.n_head
+        self.kv_dim = self.n_kv_head * self.head_dim
+        self.emb_dim = min(self.dim, 1024)  # of the embedding of time and pooled condition
+        hidden = 8 * self.dim // 3  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+        self.ffn_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
-def rope_2d(config, device=None):
-    """2D rotary embedding (Su et al. 2021, arXiv 2104.09864; per axis as in Lumina-Next).
+def rope_2d(config, device):
+    """Cosines and sines of a 2D rotary embedding, each (T, 1, head_dim / 2).
 
-    The pair of channels (2j, 2j + 1) turns with the row for even j and with the column for odd j,
-    both at frequency highest * theta^(-4k / head_dim), k = j // 2.
-    Returns cosines and sines, (T, head_dim / 2, 2).
-    """
+    Channels (2j, 2j + 1) turn with the row for even j, with the column for odd j, at frequency
+    highest * theta^(-4k / head_dim), k = j // 2: Su et al. 2021 (arXiv 2104.09864), per axis."""
     H, W = config.grid
     highest, theta = ROPE[config.rope]
     half = config.head_dim // 2
-    exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
-    freqs = highest / theta**exponents  # (head_dim / 4,)
-    rows = torch.arange(H, device=device).repeat_interleave(W)  # (T,)
-    cols = torch.arange(W, device=device).repeat(H)  # (T,)
-    angles = torch.stack([rows[:, None] * freqs, cols[:, None] * freqs], dim=-1)
-    angles = angles.flatten(1)  # (T, head_dim / 2)
-    if torch.compiler.is_compiling():  # inductor has no complex numbers
-        return torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
+    exponents = torch.arange(0, half, 2, device=device) / half  # (head_dim / 4,)
+    freqs = highest / theta**exponents
+    rows = torch.arange(H, device=device)
+    cols = torch.arange(W, device=device)
+    positions = torch.cartesian_prod(rows, cols)  # (T, 2)
+    angles = positions[:, None] * freqs[:, None]  # (T, head_dim / 4, 2)
+    angles = angles.flatten(1)[:, None]  # (T, 1, head_dim / 2)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, rope):
-    """Turn the channel pairs of x (B, T, n, head_dim) by the angles of `rope`, in float32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = pairs.unbind(-1), rope[:, None].unbind(-1)
-        y = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    """Turn the channel pairs of each head of x (B, T, n * head_dim) by the angles of `rope`."""
+    cos, sin = rope  # each (T, 1, head_dim / 2)
+    pairs = x.float().unflatten(-1, (-1, cos.shape[-1], 2))  # (B, T, n, head_dim / 2, 2)
+    a, b = pairs.unbind(-1)
+    y = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+    return y.flatten(2).type_as(x)  # (B, T, n * head_dim)
+
+
+def timestep_embedding(t):
+    """(B,) -> (B, 256): sinusoids of the reference's time, which is 1000 * (1 - t)."""
+    exponents = torch.arange(128, device=t.device) / 128
+    freqs = torch.exp(-math.log(10000) * exponents)  # (128,)
+    angles = (1000 * (1 - t)).float()[:, None] * freqs  # (B, 128)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def attend(q, k, v, head_dim):
+    """(B, T, n_head * head_dim), (B, S, n_kv_head * head_dim) twice -> (B, T, n_head, head_dim)."""
+    q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, n, ., h)
+    grouped = q.shape[1] > k.shape[1]  # several heads share keys and values
+    if q.device.type == "cpu" and not grouped:  # where SDPA is up to ten times slower
+        scores = (q * head_dim**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, S)
+        y = scores.softmax(dim=-1) @ v  # (B, n_head, T, head_dim)
     else:
-        y = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None])
-    return y.flatten(-2).type_as(x)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
-def timestep_embedding(t, dim=256, max_period=10000):
-    """(B,) -> (B, dim) sinusoids of the noise level 1000 * (1 - t).
+class Attention(nn.Module):
+    # self-attention, plus gated cross-attention to the condition if conditioning is "cross"
+    def __init__(self, config):
+        super().__init__()
+        dim = config.dim
+        kv_dim = config.kv_dim
+        norm = nn.LayerNorm if config.qk_norm else nn.Identity  # spans all heads, as in Lumina-Next
+        self.head_dim = config.head_dim
+        self.cross = config.conditioning == "cross"
+        self.sizes = [dim, kv_dim, kv_dim, dim if self.cross else 0]
+        self.qkvq = nn.Linear(dim, sum(self.sizes), bias=False)
+        if self.cross:
+            self.gate = nn.Parameter(torch.empty(config.n_head))
+            self.cond_norm = nn.RMSNorm(config.cond_dim, config.norm_eps)
+            self.cond_kv = nn.Linear(config.cond_dim, 2 * kv_dim, bias=False)
+            self.cond_q_norm = norm(dim)
+            self.cond_k_norm = norm(kv_dim)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.q_norm = norm(dim)
+        self.k_norm = norm(kv_dim)
 
-    That is the reference's timestep, which runs from data (0) to noise (1000): so its weights
-    work unchanged with our time, which runs from noise to data.
-    """
-    half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device)
-    freqs = torch.exp(-math.log(max_period) * exponents / half)  # (dim / 2,)
-    angles = (1000 * (1 - t)).float()[:, None] * freqs  # (B, dim / 2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
+    def keys_values(self, cond, drop=None, null=None):
+        """Of the condition (B, S, C), or of null (C,) where drop (B,) is True. The norm's weight
+        goes into the matrix: backward, where cond needs no gradient, nothing has cond's size."""
+        eps = self.cond_norm.eps
+        weight = self.cond_kv.weight * self.cond_norm.weight  # (2 * kv_dim, C)
+        cond = F.rms_norm(cond, cond.shape[-1:], eps=eps)
+        kv = F.linear(cond, weight)  # (B, S, 2 * kv_dim)
+        if drop is not None:
+            null = F.rms_norm(null, null.shape, eps=eps)
+            null_kv = F.linear(null, weight)  # (2 * kv_dim,)
+            kv = torch.where(drop[:, None, None], null_kv, kv)
+        k, v = kv.chunk(2, -1)  # each (B, S, kv_dim)
+        return self.cond_k_norm(k), v
+
+    def forward(self, x, rope, condition, keys_values):
+        q, k, v, cond_q = self.qkvq(x).split(self.sizes, -1)  # (B, T, dim or kv_dim)
+        q = rotate(self.q_norm(q), rope)
+        k = rotate(self.k_norm(k), rope)
+        y = attend(q, k, v, self.head_dim)  # (B, T, n_head, head_dim)
+        if self.cross:
+            k, v = keys_values or self.keys_values(*condition)
+            q = rotate(self.cond_q_norm(cond_q), rope)  # the reference turns it here too
+            gate = self.gate.tanh()[:, None]  # (n_head, 1)
+            y = y + gate * attend(q, k, v, self.head_dim)
+        return self.out(y.flatten(2))  # (B, T, dim)
 
 
-def split_heads(x, head_dim):
-    return x.unflatten(-1, (-1, head_dim))  # (B, T, n * head_dim) -> (B, T, n, head_dim)
-
-
-def attention(q, k, v):
-    """q: (B, T, n_head, head_dim), k and v: (B, S, n_kv_head, head_dim) -> q's shape."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n, T or S, head_dim)
-    n_rep = q.shape[1] // k.shape[1]
-    if n_rep > 1:
-        k = k.repeat_interleave(n_rep, dim=1)  # (B, n_head, S, head_dim)
-        v = v.repeat_interleave(n_rep, dim=1)
-    if q.device.type == "cpu":  # SDPA's kernel for it is up to ten times slower at few tokens
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, n_head, T, S)
-        y = scores.softmax(dim=-1) @ v
-    else:
-        y = F.scaled_dot_product_attention(q, k, v)
-    return y.transpose(1, 2)  # (B, T, n_head, head_dim)
-
-
-class RMSNorm(nn.RMSNorm):
-    """x over the root of its channels' mean square (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+class FeedForward(nn.Module):
+    # SwiGLU (Shazeer 2020, arXiv 2002.05202)
+    def __init__(self, config):
+        super().__init__()
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-
-
-def qk_norm(width, config):
-    """It spans all heads, as in Lumina-Next."""
-    return nn.LayerNorm(width, eps=1e-5) if config.qk_norm else nn.Identity()
+        a, b = self.w13(x).chunk(2, -1)  # each (B, T, ffn_dim)
+        h = F.silu(a) * b
+        return self.w2(h)  # (B, T, dim)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        dim, kv_dim, C, self.eps = config.dim, config.kv_dim, config.cond_dim, config.norm_eps
-        self.head_dim, self.grid = config.head_dim, config.grid
-        self.cross = config.conditioning == "cross"
-        self.split = (dim, kv_dim, kv_dim, dim)[: 4 if self.cross else 3]
+        dim = config.dim
+        eps = config.norm_eps
+        self.grid = config.grid
         self.ada = nn.Linear(config.emb_dim, 4 * dim)
-        self.norm1 = RMSNorm(dim, self.eps)
-        self.norm2 = RMSNorm(dim, self.eps)
-        self.ffn_norm1 = RMSNorm(dim, self.eps)
-        self.ffn_norm2 = RMSNorm(dim, self.eps)
-        # queries, keys and values of self-attention and, if there is any, queries of cross-attention
-        self.qkvq = nn.Linear(dim, sum(self.split), bias=False)
-        if self.cross:
-            self.cond_scale = nn.Parameter(torch.empty(C))  # of the condition's RMSNorm
-            self.cond_kv = nn.Linear(C, 2 * kv_dim, bias=False)
-            self.gate = nn.Parameter(torch.empty(config.n_head))
-            self.cond_q_norm = qk_norm(dim, config)
-            self.cond_k_norm = qk_norm(kv_dim, config)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.q_norm = qk_norm(dim, config)
-        self.k_norm = qk_norm(kv_dim, config)
+        self.norm1 = nn.RMSNorm(dim, eps)
+        self.norm2 = nn.RMSNorm(dim, eps)
+        self.ffn_norm1 = nn.RMSNorm(dim, eps)
+        self.ffn_norm2 = nn.RMSNorm(dim, eps)
+        self.attn = Attention(config)
         self.conv = None
         if config.conv:
             self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.w13 = nn.Linear(dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, dim, bias=False)
+        self.ffn = FeedForward(config)
 
-    def context(self, cond, drop=None, null=None):
-        """Keys and values of the condition: they do not depend on x_t or t.
-
-        The scale of the condition's RMSNorm goes into the matrix, so that in training, where the
-        condition needs no gradient, nothing of its size is computed in the backward pass.
-        """
-        weight = self.cond_kv.weight * self.cond_scale  # (2 * kv_dim, C)
-        kv = F.linear(F.rms_norm(cond, cond.shape[-1:], eps=self.eps), weight)  # (B, S, 2 * kv_dim)
-        if drop is not None:
-            null_kv = F.linear(F.rms_norm(null, null.shape, eps=self.eps), weight)  # (2 * kv_dim,)
-            kv = torch.where(drop[:, None, None], null_kv, kv)
-        k, v = kv.chunk(2, dim=-1)  # each (B, S, kv_dim)
-        return split_heads(self.cond_k_norm(k), self.head_dim), split_heads(v, self.head_dim)
+    def context(self, cond):
+        return self.attn.keys_values(cond)
 
     def forward(self, x, emb, rope, condition, keys_values):
-        scale1, gate1, scale2, gate2 = self.ada(emb)[:, None].chunk(4, dim=-1)  # each (B, 1, dim)
-
+        """x: (B, T, dim); emb: (B, emb_dim); condition: what Attention.keys_values takes;
+        keys_values: what it returned, if it has been called before"""
+        modulation = self.ada(emb)[:, None]  # (B, 1, 4 * dim)
+        scale1, gate1, scale2, gate2 = modulation.chunk(4, -1)
         if self.conv is not None:
-            image = self.norm1(x).transpose(1, 2).unflatten(2, self.grid)  # (B, dim, H, W)
-            x = x + self.conv(image).flatten(2).transpose(1, 2)  # (B, T, dim)
+            image = self.norm1(x).transpose(1, 2)  # (B, dim, T)
+            image = self.conv(image.unflatten(2, self.grid))  # (B, dim, H, W)
+            x = x + image.flatten(2).transpose(1, 2)  # (B, T, dim)
         h = self.norm1(x) * (1 + scale1)
-        q, k, v, *cond_q = self.qkvq(h).split(self.split, dim=-1)
-        q = rotate(split_heads(self.q_norm(q), self.head_dim), rope)
-        k = rotate(split_heads(self.k_norm(k), self.head_dim), rope)
-        y = attention(q, k, split_heads(v, self.head_dim))  # (B, T, n_head, head_dim)
-        if self.cross:
-            if keys_values is None:
-                # not the method of this name that fully_shard wraps
-                keys_values = Block.context(self, *condition)
-            cond_k, cond_v = keys_values
-            cond_q = split_heads(self.cond_q_norm(*cond_q), self.head_dim)
-            cond_q = rotate(cond_q, rope)  # the reference turns the query here too
-            y = y + self.gate.tanh()[:, None] * attention(cond_q, cond_k, cond_v)
-        x = x + gate1.tanh() * self.norm2(self.out(y.flatten(2)))
-
-        a, b = self.w13(self.ffn_norm1(x) * (1 + scale2)).chunk(2, dim=-1)
-        h = F.silu(a.float()).to(a.dtype) * b
-        return x + gate2.tanh() * self.ffn_norm2(self.w2(h))
+        h = self.attn(h, rope, condition, keys_values)
+        x = x + gate1.tanh() * self.norm2(h.type_as(x))
+        h = self.ffn_norm1(x) * (1 + scale2)
+        h = self.ffn(h)
+        return x + gate2.tanh() * self.ffn_norm2(h.type_as(x))
 
 
 class Prior(nn.Module):
     """The exact velocity for Gaussian tokens of covariance basis @ diag(variance) @ basis.T.
 
-    The model adds what more there is, in units of that Gaussian's standard deviation. On the linear
-    path, forward() without it is the best linear estimate of the velocity (Bishop 2006, equation
-    2.116; with unit variance the preconditioning of Karras et al. 2022, arXiv 2206.00364, table 1).
-    Most of what a denoiser learns is this linear part (Wang and Vastola 2024, arXiv 2412.09726), and
-    tokens with more channels than the model is wide pass through it whole. Until fit() it stands for
-    channels of zero mean and unit variance.
+    The model adds the rest, in units of that Gaussian's standard deviation. On the linear path this
+    is the best linear estimate of the velocity (Bishop 2006, equation 2.116; Karras et al. 2022,
+    arXiv 2206.00364, table 1, for unit variance), most of what a denoiser learns (Wang and Vastola
+    2024, arXiv 2412.09726). Tokens wider than the model pass through it whole.
     """
 
     def __init__(self, channels):
@@ -289,24 +244,29 @@ class Prior(nn.Module):
         self.register_buffer("basis", torch.eye(channels))
         self.register_buffer("variance", torch.ones(channels))
 
-    @torch.no_grad()
     def fit(self, tokens):
         """To tokens (n, D) as the model will be given them."""
         mean = tokens.mean(0)  # (D,)
-        covariance = (tokens - mean).T @ (tokens - mean) / len(tokens)  # (D, D)
+        centered = tokens - mean
+        covariance = centered.T @ centered / len(tokens)  # (D, D)
         variance, basis = torch.linalg.eigh(covariance.double())  # (D,), (D, D)
         variance = variance.clamp(min=1e-4 * variance.mean())
-        self.load_state_dict({"mean": mean, "basis": basis, "variance": variance})
+        self.load_state_dict(
+            {
+                "mean": mean,
+                "basis": basis,
+                "variance": variance,
+            }
+        )
 
     def project(self, x_t, t):
-        """The state (B, T, D) at t (B,), less its mean, in the coordinates of the basis."""
-        return (x_t - t.view(-1, 1, 1) * self.mean) @ self.basis
+        """The state (B, T, D) at t (B, 1, 1), less its mean, in the coordinates of the basis."""
+        return (x_t - t * self.mean) @ self.basis
 
     def forward(self, z, t, out):
         """z: from project(); out: what the model adds, (B, T, D) like z -> velocity (B, T, D)."""
-        t = t.view(-1, 1, 1)
         power = self.variance * t**2 + (1 - t) ** 2  # the mean square of z, (B, 1, D)
-        linear = (self.variance * t - (1 - t)) / power * z
+        linear = (self.variance * t - (1 - t)) / power * z  # (B, T, D)
         v = linear + (self.variance / power).sqrt() * out
         return self.mean + v @ self.basis.T
 
@@ -315,12 +275,19 @@ class NextDiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        dim, emb_dim, C = config.dim, config.emb_dim, config.cond_dim
+        dim = config.dim
+        emb_dim = config.emb_dim
+        C = config.cond_dim
         self.x_embed = nn.Linear(config.target_dim, dim)
         self.t_embed = nn.Sequential(
-            nn.Linear(256, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+            nn.Linear(256, emb_dim),
+            nn.SiLU(),
+            nn.Linear(emb_dim, emb_dim),
         )
-        self.cond_embed = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, emb_dim))
+        self.cond_embed = nn.Sequential(
+            nn.LayerNorm(C),
+            nn.Linear(C, emb_dim),
+        )
         self.cond_in = nn.Linear(C, dim) if config.conditioning == "aligned" else None
         self.null_cond = nn.Parameter(torch.empty(C))  # stands for "no condition"
         self.prior = Prior(config.target_dim) if config.prior else None
@@ -334,7 +301,7 @@ class NextDiT(nn.Module):
         """The reference's initialization, and zero for what must start silent.
 
         Linear                weights and biases uniform in +-1 / sqrt(fan_in)
-        RMSNorm, LayerNorm    weights 1, biases 0; the condition's RMSNorm (cond_scale) 1
+        RMSNorm, LayerNorm    weights 1, biases 0
         gate                  0: cross-attention starts closed
         conv                  0: each block starts without it
         null_cond             0, as BLIP3-o's; training moves ours
@@ -343,48 +310,40 @@ class NextDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
-                nn.init.uniform_(module.weight, -bound, bound)
-                if module.bias is not None:
-                    nn.init.uniform_(module.bias, -bound, bound)
-            if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+                for p in module.parameters():
+                    nn.init.uniform_(p, -bound, bound)
+            elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
-            if isinstance(module, nn.Conv2d):
+            elif isinstance(module, Attention) and module.cross:
+                nn.init.zeros_(module.gate)
+            elif isinstance(module, nn.Conv2d):
                 nn.init.zeros_(module.weight)
-        for block in self.layers:
-            if block.cross:
-                nn.init.ones_(block.cond_scale)
-                nn.init.zeros_(block.gate)
         nn.init.zeros_(self.null_cond)
         if self.prior is not None:
-            nn.init.zeros_(self.final.weight)
-            nn.init.zeros_(self.final.bias)
+            for p in self.final.parameters():
+                nn.init.zeros_(p)
 
     def embed_condition(self, cond, drop=None):
-        """cond (B, S, C) -> its part of adaLN's embedding (B, emb_dim), and what is added to the
-        input's tokens: (B, S, dim) if they are aligned, else None."""
-        pooled = cond.mean(1)  # (B, C)
-        if drop is not None:
-            pooled = torch.where(drop[:, None], self.null_cond, pooled)
-        cond_emb = self.cond_embed(pooled)  # (B, emb_dim)
-        if self.cond_in is None:
-            return cond_emb, None
-        if cond.shape[1] not in (1, self.config.n_tokens):
-            raise ValueError(
-                f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
-                'train with conditioning="cross"'
-            )
+        """cond (B, S, C) -> its part of adaLN's input (B, emb_dim) and, if aligned, what is added
+        to the target's tokens (B, S, dim), else None."""
         if drop is not None:
             cond = torch.where(drop[:, None, None], self.null_cond, cond)
-        return cond_emb, self.cond_in(cond)
+        added = None
+        if self.cond_in is not None:
+            if cond.shape[1] not in (1, self.config.n_tokens):
+                raise ValueError(
+                    f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
+                    'train with conditioning="cross"'
+                )
+            added = self.cond_in(cond)
+        pooled = cond.mean(1)  # (B, C)
+        return self.cond_embed(pooled), added
 
     def context(self, cond):
-        """All that depends on the condition (B, S, C) alone, computed once for a whole trajectory.
-
-        One token stands for the learned null condition: `null_cond.expand(B, 1, -1)`.
-        Returns what forward() takes as `context`.
-        """
-        keys_values = [None] * len(self.layers)
-        if self.config.conditioning == "cross":
+        """What depends on cond (B, S, C) alone, for forward(): computed once per trajectory.
+        The null condition is one token, `null_cond.expand(B, 1, -1)`."""
+        keys_values = None
+        if self.cond_in is None:
             keys_values = [block.context(cond) for block in self.layers]
         return *self.embed_condition(cond), keys_values
 
@@ -394,56 +353,48 @@ class NextDiT(nn.Module):
         drop: (B,), True where the learned null condition replaces cond; None: nowhere
         context: from self.context(cond), instead of cond and drop
         Returns (B, T, D): the prediction (velocity, noise or data: flow.py decides).
-        Raises ValueError where the shapes do not fit the config.
         """
         B, T, D = x_t.shape
         config = self.config
         if (T, D) != (config.n_tokens, config.target_dim):
-            H, W = config.grid
             raise ValueError(
                 f"x_t has {T} tokens of {D} channels; "
-                f"the model is for {H}x{W} of {config.target_dim}"
+                f"the model is for a grid of {config.grid} tokens of {config.target_dim} channels"
             )
         if context is None:
-            if cond.shape[0] != B or cond.shape[-1] != config.cond_dim:
+            if (cond.shape[0], cond.shape[-1]) != (B, config.cond_dim):
                 raise ValueError(
                     f"cond has shape {tuple(cond.shape)}; expected ({B}, S, {config.cond_dim})"
                 )
-            cond_emb, added = self.embed_condition(cond, drop)
-            keys_values = [None] * len(self.layers)
-        else:
-            cond_emb, added, keys_values = context
-
-        z = x_t if self.prior is None else self.prior.project(x_t, t)
+            context = *self.embed_condition(cond, drop), None
+        cond_emb, added, keys_values = context
+        t_emb = timestep_embedding(t).to(x_t.dtype)  # (B, 256)
+        emb = F.silu(self.t_embed(t_emb) + cond_emb)  # (B, emb_dim)
+        t = t[:, None, None]  # (B, 1, 1)
+        z = x_t if self.prior is None else self.prior.project(x_t, t)  # (B, T, D)
         x = self.x_embed(z)  # (B, T, dim)
-        x = x.to(self.null_cond.dtype)  # under autocast the residual stream stays in float32
+        x = x.to(x_t.dtype)  # under autocast the residual stream stays in float32
         if added is not None:
             x = x + added
-        t_emb = self.t_embed(timestep_embedding(t).to(x.dtype))  # (B, emb_dim)
-        emb = F.silu(t_emb + cond_emb)
         rope = rope_2d(config, x.device)
-        recompute = config.gradient_checkpointing and torch.is_grad_enabled()
-        for block, block_keys_values in zip(self.layers, keys_values):
-            args = (x, emb, rope, (cond, drop, self.null_cond), block_keys_values)
-            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
-        x = self.final_norm(x) * (1 + self.final_ada(emb))[:, None]
+        condition = (cond, drop, self.null_cond)
+        for block, known in zip(self.layers, keys_values or [None] * len(self.layers)):
+            args = (x, emb, rope, condition, known)
+            if config.gradient_checkpointing:
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
+        x = self.final_norm(x) * (1 + self.final_ada(emb)[:, None])
         out = self.final(x)  # (B, T, D)
         return out if self.prior is None else self.prior(z, t, out)
 
 
 def flops_per_sample(config, cond_tokens):
-    """Floating point operations of the matrix products of a training step for one sample.
-
-    Those of forward and backward pass that the model needs: what gradient_checkpointing computes
-    again does not count. Nor does the depthwise convolution, 9 / dim of a projection, whose backward
-    pass torch would count as a dense one's.
-    """
+    """Floating point operations of a training step's matrix products, forward and backward; not
+    those that gradient_checkpointing repeats, nor the depthwise convolution's, which are few."""
     config = replace(config, gradient_checkpointing=False, conv=False)
-    with torch.device("meta"):  # shapes alone: nothing is computed
-        model = NextDiT(config)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # computes nothing
         x_t = torch.empty(1, config.n_tokens, config.target_dim)
-        t = torch.empty(1)
         cond = torch.empty(1, cond_tokens, config.cond_dim)
-    with FlopCounterMode(display=False) as counter:
-        model(x_t, t, cond).sum().backward()
+        NextDiT(config)(x_t, torch.empty(1), cond).sum().backward()
     return counter.get_total_flops()

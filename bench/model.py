@@ -1,18 +1,20 @@
 """
-model.py beside diffusers' LuminaNextDiT2DModel: training steps and velocity evaluations, and the share of the
-machine's arithmetic that they use.
+model.py beside diffusers' LuminaNextDiT2DModel: training steps and velocity evaluations, and the
+share of the machine's arithmetic that they use.
 
-    python bench/model.py                      # both sizes and both precisions, some ten minutes on two cores
+    python bench/model.py                      # both sizes and precisions, ten minutes on two cores
     python bench/model.py --sizes=256 --rounds=15
 
-Both models hold the same weights and get the same inputs, (B, 64, 768) and conditions (B, 64, 1280), in one
-process and in turn; ratios are medians over the rounds of (reference / ours), with the lowest and highest behind
-them. A training step is forward, backward and fused AdamW. A velocity evaluation is one call of what the solver
-calls; ours has computed the condition's part before (its time, once a trajectory, is printed). "of the product" is
-the step's floating-point operations a second over those of one 4096 x 4096 x 4096 product in the same round. Only
-matrix products are counted: those that the model's forward and backward need, attention included, with no
-recomputation. precision: torch's float32_matmul_precision, for both models and the product; train.py uses medium
-on a CPU. glibc is told to keep freed memory, for all: else the kernel hands out fresh pages in every step.
+Both models hold the same weights and get the same inputs, (B, 64, 768) and conditions
+(B, 64, 1280), in one process and in turn. Ratios are medians over the rounds of (reference / ours),
+with the lowest and highest behind them. A training step is forward, backward and fused AdamW. A
+velocity evaluation is one call of what the solver calls; ours has computed the condition's part
+before (its time, once per trajectory, is printed). "of the product" is the step's floating-point
+operations per second over those of one 4096 x 4096 x 4096 product in the same round. Only matrix
+products are counted: those that forward and backward pass need, attention included, without
+recomputation. precision: torch's float32_matmul_precision, for both models and the product;
+train.py uses medium on a CPU. glibc is told to keep freed memory, for all: else the kernel hands
+out fresh pages in every step.
 """
 
 import argparse
@@ -34,8 +36,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import exchange
 import flow
-from model import NextDiT
+from model import NextDiT, NextDiTConfig
 
 T, D, C = 64, 768, 1280
 SIZES = {
@@ -48,18 +51,18 @@ def build(dim, n_layer, n_head):
     """The reference with weights of some training, gates open, and ours with the same."""
     torch.manual_seed(0)
     reference = LuminaNextDiT2DModel(
-        sample_size=8, patch_size=1, in_channels=D, hidden_size=dim, num_layers=n_layer, num_attention_heads=n_head,
-        num_kv_heads=n_head, multiple_of=256, norm_eps=1e-5, learn_sigma=False, qk_norm=True, cross_attention_dim=C,
+        sample_size=8, patch_size=1, in_channels=D, hidden_size=dim, num_layers=n_layer,
+        num_attention_heads=n_head, num_kv_heads=n_head, multiple_of=256, norm_eps=1e-5,
+        learn_sigma=False, qk_norm=True, cross_attention_dim=C,
     )  # fmt: skip
     torch.nn.init.zeros_(reference.pad_token)
     for block in reference.layers:
         torch.nn.init.normal_(block.gate, std=0.5)
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
-        ours = NextDiT.from_diffusers(folder)
-        ours.load_state_dict(
-            {k: v.clone() for k, v in ours.state_dict().items()}, assign=True
-        )  # not the file's
+        sizes, state = exchange.from_diffusers(folder)
+        ours = NextDiT(NextDiTConfig(**sizes))
+        ours.load_state_dict(state)
     rope = get_2d_rotary_pos_embed_lumina(dim // n_head, 8, 8)
     mask = torch.ones(1, T)
 
@@ -143,9 +146,13 @@ def bench_size(size, precision, rounds, product):
         error = ((ours(x, t, cond) - expected).norm() / expected.norm()).item()
     assert error < 1e-5, f"the models differ by {error}"
     flops = {"reference": tera(reference, batch), "ours": tera(ours, batch)}
-    print(f"\ndim {sizes['dim']}, {sizes['n_layer']} layers, batch {B}, float32, precision {precision}: "
-          f"{sum(p.numel() for p in reference.parameters()) / 1e6:.1f} M parameters, {1000 * flops['reference']:.1f} "
-          f"GFLOP a step for the reference, {1000 * flops['ours']:.1f} for ours")  # fmt: skip
+    millions = sum(p.numel() for p in reference.parameters()) / 1e6
+    giga = {name: f"{1000 * value:.1f}" for name, value in flops.items()}
+    print(
+        f"\ndim {sizes['dim']}, {sizes['n_layer']} layers, batch {B}, float32, "
+        f"precision {precision}: {millions:.1f} M parameters, {giga['reference']} GFLOP per step "
+        f"for the reference, {giga['ours']} for ours"
+    )
     steps = {
         "reference": step(reference, reference.parameters(), batch),
         "ours": step(ours, list(ours.parameters()), batch),
@@ -164,11 +171,10 @@ def bench_size(size, precision, rounds, product):
             def theirs(x, t):  # the null condition of BLIP3-o is zero
                 times = torch.full((len(x),), t)
                 v = reference(x, times, cond)
-                return (
-                    v
-                    if guidance == 1
-                    else (null := reference(x, times, 0 * cond)) + guidance * (v - null)
-                )
+                if guidance == 1:
+                    return v
+                null = reference(x, times, 0 * cond)
+                return null + guidance * (v - null)
 
             assert torch.allclose(mine(x, 0.4), theirs(x, 0.4), atol=1e-3)
             runs = {"reference": theirs, "ours": mine, "ours, compiled": fast}

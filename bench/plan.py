@@ -1,14 +1,15 @@
 """
 What training costs beyond this machine, computed from the model's own numbers.
 
-    python bench/plan.py                                       # the paper's size, 60 million pairs, 8, 64, 512 GPUs
+    python bench/plan.py                # the paper's size, 60 million pairs, 8, 64, 512 GPUs
     python bench/plan.py --config config/train_real.py --pairs 1e6 --gpus 1 8
 
-The defaults of train.py and config/train_blip3o.py, (64, 1280) -> (64, 768). Taken from the model: parameters,
-operations of a sample's forward and backward pass (matrix products, counted by torch), and what autograd keeps of a
-sample in between. Assumed, and printed above the table: the share of a GPU's peak that is reached, bandwidths; that
-reading is hidden behind arithmetic, and all-reduce behind the backward pass of a step's last batch, two thirds of its
-arithmetic. "of a step": what all-reduce takes, over a step's arithmetic. Pace and hours are DDP's.
+The defaults of train.py and config/train_blip3o.py, (64, 1280) -> (64, 768). Taken from the model:
+parameters, operations of a sample's forward and backward pass (matrix products, counted by torch),
+and what autograd keeps of a sample in between. Assumed, and printed above the table: the share of a
+GPU's peak that is reached, bandwidths; that reading is hidden behind arithmetic, and all-reduce
+behind the backward pass of a step's last batch, two thirds of its arithmetic. "of a step": the time
+of all-reduce over that of a step's arithmetic. Pace and hours are DDP's.
 """
 
 import argparse
@@ -17,19 +18,28 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import read_defaults, read_file
-from measure import flops_per_sample
-from model import NextDiT, NextDiTConfig
+from model import NextDiT, NextDiTConfig, flops_per_sample
 
 ROOT, BLIP3O = Path(__file__).parents[1], "config/train_blip3o.py"
 
 
+def model_config(settings, grid, cond_dim, target_dim):
+    """What train.py makes of its settings for as many condition tokens as target tokens."""
+    names = NextDiTConfig.__dataclass_fields__
+    chosen = {name: settings[name] for name in names if name in settings}
+    if chosen["conditioning"] == "auto":
+        chosen["conditioning"] = "aligned"
+    if chosen["prior"] is None:
+        chosen["prior"] = target_dim > chosen["dim"]
+    return NextDiTConfig(**chosen, grid=grid, cond_dim=cond_dim, target_dim=target_dim)
+
+
 def kept(config, n_layer, B, S):
-    """Bytes that autograd keeps for the backward pass of a batch, in bfloat16 arithmetic, less the weights."""
+    """Bytes that autograd keeps for a batch's backward pass in bfloat16, less the weights."""
     model = NextDiT(replace(config, n_layer=n_layer))
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     storages = {}
@@ -95,24 +105,26 @@ def main():
     }
     sizes = read_file(args.config, ROOT) if args.config else {}
     T, C, D = args.shape
-    data = {"train_cond": np.empty((0, T, C)), "train_target": np.empty((0, T, D))}
     rows = max(n for n in range(1, math.isqrt(T) + 1) if T % n == 0)
-    data["meta"] = {"grid": [rows, T // rows]}
+    grid = (rows, T // rows)
     samples = args.pairs * args.epochs
     print(f"""assumed:
   GPUs of {args.tflops:g} TFLOP/s (H100 SXM, bfloat16), {args.share:.0%} of it reached
   {args.per_gpu} samples a GPU and pass, {args.accumulate} passes a step, float16 on disk
   {args.nvlink:g} GB/s inside a node of {args.node}, {args.network:g} GB/s a GPU between nodes
   ring all-reduce of float32 gradients, once a step
-  20 bytes a parameter in memory, 16 of them (weights, average, AdamW's moments) written at {args.disk:g} GB/s""")
+  20 bytes per parameter in memory, 16 of them (weights, average, AdamW's moments) written at
+  {args.disk:g} GB/s""")
     of = f" with {args.config}" if args.config else ""
     for name, recipe in (("train.py's defaults" + of, {}), (BLIP3O + of, read_file(BLIP3O, ROOT))):
-        config = NextDiTConfig.of(defaults | sizes | recipe, data)
+        config = model_config(defaults | sizes | recipe, grid, C, D)
         with torch.device("meta"):
             n = sum(p.numel() for p in NextDiT(config).parameters())
         flops, per_sample = flops_per_sample(config, T), kept_per_sample(config, T)
-        print(f"\n{name}: {n / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP a sample, forward and backward; "
-              f"{args.pairs:.3g} pairs x {args.epochs:g}: {samples * flops:.2e} FLOP")  # fmt: skip
+        print(
+            f"\n{name}: {n / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP per sample, forward "
+            f"and backward; {args.pairs:.3g} pairs x {args.epochs:g}: {samples * flops:.2e} FLOP"
+        )
         columns = [
             "GPUs",
             "batch",
@@ -138,7 +150,8 @@ def main():
                 args.per_gpu * per_sample,
             )
             read = min(gpus, args.node) / gpus * rate * T * (C + D) * 2
-            row = (f"{gpus}", f"{batch}", f"{samples / batch:.0f}", f"{rate:.0f}", f"{samples / rate / 3600:.3g}",
+            row = (f"{gpus}", f"{batch}", f"{samples / batch:.0f}", f"{rate:.0f}",
+                   f"{samples / rate / 3600:.3g}",
                    f"{read / 1e9:.2f} GB", f"{(20 * n + activations) / 1e9:.3g} GB",
                    f"{(20 * n / gpus + activations) / 1e9:.3g} GB", f"{volume / 1e9:.2g} GB",
                    f"{reduction / seconds:.0%}", f"{16 * n / args.disk / 1e9:.2g} s")  # fmt: skip

@@ -33,10 +33,10 @@ def test_every_parameter_is_in_one_group(name):
     decayed = {id(p) for group in decaying for p in group["params"]}
     assert decayed == {id(p) for p in model.parameters() if p.dim() >= 2}
     # a shared parameter is named once, and must be stepped once
-    model.layers[0].gate = model.layers[1].gate
+    model.layers[0].attn.gate = model.layers[1].attn.gate
     opt = make_optimizer(model, name, 1e-2, 0.1, BETAS)
     grouped = [p for group in opt.param_groups for p in group["params"]]
-    assert sum(p is model.layers[0].gate for p in grouped) == 1
+    assert sum(p is model.layers[0].attn.gate for p in grouped) == 1
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
