@@ -153,7 +153,6 @@ if world_size > 1:
 interrupts = parallel.Interrupts(time_limit)
 # TF32 on cuda. On a CPU oneDNN, up to twice as fast as MKL, and float32 too unless there is AMX.
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
-torch.autograd.set_detect_anomaly(debug)
 # no cache: a weight is used once per pass, and its casts would be a second copy of the model
 half = dtype != "float32"
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=half, cache_enabled=False)
@@ -412,6 +411,7 @@ if dry_run:
 
 flops = flops_per_sample(model_config, S)
 peak_flops = world_size * parallel.matmul_rate(device, dtype)  # per second
+torch.autograd.set_detect_anomaly(debug)
 first_iteration, bad_in_a_row, saved, stop = iteration, 0, True, False
 clock = time.perf_counter()  # of training alone: the time of evaluations is taken out
 sys.excepthook = sys.__excepthook__  # from here on an error is the program's own
