@@ -388,31 +388,41 @@ def read_generated(path, target, limit=None):
     return generated[:n]
 
 
+def add_arguments(parser):
+    """The arguments that say which samples to look at, here and in plot.py."""
+    option = parser.add_argument
+    option("file", type=Path, help=".npy of raw (N, T, D) or (N, draws, T, D), in a split's order")
+    option("--data_dir", required=True, help="dataset that prepare.py wrote")
+    option("--split", default="val", choices=["train", "val"])
+    option("--limit", type=int, help="the first so many samples, all that the file need hold "
+           f"(default: all, of which {LIMIT} count)")  # fmt: skip
+
+
+def open_samples(args):
+    """The dataset and the samples that these arguments name."""
+    data = open_dataset(args.data_dir)
+    return data, read_generated(args.file, data[f"{args.split}_target"], args.limit)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    option = parser.add_argument
-    option("generated", help=".npy (N, T, D) or (N, draws, T, D), raw, in the order of the split")
-    option("--data_dir", required=True, help="dataset that prepare.py wrote")
-    option("--split", default="val", choices=["train", "val"])
-    option("--limit", type=int, help=f"score the first LIMIT samples (default: {LIMIT} at most), "
-           "which are then all that the file need hold")  # fmt: skip
-    option("--save", help=".json to write the scores to")
+    add_arguments(parser)
+    parser.add_argument("--save", type=Path, help=".json to write the scores to")
     args = parser.parse_args()
     try:
-        data = open_dataset(args.data_dir)
-        generated = read_generated(args.generated, data[f"{args.split}_target"], args.limit)
+        data, generated = open_samples(args)
         if args.save:
-            Path(args.save).touch()  # fails now, not after scoring
+            args.save.touch()  # fails now, not after scoring
     except (OSError, ValueError, EOFError) as e:
         sys.exit(f"error: {e}")
     result, text = report(generated, data, args.split)
     print(text)
     if args.save:
-        Path(args.save).write_text(json.dumps(result, indent=1))
+        args.save.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
