@@ -88,26 +88,25 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     for label, x in tokens.items():
         if label not in skipped:
             rows.append((label, (cond_colours if label == "condition" else colours)(x), {}))
-    heights = [0.95 * len(rows), 0]  # inches
     if truth is not None:
         encode = score.standardizer(stats["target_mean"], stats["target_std"])
         cosines = score.cosine(encode(tokens["sample 1"]), encode(tokens["truth"])).numpy()
         rows.append(("cosine", cosines, dict(cmap="coolwarm_r", vmin=-1, vmax=1)))
-        heights = [0.95 * len(rows), 4]
 
+    heights = [0.95 * len(rows), 4] if truth is not None else [0.95 * len(rows)]  # inches
     fig = plt.figure(figsize=(12, sum(heights)), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=heights)
-    axes = top.subplots(len(rows), n, squeeze=False)
+    parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = parts[0].subplots(len(rows), n, squeeze=False)
     for i, (label, images, options) in enumerate(rows):
         H, W = cond_grid if label == "condition" else grid
-        axes[i, 0].set_ylabel(label, fontsize=11)
+        axes[i, 0].set_ylabel(label, fontsize=10)
         for ax, image in zip(axes[i], images):
             shown = ax.imshow(image.reshape(H, W, *image.shape[1:]), **options)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
     if truth is not None:
-        top.colorbar(shown, ax=axes, shrink=0.2, aspect=15, pad=0.01, anchor=(0, 0))
-        draw_scores(bottom, samples, encode, references)
+        parts[0].colorbar(shown, ax=axes, shrink=0.2, aspect=15, pad=0.01, anchor=(0, 0))
+        draw_scores(parts[1], samples, encode, references)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 

@@ -441,7 +441,7 @@ def run(config, rank, world_size):
         from plot import draw_samples
 
         stats = data["stats"] if data else loaded.stats
-        shown = conditions if interpolate else conditions[:256]
+        shown = conditions[: n if interpolate else min(n, 256)]
         draw_samples(picture_path, shown, truth, samples, sizes.grid, stats, folder, references)
         print(f"wrote {picture_path}")
     output.finish()
