@@ -144,9 +144,9 @@ def draw_scores(fig, samples, encode, references, shown=40):
     cosines = token_cosines(samples, encode, references, n)
     bins = np.histogram_bin_edges(np.concatenate(list(cosines.values())), 40)
     for i, (name, values) in enumerate(cosines.items()):
+        colors = dict(fc=(f"C{i}", 0.15), ec=f"C{i}")
         label = f"{name} ({values.mean():.3f})"
-        right.hist(values, bins, histtype="stepfilled", alpha=0.15, color=f"C{i}")
-        right.hist(values, bins, histtype="step", lw=1.6, color=f"C{i}", label=label)
+        right.hist(values, bins, histtype="stepfilled", lw=1.6, label=label, **colors)
     right.set_title(f"token cosine of {n} samples with their truth (mean)", fontsize=11)
     right.set_yticks([])
     right.spines[["top", "right", "left"]].set_visible(False)

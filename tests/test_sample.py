@@ -165,7 +165,8 @@ def test_raw_weights_and_best_checkpoint(trained):
 
 
 def test_half_the_memory(trained, dataset):
-    """In bfloat16 the matrices are kept as autocast would cast them: the samples are those of float32 weights."""
+    """In bfloat16 the matrices are kept as autocast would cast them: the samples are the same as
+    with float32 weights."""
     cond = np.load(dataset / "val_cond.npy")
     half, whole = sample.load(trained, dtype="bfloat16"), sample.load(trained)
     kept = {p.dtype for p in half.model.parameters() if p.dim() > 1}
@@ -471,8 +472,8 @@ def test_weights_dtype_and_split_of_the_command_line(run_dir, dataset, tmp_path)
 
 
 def test_further_draws_are_of_what_is_scored(run_dir, dataset, tmp_path):
-    code = "import sys, runpy; sys.path.insert(0, '.'); import score; score.LIMIT = 4; sys.argv = sys.argv[1:]; "
-    code += "runpy.run_path('sample.py', run_name='__main__')"
+    code = "import sys, runpy; sys.path.insert(0, '.'); import score; score.LIMIT = 4; "
+    code += "sys.argv = sys.argv[1:]; runpy.run_path('sample.py', run_name='__main__')"
     args = [
         "sample.py",
         f"--out_dir={run_dir}",
@@ -500,10 +501,14 @@ def test_any_array_of_numbers_is_taken(loaded, dataset):
     ):
         assert torch.equal(sample.generate(loaded, same, steps=2), expected)
     for bad, words in (
-        (dict(batch_size=0), "batch_size=0"), (dict(steps=2.5), "steps=2.5"), (dict(seed=-1), "seed=-1"),
-        (dict(first=-1), "integers of 0 or more"), (dict(seed=1.5), "seed=1.5"), (dict(guidance=1e38), "not finite"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(steps=2.5), "steps=2.5"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(first=-1), "integers of 0 or more"),
+        (dict(seed=1.5), "seed=1.5"),
+        (dict(guidance=1e38), "not finite"),
         (dict(guidance_interval=(0, 1, 2)), "two times"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=words):
             sample.generate(loaded, cond, **dict(steps=2) | bad)
     with pytest.raises(ValueError, match="NaN or Inf in 10 of 10"):

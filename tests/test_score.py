@@ -42,7 +42,8 @@ def frechet(a, b):
 
 
 def test_frechet_distance_of_known_gaussians():
-    """Between N(m, diag(a^2)) and N(0, diag(b^2)) it is |m|^2 + sum (a - b)^2; a rotation of both changes nothing."""
+    """Between N(m, diag(a^2)) and N(0, diag(b^2)) it is |m|^2 + sum (a - b)^2; a rotation of both
+    changes nothing."""
     g = torch.Generator().manual_seed(0)
     a, b, m = torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 1, 3]), torch.tensor([1.0, 0, 2])
     rotation = torch.linalg.qr(torch.randn(3, 3, generator=g))[0]
@@ -100,7 +101,7 @@ def test_ridge_equals_scikit_learns(tokens):
 
 
 def test_metrics_equal_other_peoples():
-    """Those of scipy, scikit-learn and numpy, on sets of different means, covariances and sizes of vectors."""
+    """Those of scipy, scikit-learn and numpy, on sets of different means, covariances and norms."""
     from scipy.linalg import sqrtm
     from scipy.spatial.distance import cosine
     from sklearn.metrics.pairwise import cosine_similarity
@@ -157,8 +158,8 @@ def test_confidence_intervals(one_thread):
 
 
 def posterior(scale, draws=4, n=500, D=3):
-    """Truth and draws (N, draws, T, D) of a conditional distribution of known mean and standard deviation; that of the
-    draws is `scale` times as large."""
+    """Truth and draws (N, draws, T, D) of a conditional distribution of known mean and standard
+    deviation; that of the draws is `scale` times as large."""
     g = torch.Generator().manual_seed(0)
     mean, std = torch.randn(n, 4, D, generator=g), torch.rand(n, 4, D, generator=g) + 0.5
     truth = mean + std * torch.randn(n, 4, D, generator=g)
@@ -181,7 +182,8 @@ def test_spread_of_a_known_posterior(scale, draws):
 
 
 def test_energy_score():
-    """By scipy's distances; in expectation lowest for the truth, and of a standard normal one its closed form."""
+    """By scipy's distances; in expectation lowest for the truth, and in closed form for a standard
+    normal one."""
     from scipy.spatial.distance import cdist, pdist
 
     truth, x = posterior(1.0)
@@ -219,7 +221,8 @@ def test_nearest_is_scikit_learns():
 
 
 def test_baselines(dataset):
-    """Perfect samples of no condition are at the floor; of the training split no sample is its own baseline."""
+    """Perfect samples of no condition are at the floor; in the training split no sample is its own
+    baseline."""
     data = open_dataset(dataset)
     result, _ = score.report(data["val_target"], data)
     assert result["samples"] == 10 and result["token_cosine"] == pytest.approx(1)
