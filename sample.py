@@ -241,7 +241,8 @@ def interpolate_embeddings(loaded, cond_a, cond_b, n=8, **settings):
 def as_tensor(x):
     """An array or tensor of any real type as a float32 tensor on the CPU."""
     if not torch.is_tensor(x):
-        x = torch.from_numpy(np.array(x, np.float32, order="C"))
+        with np.errstate(over="ignore"):  # what is too large becomes Inf, which is refused
+            x = torch.from_numpy(np.array(x, np.float32, order="C"))
     return x.detach().cpu().float().contiguous()
 
 
@@ -302,7 +303,8 @@ def run(config, rank, world_size):
 
     # ---- conditions and truth
     folder = data_dir or loaded.data_dir
-    truth, suffix = None, ""
+    truth = None
+    suffix = ""  # of the files' names
     if cond:
         conditions, get_items = read_conditions(cond, cond_key)
     else:
@@ -312,7 +314,8 @@ def run(config, rank, world_size):
         data = data or open_dataset(folder)
         if split not in ("val", "train"):
             raise ValueError(f"split={split!r} is unknown; it is one of val, train")
-        conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
+        conditions = data[f"{split}_cond"]
+        truth = data[f"{split}_target"]
         get_items = partial(read_items, Path(folder, f"{split}_items.jsonl"))
         if truth.shape[1:] != shape:
             targets = f"{folder} has targets of shape {truth.shape[1:]}"
@@ -331,13 +334,14 @@ def run(config, rank, world_size):
         origin, end, n = (*ends, 8)[:3]
         first, last = (np.array(conditions[i : i + 1])[0] for i in (origin, end))
         conditions = line(first, last, n).numpy()
-        truth, get_items = None, partial(no_items, n)
+        truth = None
+        get_items = partial(no_items, n)
     n_draws = draws
+    n_several = n  # so many conditions have n_draws draws, the others one
     if draws is None:
         n_draws = 1 if truth is None else 4
-    n_several = n  # so many conditions have several draws, the others one
-    if draws is None and not save_draws:
-        n_several = min(n, score.LIMIT)
+        if not save_draws:
+            n_several = min(n, score.LIMIT)
     if min(n, n_draws, batch_size) < 1:
         counts = f"{n} conditions, draws={n_draws}, batch_size={batch_size}"
         raise ValueError(f"nothing to generate: {counts}")
@@ -358,8 +362,9 @@ def run(config, rank, world_size):
     picture_path = target.with_suffix(".png")
     if not save and not interpolate:
         picture_path = Path(out_dir, f"samples{suffix}.png")
-    draws_path = target.with_name(f"{target.stem}_draws.npy")
-    states_path = target.with_name(f"{target.stem}_trajectory.npy")
+    draws_path, states_path = (
+        target.with_name(f"{target.stem}_{name}.npy") for name in ("draws", "trajectory")
+    )
     files = {target: (n, *shape)}
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
@@ -393,7 +398,8 @@ def run(config, rank, world_size):
         c = np.array(conditions[first : min(first + batch_size, n)])  # (B, S, C)
         drop_pages(conditions)  # what was read stays in the system's cache, not in this process
         number = origin if interpolate else first
-        arrays, samples = {}, []
+        arrays = {}
+        samples = []
         for draw in range(n_draws if first < n_several else 1):
             x = generate(loaded, c, **settings, draw=draw, first=number)
             if trajectory:

@@ -358,17 +358,17 @@ def test_several_interrupted_processes_go_on(run_dir, conditions, tmp_path):
     """Each from its own note; another number of processes starts anew."""
     launch = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}"]
-    args += ["--batch_size=5", "--steps=25"]
+    args += ["--batch_size=10", "--steps=25"]
     run(*args, f"--save={tmp_path}/whole.npy")
     process = start(*launch, *args, f"--save={tmp_path}/cut.npy")
-    while batches_written(tmp_path / "cut.npy.partial") < 20:
+    while batches_written(tmp_path / "cut.npy.partial") < 10:
         assert process.poll() is None
     process.terminate()  # torchrun, which ends the others
     assert process.wait() != 0
     shutil.copytree(tmp_path / "cut.npy.partial", tmp_path / "again.npy.partial")
     (tmp_path / "again.npy.partial" / "cut.npy").rename(tmp_path / "again.npy.partial/again.npy")
     done = run(*launch, *args, f"--save={tmp_path}/cut.npy").stdout
-    assert " of 60 batches were there" in done
+    assert " of 30 batches were there" in done
     done = run(*args, f"--save={tmp_path}/again.npy").stdout
     assert "starting anew" in done and "were there" not in done
     for name in ("cut", "again"):
