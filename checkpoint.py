@@ -87,7 +87,7 @@ class Output:
         return partial if partial.exists() else path
 
     def write(self, first, arrays):
-        """Write rows from `first` on of each file, {path: array}, then note that a batch is done."""
+        """Write rows from `first` on of each file, {path: rows}; then note that a batch is done."""
         for path, rows in arrays.items():
             with open(self.folder / path.name, "r+b") as f:
                 f.seek((first - self.files[path][0]) * rows[0].nbytes, os.SEEK_END)
