@@ -6,11 +6,11 @@ config.py and its log; and samples, written as they come.
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -52,90 +52,67 @@ def replace_file(path, write):
 
 
 class Output:
-    """.npy files that processes fill together, a batch of rows at a time, and that have their names when all is there.
-    Beside them is noted which batches are, until finish(): the same run, interrupted, goes on from there.
+    """.npy files that several processes write together, a batch of rows at a time, and that an
+    interrupted run goes on with.
 
-    files: {path: shape}; stale: paths that would be of another run, and go; n: batches
-    settings: all that decides the content; wait(): until all processes have come
-    Raises ValueError where another process is at it.
+    They lie in the folder <first file>.partial until publish() gives them their names. Beside them
+    each process keeps a note: a line that says what the files are made with, then a mark per batch
+    that it has written. The same command finds the notes and goes on; anything else that they are
+    made with, another number of processes included, starts anew.
 
-    Written, not mapped: what is written is not this process's memory, and a full disk is an OSError, not a SIGBUS.
+    files: {path: shape}; made_with: all that decides the content, plain values
+    barrier: function that waits until all processes have come to it
+
+    Rows are written, not memory-mapped: a full disk is then an OSError, not a SIGBUS.
     """
 
-    def __init__(self, files, stale, n, settings, master, wait):
-        self.master, self.wait, self.stale, head = (
-            master,
-            wait,
-            stale,
-            json.dumps(settings).encode() + b"\n",
-        )
-        self.partial = {path: path.with_name(path.name + ".partial") for path in files}
-        self.path, self.start = next(iter(files)).with_suffix(".progress"), len(head)
-        if master:
-            self.lock = open(self.path, "a+b")  # for as long as this process lives
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                raise ValueError(f"{self.path}: another process is writing these files") from e
-            known = self.path.read_bytes()
-            if known[: len(head)] != head or not all(p.is_file() for p in self.where().values()):
-                if known:
-                    print(f"{self.path} is of other settings, weights or conditions: starting anew")
-                self.lock.truncate(0)
-                for path in stale:
-                    path.with_name(path.name + ".partial").unlink(missing_ok=True)
-                for path, shape in files.items():
-                    np.lib.format.open_memmap(
-                        self.partial[path], "w+", np.float32, shape
-                    )  # a header, then a hole
-                self.lock.write(head + b"." * n)
-                self.lock.flush()
-                os.fsync(self.lock.fileno())
-        wait()
-        done = self.path.read_bytes()[len(head) :]
-        self.due = [i for i in range(n) if done[i : i + 1] == b"."]
-        wait()  # until all have read it
-        self.offset = {
-            path: np.load(place, mmap_mode="r").offset for path, place in self.where().items()
-        }
+    def __init__(self, files, made_with, rank, world_size, barrier):
+        self.files = files
+        self.barrier = barrier
+        self.is_main = rank == 0
+        first = next(iter(files))
+        self.folder = first.with_name(f"{first.name}.partial")
+        notes = [self.folder / f"process_{i}" for i in range(world_size)]
+        heading = json.dumps([made_with, world_size, *files.values()]).encode() + b"\n"
+        if self.is_main:
+            found = all(path.is_file() for path in (*notes, *map(self.locate, files)))
+            if not found or not all(note.read_bytes().startswith(heading) for note in notes):
+                if self.folder.exists():
+                    print(f"{self.folder} was made with something else: starting anew")
+                    shutil.rmtree(self.folder)
+                self.folder.mkdir()
+                for path, shape in files.items():  # a header, then a hole
+                    np.lib.format.open_memmap(self.folder / path.name, "w+", np.float32, shape)
+                for note in notes:
+                    note.write_bytes(heading)
+        barrier()
+        self.note = notes[rank]
+        self.done = self.note.stat().st_size - len(heading)  # batches of this process
 
-    def where(self):
-        """{path: the file that it is now}."""
-        return {
-            path: partial if partial.exists() else path for path, partial in self.partial.items()
-        }
+    def locate(self, path):
+        """Where the file is now."""
+        partial = self.folder / path.name
+        return partial if partial.exists() else path
 
-    def write(self, batch, first, arrays):
-        """Rows `first` and on of each file, {path: array}; then that the batch is done."""
-        for path, array in arrays.items():
-            self.put(
-                self.partial[path],
-                self.offset[path] + first * array[0].nbytes,
-                np.ascontiguousarray(array),
-            )
-        self.put(self.path, self.start + batch, b"x")
+    def write(self, first, arrays):
+        """Write rows from `first` on of each file, {path: rows}; then note that a batch is done."""
+        for path, rows in arrays.items():
+            with open(self.folder / path.name, "r+b") as f:
+                f.seek((first - self.files[path][0]) * rows[0].nbytes, os.SEEK_END)
+                f.write(np.ascontiguousarray(rows))
+        with open(self.note, "ab") as f:
+            f.write(b".")
 
-    def put(self, path, offset, data):
-        with open(path, "r+b") as f:
-            f.seek(offset)
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())  # in this order, also where the power fails
+    def publish(self, paths):
+        """Once all processes have written everything, give these files their names."""
+        self.barrier()
+        if self.is_main:
+            for path in paths:
+                os.replace(self.locate(path), path)
 
-    def close(self):
-        """All is written: let the files have their names."""
-        self.wait()
-        if self.master:
-            for path, place in self.where().items():
-                os.replace(place, path)
-            for path in self.stale:
-                path.unlink(missing_ok=True)
-
-    def finish(self, transient):
-        """What was to be done with the files is done."""
-        for path in transient:
-            path.unlink()
-        self.path.unlink()
+    def finish(self):
+        """All that was to be done with the files is done: forget how they were made."""
+        shutil.rmtree(self.folder)
 
 
 def read_checkpoint(path):

@@ -132,10 +132,11 @@ def check_numbers(config, positive, any_sign):
 
 
 def user_errors_in_one_line():
-    """From here on take a ValueError for the user's mistake: a line instead of a traceback."""
+    """From here on take a ValueError, an OSError or an error of wandb for the user's mistake: end
+    with a line instead of a traceback."""
 
     def hook(kind, error, traceback):
-        if isinstance(error, ValueError):
+        if isinstance(error, (ValueError, OSError)) or kind.__module__.startswith("wandb"):
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)

@@ -1,49 +1,56 @@
 """
-Is it good? Metrics of generated embeddings, and the baselines to read them against.
+Is it good? Metrics of generated embeddings, beside the baselines that give them a meaning.
 
     python score.py generated.npy --data_dir=data/mine
 
-Everything is measured in standardized space: each channel minus the training set's mean,
-divided by its standard deviation. There a token cosine of 0 means "no better than the mean",
-no channel dominates by its scale, and the cosines have a meaning: where the condition
-explains a share R^2 of the target's variance, one exact draw from p(target | cond) has an
-expected cosine near R^2, and the conditional mean, the best any regressor can do, near R.
+Everything is measured in standardized space: each channel minus the mean of the training set,
+divided by its standard deviation. There a token cosine of 0 means "no better than the mean", no
+channel dominates by its scale, and a cosine can be read: where the condition explains a share R^2
+of the target's variance, one exact draw from p(target | cond) has an expected cosine near R^2, and
+the conditional mean, the best that any regressor can predict, one near R.
 
-Baselines: `mean` predicts the training mean; `ridge` regresses a token on the condition's
-token at the same place (or on the pooled condition, if the token counts differ); `nearest`
-takes the target of the training sample whose pooled condition is nearest; `shuffled` scores
-the generated samples against the truth of another condition; `floor` scores targets of the
-training set, which are exact samples, but of no condition: what the Frechet distance of so
-many perfect samples is.
+Baselines:
+    mean      predicts the mean of the training set
+    ridge     regresses each token on the condition's token at the same place (or on the mean of
+              the condition's tokens, where the token counts differ)
+    nearest   takes the target of the training sample with the nearest condition
+    floor     takes targets of the training set: perfect samples, but of no particular condition.
+              Its Frechet distance is what that many perfect samples have by chance
+    shuffled  scores the generated samples against the truth of other conditions
 
-Of several draws of each condition, it is also measured whether their spread is the truth's.
+With several draws per condition, it also measures whether they vary as the truth does.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-METRICS = {  # name: what it says, and which way is better
-    "token_cosine": "cosine of generated and true token, mean over tokens (higher)",
-    "pooled_cosine": "the same of the mean over a sample's tokens (higher)",
-    "retrieval_r1": "share of samples whose own truth is nearest by pooled cosine (higher)",
-    "frechet": "Frechet distance of the Gaussians fitted to all tokens (lower)",
-    "l2": "Euclidean distance of generated and true token, mean over tokens (lower)",
-    "norm_ratio": "mean token norm, generated over true (near 1)",
-    "std_ratio": "standard deviation per channel, generated over true, root mean square (near 1)",
-    "snr_db": "10 log10 of true power over error power (higher)",
+from loader import open_dataset
+
+METRICS = (
+    "token_cosine",  # cosine of generated and true token, mean over tokens (higher is better)
+    "pooled_cosine",  # the same for the mean over the tokens of a sample (higher)
+    "retrieval_r1",  # share of samples whose own truth is the nearest by pooled cosine (higher)
+    "frechet",  # Frechet distance between Gaussians fitted to all tokens (lower)
+    "l2",  # Euclidean distance of generated and true token, mean over tokens (lower)
+    "norm_ratio",  # mean token norm, generated over true (near 1)
+    "std_ratio",  # standard deviation per channel, generated over true, root mean square (near 1)
+    "snr_db",  # 10 log10 of the power of the truth over that of the error (higher)
+)
+SPREAD = {  # of several draws per condition
+    # their standard deviation over that of the truth about their mean
+    "spread_ratio": "near 1 for exact draws",
+    # distance of draw and true token minus half that of two draws
+    "energy_score": "lower is better; of a single prediction it is the l2",
 }
-SPREAD = {  # of several draws of each condition
-    "spread_ratio": "their standard deviation over that of the truth about their mean (1: as it should be)",
-    "energy_score": "distance of draw and true token less half that of two draws (lower; of one prediction its l2)",
-    "coverage": "share of true values between the lowest and the highest draw (near (draws - 1) / (draws + 1))",
-}
-LIMIT = 5000  # samples that are scored, unless told: the first ones
-GROUPS = 20  # of samples, which the bootstrap resamples
+LIMIT = 5000  # how many samples are scored by default: the first ones
+GROUPS = 20  # of samples; the jackknife leaves out one at a time
 
 
 def cosine(a, b):
@@ -61,383 +68,340 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
 
 
 def retrieval_hits(pooled, rows, target):
-    """(B,) of pooled samples (B, D): 1 where of all pooled targets (N, D) the nearest by cosine is the sample's own,
-    which is in row rows[i]; 1/k where k are as near."""
-    similarity = pooled @ (target / target.norm(dim=-1, keepdim=True).clamp(min=1e-12)).T
-    own = similarity[torch.arange(len(rows)), torch.as_tensor(rows)][:, None]
-    return ((similarity > own).sum(1) == 0).double() / (similarity == own).sum(1)
+    """(B,) for pooled samples (B, D): whether the nearest by cosine of all pooled targets (N, D) is
+    the sample's own, in row rows[i]. Of several that are equally near, the first counts."""
+    similarity = pooled @ F.normalize(target, dim=-1).T  # (B, N)
+    return similarity.argmax(1) == torch.as_tensor(rows)
 
 
-def add_up(n, groups, measure):
-    """{name: (groups, ...)}: sums in float64 of what measure(rows) returns, {name: value}, over the rows of each
-    group, a chunk at a time. Figures are functions of such sums, so that memory does not grow with n."""
-    totals = []
-    for rows in np.array_split(np.arange(n), groups):
-        total = {}
-        for part in np.array_split(rows, -(-len(rows) // 256)):
-            for name, value in measure(part).items():
-                total[name] = total.get(name, 0) + torch.as_tensor(value, dtype=torch.float64)
-        totals.append(total)
-    return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+def chunks(rows, size=256):
+    """Parts of at most `size` rows, so that memory does not grow with the number of samples."""
+    return np.array_split(rows, -(-len(rows) // size))
 
 
-def jackknife(sums, values):
-    """bootstrap(), by leaving out one group after the other (Efron and Tibshirani 1993, chapter 11): for the Frechet
-    distance, which is larger the fewer different samples there are, as in a bootstrap's sets they are."""
-    groups, total = (
-        len(next(iter(sums.values()))),
-        {name: value.sum(0) for name, value in sums.items()},
-    )
-    results = [
-        values({k: total[k] - v[g] for k, v in sums.items()})
-        for g in range(groups if groups > 1 else 0)
-    ]
-    names = results[0] if results else ()
+def evenly(rows, n):
+    """n of the rows, evenly spaced."""
+    return rows[np.linspace(0, len(rows) - 1, n).astype(int)]
+
+
+def shuffled(rows, n):
+    """The rows whose samples are scored against the truth of `rows`, all below n: the next ones."""
+    return (rows + 1) % n
+
+
+def add_up(measure, rows):
+    """{name: sum}: the sums in float64, over the first axis, of measure(rows) -> {name: values}."""
+    sums = {}
+    for part in chunks(rows):
+        for name, values in measure(part).items():
+            sums[name] = sums.get(name, 0) + values.sum(0, dtype=torch.float64)
+    return sums
+
+
+def moments(x):
+    """(1, D + 1, D + 1) for tokens (B, T, D): their number, sum, and sum of outer products."""
+    tokens = F.pad(x.flatten(0, 1).double(), (1, 0), value=1.0)  # (B * T, 1 + D)
+    return (tokens.T @ tokens)[None]
+
+
+def gaussian(moments):
+    """Mean (D,) and covariance (D, D) of the tokens with these moments."""
+    n = moments[0, 0]
+    mean = moments[0, 1:] / n
+    return mean, (moments[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
+
+
+def spread(x, y):
+    """Of draws x (B, M, T, D) and truth y (B, T, D), values (B,) that make up SPREAD.
+
+    spread_ratio is the ensemble forecasters' (Fortin et al. 2014, equation 15): if the truth is one
+    more draw, its mean square distance from the mean of M draws is (1 + 1/M) times their variance.
+    energy_score (Gneiting and Raftery 2007, equation 21), here of tokens, is lowest in expectation
+    for the true distribution; of a single prediction it is the l2.
+    """
+    M = x.shape[1]
+    energy = (x - y[:, None]).norm(dim=-1).mean((1, 2))
+    for i in range(1, M):  # each draw and the i-th after it
+        energy -= (x - x.roll(i, 1)).norm(dim=-1).mean((1, 2)) / (2 * (M - 1))
     return {
-        name: float(1.96 * ((groups - 1) * np.var([r[name] for r in results])) ** 0.5)
-        for name in names
+        "energy_score": energy,
+        "variance": (1 + 1 / M) * x.var(1).mean((1, 2)),
+        "error_of_mean": (x.mean(1) - y).square().mean((1, 2)),
     }
 
 
-def bootstrap(sums, values, repeats=200):
-    """{name: half the width of a 95% confidence interval} of values({name: sums over all groups}): 1.96 times the
-    standard error by resampling groups of samples (Efron and Tibshirani 1993, chapter 6)."""
-    rng, groups, results = np.random.default_rng(0), len(next(iter(sums.values()))), []
-    for _ in range(repeats if groups > 1 else 0):
-        weights = torch.from_numpy(
-            np.bincount(rng.integers(groups, size=groups), minlength=groups)
-        ).double()
-        results.append(
-            values({name: torch.tensordot(weights, value, 1) for name, value in sums.items()})
-        )
-    spread = {
-        name: np.std([r[name] for r in results], ddof=1) for name in (results[0] if results else ())
-    }
-    return {
-        name: float(1.96 * (groups / (groups - 1)) ** 0.5 * value) for name, value in spread.items()
-    }
+def figures(sums):
+    """METRICS and, of several draws, SPREAD from the sums that a Scorer makes."""
+    mean, cov = gaussian(sums["moments"])
+    true_mean, true_cov = gaussian(sums["true_moments"])
+    means = ("token_cosine", "pooled_cosine", "retrieval_r1", "l2", "energy_score")
+    values = {name: sums[name] / sums["samples"] for name in means if name in sums}
+    values["frechet"] = frechet_distance(mean, cov, true_mean, true_cov)
+    values["norm_ratio"] = sums["norm"] / sums["true_norm"]
+    values["std_ratio"] = (cov.trace() / true_cov.trace()).sqrt()
+    values["snr_db"] = 10 * (sums["power"] / sums["error"].clamp(min=1e-12)).log10()
+    if "variance" in sums:
+        values["spread_ratio"] = (sums["variance"] / sums["error_of_mean"].clamp(min=1e-12)).sqrt()
+    return values
 
 
-def moments(side, x):
-    """Sums over the tokens of x (B, T, D), their names behind the side's."""
-    flat = x.flatten(0, 1).double()
-    sums = {
-        "tokens": len(flat),
-        "norm": x.norm(dim=-1).sum(),
-        "first": flat.sum(0),
-        "second": flat.T @ flat,
-    }
-    return {f"{side}_{name}": value for name, value in sums.items()}
+def estimate(groups, confidence):
+    """figures() of the sums over all groups, and half the widths of their 95% confidence intervals;
+    {} without `confidence`, or for a single group.
 
-
-def combine(sums, distance=True):
-    """METRICS, with or without the Frechet distance, of the sums that a Scorer makes."""
-
-    def gaussian(n, first, second):
-        mean = first / n
-        return mean, (second - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
-
-    a, b = (
-        gaussian(*(sums[f"{side}_{name}"] for name in ("tokens", "first", "second")))
-        for side in "ab"
-    )
-    pairs = sums["pairs"]
-    return {
-        "token_cosine": float(sums["cosine"] / pairs),
-        "pooled_cosine": float(sums["pooled_cosine"] / pairs),
-        "retrieval_r1": float(sums["hits"] / pairs),
-        **({"frechet": frechet_distance(*a, *b)} if distance else {}),
-        "l2": float(sums["distance"] / pairs),
-        "norm_ratio": float(sums["a_norm"] / sums["b_norm"]),
-        "std_ratio": float((a[1].trace() / b[1].trace()).sqrt()),
-        "snr_db": float(
-            10 * torch.log10(sums["b_second"].trace() / sums["error"].clamp(min=1e-12))
-        ),
-    }
+    groups: [{name: sum over a group of samples}]
+    The widths are 1.96 times the standard error by the jackknife, which leaves out one group after
+    the other (Efron and Tibshirani 1993, chapter 11).
+    """
+    whole = {name: sum(group[name] for group in groups) for name in groups[0]}
+    result = {name: float(value) for name, value in figures(whole).items()}
+    widths = {}
+    if confidence and len(groups) > 1:
+        left = [figures({name: whole[name] - group[name] for name in whole}) for group in groups]
+        for name in result:
+            variance = (len(groups) - 1) * np.var([float(values[name]) for values in left])
+            widths[name] = float(1.96 * variance**0.5)
+    return result, widths
 
 
 class Scorer:
     """METRICS of sets of samples against one truth.
 
-    truth: function of rows -> standardized (B, T, D); n: how many samples it has; groups: of them, for the bootstrap
+    truth: function of rows -> standardized (B, T, D); n: how many samples it has
     """
 
     def __init__(self, truth, n, groups=GROUPS):
-        self.truth, self.n, self.groups, pooled = truth, n, min(groups, n), []
+        rows = np.arange(n)
+        self.truth = truth
+        self.groups = np.array_split(rows, min(groups, n))
+        self.pooled = torch.cat([truth(part).mean(1) for part in chunks(rows)])  # (N, D)
+        self.true_sums = self.add_up(lambda rows: {"true_moments": moments(truth(rows))})
 
-        def measure(rows):
-            y = truth(rows)
-            pooled.append(y.mean(1))
-            return moments("b", y)
-
-        self.sums, self.pooled = add_up(n, self.groups, measure), torch.cat(pooled)
+    def add_up(self, measure):
+        return [add_up(measure, rows) for rows in self.groups]
 
     def __call__(self, samples, confidence=False):
-        """(metrics, half-widths of their 95% confidence intervals, {} without `confidence`) of samples(rows)."""
+        """METRICS of samples(rows) -> (B, T, D); or -> (B, M, T, D), several draws, METRICS of the
+        first and SPREAD. With `confidence` also the half-widths of their 95% intervals, else {}."""
 
         def measure(rows):
-            x, y = samples(rows), self.truth(rows)
-            pooled = x.mean(1)
-            return moments("a", x) | {
-                "pairs": len(rows),
-                "cosine": cosine(x, y).mean(1).sum(),
-                "pooled_cosine": cosine(pooled, self.pooled[rows]).sum(),
-                "hits": retrieval_hits(pooled, rows, self.pooled).sum(),
-                "distance": (x - y).norm(dim=-1).mean(1).sum(),
-                "error": (x - y).square().sum(),
+            x = samples(rows)
+            y = self.truth(rows)
+            values = {}
+            if x.ndim == 4:
+                values = spread(x, y)
+                x = x[:, 0]  # (B, T, D)
+            pooled = x.mean(1)  # (B, D)
+            return values | {
+                "moments": moments(x),
+                "samples": torch.ones(len(rows)),  # (B,), as all below
+                "token_cosine": cosine(x, y).mean(1),
+                "pooled_cosine": cosine(pooled, self.pooled[rows]),
+                "retrieval_r1": retrieval_hits(pooled, rows, self.pooled),
+                "l2": (x - y).norm(dim=-1).mean(1),
+                "norm": x.norm(dim=-1).sum(1),
+                "true_norm": y.norm(dim=-1).sum(1),
+                "power": y.square().sum((1, 2)),
+                "error": (x - y).square().sum((1, 2)),
             }
 
-        sums = add_up(self.n, self.groups if confidence else 1, measure) | self.sums
-        result = combine({name: value.sum(0) for name, value in sums.items()})
-        if not confidence:
-            return result, {}
-        width = jackknife(sums, combine) | bootstrap(
-            sums, lambda sums: combine(sums, distance=False)
-        )
-        return result, {name: width[name] for name in METRICS if name in width}
-
-    def spread(self, draws):
-        """(SPREAD, half-widths) of draws(rows) -> (B, draws, T, D), at least 2 of each condition.
-
-        spread_ratio is the ensemble forecasters' (Fortin et al. 2014, equation 15): if the truth is one more draw,
-        its mean square distance from the mean of M draws is (1 + 1/M) times their variance. The energy score
-        (Gneiting and Raftery 2007, equation 21), here of tokens, is lowest in expectation for the true distribution.
-        """
-
-        def measure(rows):
-            x, y = draws(rows), self.truth(rows)[:, None]
-            M = x.shape[1]
-            to_truth = (x - y).norm(dim=-1).mean((1, 2)).sum()
-            apart = sum(
-                (x[:, i] - x[:, j]).norm(dim=-1).mean(1).sum() for i in range(M) for j in range(i)
-            )
-            return {
-                "pairs": len(rows),
-                "variance": (1 + 1 / M) * x.var(1).mean((1, 2)).sum(),
-                "error": (x.mean(1) - y[:, 0]).square().mean((1, 2)).sum(),
-                "energy": to_truth - apart / (M * (M - 1)),
-                "inside": ((x.amin(1) <= y[:, 0]) & (y[:, 0] <= x.amax(1)))
-                .double()
-                .mean((1, 2))
-                .sum(),
-            }
-
-        def values(sums):
-            ratio = (sums["variance"] / sums["error"].clamp(min=1e-12)).sqrt()
-            energy, inside = sums["energy"] / sums["pairs"], sums["inside"] / sums["pairs"]
-            return {
-                "spread_ratio": float(ratio),
-                "energy_score": float(energy),
-                "coverage": float(inside),
-            }
-
-        sums = add_up(self.n, self.groups, measure)
-        return values({name: value.sum(0) for name, value in sums.items()}), bootstrap(sums, values)
+        groups = [true | sums for true, sums in zip(self.true_sums, self.add_up(measure))]
+        return estimate(groups, confidence)
 
 
 def metrics(generated, target):
     """METRICS, as floats, of two standardized float tensors (N, T, D)."""
     if generated.shape != target.shape:
-        raise ValueError(
-            f"generated {tuple(generated.shape)} and true {tuple(target.shape)} embeddings differ in shape"
-        )
+        shapes = f"generated {tuple(generated.shape)} and true {tuple(target.shape)}"
+        raise ValueError(f"{shapes} embeddings differ in shape")
     return Scorer(target.__getitem__, len(target), groups=1)(generated.__getitem__)[0]
 
 
 class Ridge:
-    """Linear regression of each target token from the condition's token at its place (or, if the token
-    counts differ, from the pooled condition), with a penalty chosen on held-out training samples.
+    """Linear regression of each target token on the condition's token at its place (or, where the
+    token counts differ, on the mean of the condition's tokens). Held-out training samples choose
+    the penalty.
 
     cond (N, S, C), target (N, T, D): arrays, memory-mapped or not, read in chunks
-    encode_cond, encode_target: functions on float tensors that standardize them
-    max_tokens: fit on so many target tokens at the most, of samples evenly spaced
+    encode_cond, encode_target: functions that standardize them
+    max_tokens: fit on about so many target tokens at most, of samples evenly spaced
     """
 
     def __init__(self, cond, target, encode_cond, encode_target, max_tokens=262144):
-        self.encode_cond, self.encode_target = encode_cond, encode_target
-        self.aligned = cond.shape[1] == target.shape[1]
+        self.encode_cond = encode_cond
         self.tokens = target.shape[1]
-        rows = np.unique(
-            np.linspace(0, len(cond) - 1, min(len(cond), -(-max_tokens // target.shape[1]))).astype(
-                int
-            )
-        )
-        held_out = rows[::10] if len(rows) >= 20 else rows
-        fit = np.setdiff1d(rows, held_out) if len(rows) >= 20 else rows
-        xx, xy = self._products(cond, target, fit)
-        values, vectors = torch.linalg.eigh(xx)
-        rotated, errors = vectors.T @ xy, {}
-        truth, features = (
-            self._load(target, held_out, encode_target),
-            self._features(self._load(cond, held_out)),
-        )
-        for penalty in np.logspace(-6, 1, 15) * values[-1].item():
-            weight = vectors @ (rotated / (values.clamp(min=0) + penalty)[:, None])
-            errors[penalty] = (features @ weight.float() - truth).square().mean().item()
-        if len(fit) < len(rows):  # with the penalty chosen, every sample counts
-            more_xx, more_xy = self._products(cond, target, held_out)
-            xx, xy = xx + more_xx, xy + more_xy
-        penalty = min(errors, key=errors.get)
-        self.weight = torch.linalg.solve(
-            xx + penalty * torch.eye(len(xx), dtype=xx.dtype), xy
-        ).float()
 
-    def _load(self, array, rows, encode=torch.as_tensor):
-        return encode(torch.from_numpy(np.array(array[rows])))
+        def products(rows):
+            x = self.features(cond[rows]).flatten(0, 1).double()  # (B * T, C + 1)
+            y = encode_target(target[rows]).flatten(0, 1).double()  # (B * T, D)
+            return {"xx": (x.T @ x)[None], "xy": (x.T @ y)[None]}
 
-    def _products(self, cond, target, rows):
-        xx, xy = 0, 0
-        for part in np.array_split(rows, -(-len(rows) // 64)):
-            x = self._features(self._load(cond, part)).flatten(0, 1).double()
-            y = self._load(target, part, self.encode_target).flatten(0, 1).double()
-            xx, xy = xx + x.T @ x, xy + x.T @ y
-        return xx, xy
+        def solve(xx, xy, penalty):
+            penalty = penalty * torch.eye(len(xx), dtype=xx.dtype)
+            return torch.linalg.solve(xx + penalty, xy)  # (C + 1, D)
 
-    def _features(self, cond):
-        x = self.encode_cond(cond)
-        x = x if self.aligned else x.mean(1, keepdim=True).expand(-1, self.tokens, -1)
-        return torch.cat([x, torch.ones(*x.shape[:-1], 1)], dim=-1)
+        rows = evenly(np.arange(len(cond)), min(len(cond), -(-max_tokens // self.tokens)))
+        held_out = rows[::10]
+        fit = np.setdiff1d(rows, held_out) if len(rows) > 1 else rows
+        xx, xy = add_up(products, fit).values()
+        held_xx, held_xy = add_up(products, held_out).values()
+        penalties = np.logspace(-6, 1, 15) * torch.linalg.eigvalsh(xx)[-1].item()
+        errors = []
+        for penalty in penalties:
+            weight = solve(xx, xy, penalty)
+            # |x weight - y|^2 over the held-out tokens, without |y|^2
+            errors.append((weight * (held_xx @ weight - 2 * held_xy)).sum().item())
+        # once the penalty is chosen, every sample counts
+        weight = solve(xx + held_xx, xy + held_xy, penalties[np.argmin(errors)])
+        self.weight = weight.float()
+
+    def features(self, cond):
+        x = self.encode_cond(cond)  # (B, S, C)
+        if x.shape[1] != self.tokens:
+            x = x.mean(1, keepdim=True).expand(-1, self.tokens, -1)  # (B, T, C)
+        return F.pad(x, (0, 1), value=1.0)  # (B, T, C + 1)
 
     def __call__(self, cond):
-        """(B, S, C) raw condition -> (B, T, D) standardized prediction, on the CPU."""
-        return self._features(cond) @ self.weight
+        """(B, S, C) raw conditions -> (B, T, D) standardized predictions, on the CPU."""
+        return self.features(cond) @ self.weight
 
 
 def standardizer(mean, std):
-    """Function from raw (..., D) arrays or tensors to standardized float32 tensors."""
-    mean, std = (torch.as_tensor(s, dtype=torch.float32) for s in (mean, std))
-    std = std.where(std > 1e-6, 1.0)
-    return lambda x: (
-        ((x.float() if torch.is_tensor(x) else torch.from_numpy(np.array(x, np.float32))) - mean)
-        / std
-    )
+    """Function from raw (..., D) arrays, or tensors on the CPU, to standardized float32 tensors."""
+    mean = np.asarray(mean, np.float32)
+    std = np.asarray(std, np.float32)
+    std = np.where(std > 1e-6, std, np.float32(1))  # a constant channel stays as it is
+    return lambda x: torch.from_numpy((np.asarray(x, np.float32) - mean) / std)
 
 
 def nearest(train_cond, rows, cond, encode):
-    """(N,) of `rows`, of training samples, that whose pooled condition is nearest to that of each of `cond` (N, S, C),
-    by cosine."""
+    """(N,) for conditions (N, S, C): which of the training samples `rows` has the nearest
+    condition, by the cosine of the means over tokens."""
 
     def pooled(array, rows):
-        return torch.cat(
-            [encode(array[part]).mean(1) for part in np.array_split(rows, -(-len(rows) // 256))]
-        )
+        return encode(array[rows]).mean(1)
 
-    train, found = pooled(train_cond, rows), []
-    train /= train.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    for part in pooled(cond, np.arange(len(cond))).split(1024):
-        found.append((part @ train.T).argmax(1))
+    train = torch.cat([pooled(train_cond, part) for part in chunks(rows)])
+    train = F.normalize(train, dim=-1)
+    found = [(pooled(cond, part) @ train.T).argmax(1) for part in chunks(np.arange(len(cond)))]
     return rows[torch.cat(found).numpy()]
 
 
 def baselines(data, split, n):
-    """{name: function of rows -> standardized (B, T, D)} for the first n samples of a split: `truth`, and what to read
-    generated samples against. Of the training split, `ridge` has seen the samples; the others have not.
+    """{name: function of rows -> standardized (B, T, D)} for the first n samples of a split: the
+    truth, and what to read generated samples against.
 
-    data: the arrays of a dataset and its `stats`, as prepare.open_dataset gives them
+    data: from open_dataset
+    In the training split, `ridge` has seen the samples; the other baselines have not.
     """
-    to_cond, to_target = (
-        standardizer(*(data["stats"][f"{k}_{s}"] for s in ("mean", "std")))
-        for k in ("cond", "target")
-    )
-    train_cond, train_target, cond, target = (
-        data[f"{s}_{k}"] for s in ("train", split) for k in ("cond", "target")
-    )
-    ridge = Ridge(train_cond, train_target, to_cond, to_target)
+    stats = data["stats"]
+    encode_cond = standardizer(stats["cond_mean"], stats["cond_std"])
+    encode = standardizer(stats["target_mean"], stats["target_std"])
+    train_cond, train_target = data["train_cond"], data["train_target"]
+    cond, target = data[f"{split}_cond"], data[f"{split}_target"]
+    ridge = Ridge(train_cond, train_target, encode_cond, encode)
     result = {
-        "truth": lambda rows: to_target(target[rows]),
+        "truth": lambda rows: encode(target[rows]),
         "mean": lambda rows: torch.zeros(len(rows), *target.shape[1:]),
         "ridge": lambda rows: ridge(cond[rows]),
     }
     others = np.arange(n if split == "train" else 0, len(train_cond))  # not the samples themselves
     if len(others):
-        some = others[np.unique(np.linspace(0, len(others) - 1, 16384).astype(int))]
-        neighbours = nearest(train_cond, some, cond[:n], to_cond)
-        spaced = others[np.linspace(0, len(others) - 1, n).astype(int)]
-        result["nearest"] = lambda rows: to_target(train_target[neighbours[rows]])
-        result["floor"] = lambda rows: to_target(train_target[spaced[rows]])
+        candidates = evenly(others, min(len(others), 16384))
+        neighbours = nearest(train_cond, candidates, cond[:n], encode_cond)
+        drawn = evenly(others, n)
+        result["nearest"] = lambda rows: encode(train_target[neighbours[rows]])
+        result["floor"] = lambda rows: encode(train_target[drawn[rows]])
     return result
 
 
-def report(generated, data, split="val", limit=LIMIT, rows=None):
-    """Score raw `generated` (N, T, D), or (N, draws, T, D), against the first N samples of a split, at most `limit`.
-    rows: from baselines(), if they are there already
+def report(generated, data, split="val", references=None):
+    """Score raw `generated` (N, T, D), or (N, draws, T, D), against the first N samples of a split.
 
-    Returns {metric: value} of the first draw, with `samples` (how many), `confidence` (half-widths of 95% intervals),
-    `baselines` {name: metrics} and, of several draws, `mean_of_draws` (metrics) and `spread` (SPREAD and how sure);
-    and a text that says it.
+    references: from baselines(), if they are there already
+    Returns a dict and the text that shows it. The dict has the METRICS of the first draw, `samples`
+    (N), `confidence` {name: half-width of the 95% interval}, `baselines` {name: metrics} and, for
+    several draws, `mean_of_draws` (metrics) and `spread` (SPREAD).
     """
-    n, several = min(len(generated), limit), generated.ndim == 4
-    rows = dict(rows or baselines(data, split, n))
+    n = len(generated)
+    draws = generated if generated.ndim == 4 else generated[:, None]
+    M = draws.shape[1]
+    references = dict(references or baselines(data, split, n))
     encode = standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
-    first = (
-        (lambda rows: encode(generated[rows, 0]))
-        if several
-        else (lambda rows: encode(generated[rows]))
-    )
-    scorer = Scorer(rows.pop("truth"), n)
-    result, confidence = scorer(first, confidence=True)
-    lines = {"generated": result} | ({"+- (95%)": confidence} if confidence else {})
-    result = result | {"samples": n, "confidence": confidence}
-    if several and generated.shape[1] > 1:
-        M = generated.shape[1]
-        result["mean_of_draws"] = lines[f"mean of {M}"] = scorer(
-            lambda rows: encode(generated[rows]).mean(1)
-        )[0]
-        spread, width = scorer.spread(lambda rows: encode(generated[rows]))
-        result["mean_of_draws"] = {"draws": M, **result["mean_of_draws"]}
-        result["spread"] = {"draws": M, **spread, "confidence": width}
-    result["baselines"] = {name: scorer(samples)[0] for name, samples in rows.items()}
+    scorer = Scorer(references.pop("truth"), n)
+
+    def every(rows):
+        return encode(draws[rows])
+
+    def first(rows):
+        return every(rows)[:, 0]
+
+    scores, widths = scorer(every if M > 1 else first, confidence=True)
+    lines = {"generated": scores, "+- (95%)": widths}
+    if M > 1:
+        lines[f"mean of {M}"], _ = scorer(lambda rows: every(rows).mean(1))
     if n > 1:
-        result["baselines"]["shuffled"] = scorer(lambda rows: first((rows + 1) % n))[0]
-    text = table(lines | result["baselines"])
-    if "spread" in result:
-        l2 = ", ".join(
-            f"{name} {result['baselines'][name]['l2']:.4f}" for name in ("mean", "ridge")
-        )
-        exact = {"spread_ratio": "1", "coverage": f"{(M - 1) / (M + 1):.4f}"}
-        notes = {name: f"exact draws: {value}" for name, value in exact.items()} | {
-            "energy_score": f"l2: {l2}"
-        }
-        text += f"\n{M} draws of each condition:"
-        for name in SPREAD:
-            sure = f"+- {width[name]:.4f}" if name in width else ""
-            text += f"\n  {name:<14}{spread[name]:8.4f} {sure:<10} ({notes[name]})"
+        references["shuffled"] = lambda rows: first(shuffled(rows, n))
+    others = {name: scorer(samples)[0] for name, samples in references.items()}
+    text = table(lines | others)
+    spread = {name: scores.pop(name) for name in SPREAD if name in scores}
+    result = scores | {"samples": n, "confidence": widths, "baselines": others}
+    if M > 1:
+        result["mean_of_draws"] = {"draws": M} | lines[f"mean of {M}"]
+        result["spread"] = {"draws": M} | spread
+        text += f"\n{M} draws per condition:"
+    for name, value in spread.items():
+        width = widths.get(name, math.nan)
+        text += f"\n  {name:<14}{value:8.4f} +- {width:.4f}  ({SPREAD[name]})"
     return result, text
 
 
+def table(rows):
+    """Lines of text: the metrics of each {name: metrics}."""
+    width = {name: max(len(name), 8) + 2 for name in METRICS}
+    lines = [" " * 10 + "".join(name.rjust(width[name]) for name in METRICS)]
+    for name, row in rows.items():
+        if row:
+            lines.append(f"{name:<10}" + "".join(f"{row[m]:{width[m]}.4f}" for m in METRICS))
+    return "\n".join(lines)
+
+
 def read_generated(path, target, limit=None):
-    """Embeddings in a .npy, (N, T, D) or (N, draws, T, D), for `target` (N, T, D), or of its first samples, at least
-    `limit`. Raises ValueError with one line where they are not, or those that count are not finite."""
+    """The embeddings in a .npy, (N, T, D) or (N, draws, T, D), of the samples of `target`
+    (N, T, D): the first LIMIT, or the first `limit`, which are all that the file need hold.
+
+    Raises ValueError where it does not hold them, or where they are not finite.
+    """
     N, T, D = target.shape
     n = min(N, LIMIT) if limit is None else limit
-    if not 1 <= n <= N:
-        raise ValueError(f"limit={limit}: there are {N} samples")
+    needed = N if limit is None else limit
     generated = np.load(path, mmap_mode="r")
-    held = (
-        generated.shape
-        if isinstance(generated, np.ndarray) and generated.dtype.kind in "fiu"
-        else ()
-    )
-    complete = held[:1] == (N,) or held and limit and n <= held[0] <= N
-    if len(held) not in (3, 4) or 0 in held or held[-2:] != (T, D) or not complete:
-        raise ValueError(f"{path} holds {held or 'no numbers'}; the targets are {(N, T, D)}")
-    for part in np.array_split(np.arange(n), -(-n // 256)):
-        if (
-            not np.abs(generated[part].astype(np.float64)).max() < 1e15
-        ):  # beyond, squares leave float32
+    shape = getattr(generated, "shape", ())
+    fits = len(shape) in (3, 4) and 0 not in shape and shape[-2:] == (T, D)
+    if not fits or not 1 <= needed <= shape[0] <= N or generated.dtype.kind not in "fiu":
+        of_these = "" if limit is None else f", limit={limit}"
+        raise ValueError(f"{path} holds {shape}; the targets are {(N, T, D)}{of_these}")
+    for rows in chunks(np.arange(n)):
+        largest = np.abs(generated[rows].astype(np.float64)).max()
+        if not largest < 1e15:  # beyond, squares overflow in float32
             raise ValueError(f"{path} holds NaN, Inf or numbers above 1e15")
-    return generated
+    return generated[:n]
 
 
-def table(rows):
-    """Lines of text: a row of metrics for each {name: metrics}."""
-    width = {m: max(len(m), 8) + 2 for m in METRICS}
-    lines = [" " * 10 + "".join(m.rjust(width[m]) for m in METRICS)]
-    lines += [
-        f"{name:<10}" + "".join(f"{row[m]:{width[m]}.4f}" for m in METRICS)
-        for name, row in rows.items()
-    ]
-    return "\n".join(lines)
+def add_arguments(parser):
+    """The arguments that say which samples to look at, here and in plot.py."""
+    option = parser.add_argument
+    option("file", type=Path, help=".npy of raw (N, T, D) or (N, draws, T, D), in a split's order")
+    option("--data_dir", required=True, help="dataset that prepare.py wrote")
+    option("--split", default="val", choices=["train", "val"])
+    option("--limit", type=int, help="the first so many samples, all that the file need hold "
+           f"(default: all, of which {LIMIT} count)")  # fmt: skip
+
+
+def open_samples(args):
+    """The dataset and the samples that these arguments name."""
+    data = open_dataset(args.data_dir)
+    return data, read_generated(args.file, data[f"{args.split}_target"], args.limit)
 
 
 def main():
@@ -446,34 +410,19 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "generated",
-        help=".npy of raw embeddings, (N, T, D) or (N, draws, T, D), in a split's order",
-    )
-    parser.add_argument("--data_dir", required=True, help="dataset folder written by prepare.py")
-    parser.add_argument("--split", default="val", choices=["train", "val"])
-    parser.add_argument(
-        "--limit",
-        type=int,
-        help=f"score the first so many samples only; by default at most {LIMIT}",
-    )
-    parser.add_argument("--save", help=".json to write")
+    add_arguments(parser)
+    parser.add_argument("--save", type=Path, help=".json to write the scores to")
     args = parser.parse_args()
-    folder = Path(args.data_dir)
     try:
-        names = [f"{s}_{k}" for s in {"train", args.split} for k in ("cond", "target")]
-        data = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
-        with np.load(folder / "stats.npz") as stats:
-            data["stats"] = dict(stats)
-        generated = read_generated(args.generated, data[f"{args.split}_target"], args.limit)
-        if args.save and not Path(args.save).absolute().parent.is_dir():
-            raise ValueError(f"there is no folder to write {args.save} into")
+        data, generated = open_samples(args)
+        if args.save:
+            args.save.touch()  # fails now, not after scoring
     except (OSError, ValueError, EOFError) as e:
         sys.exit(f"error: {e}")
-    result, text = report(generated, data, args.split, args.limit or LIMIT)
+    result, text = report(generated, data, args.split)
     print(text)
     if args.save:
-        Path(args.save).write_text(json.dumps(result, indent=1))
+        args.save.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

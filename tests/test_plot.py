@@ -28,8 +28,8 @@ def test_curves(tmp_path, trained):
     steps, values = read_log(other)["loss"]
     assert steps.tolist() == [0, 1, 3, 4, 5] and values.tolist() == [2.0, 1.75, 1.25, 1.0, 0.75]
     run("plot.py", trained, other, f"--save={tmp_path / 'a.png'}")
-    run("plot.py", trained, f"--save={tmp_path / 'b.png'}")
-    a, b = (plt.imread(tmp_path / name) for name in ("a.png", "b.png"))
+    run("plot.py", trained)
+    a, b = plt.imread(tmp_path / "a.png"), plt.imread(trained / "curves.png")
     orange = np.array([255, 127, 14]) / 255  # of the second run
     drawn = [(np.abs(image[..., :3] - orange).max(-1) < 0.02).sum() for image in (a, b)]
     assert a.shape[:2] == (750, 1200) and drawn[0] > 200 and drawn[1] == 0
@@ -39,7 +39,7 @@ def test_curves(tmp_path, trained):
 
 
 def test_colours_are_principal_components():
-    """As scikit-learn finds them in standardized tokens, each spread over [0, 1], up to its sign."""
+    """As scikit-learn finds them in standardized tokens, spread over [0, 1], up to its sign."""
     from sklearn.decomposition import PCA
 
     rng = np.random.default_rng(0)
@@ -56,58 +56,58 @@ def test_colours_are_principal_components():
         assert min(errors) < 1e-3 < max(errors)
 
 
-def test_samples(tmp_path, dataset):
-    """Perfect samples, three draws of them: grids, retrieval and histogram; in the order of the split."""
+def image_of(*args):
+    """What plot.py draws of samples."""
     plt = pytest.importorskip("matplotlib.pyplot")
+    run("plot.py", "samples", *args)
+    return plt.imread(args[0].with_suffix(".png"))[..., :3]
+
+
+def test_samples(tmp_path, dataset):
+    """Perfect samples, three draws of them: grids, retrieval and histogram; in the order of the
+    split, beside their file."""
     truth = np.load(dataset / "val_target.npy")
     np.save(tmp_path / "a.npy", truth)
     np.save(tmp_path / "b.npy", truth[:, None].repeat(3, 1)[:5])
-    sizes = []
-    for name in "ab":
-        limit = ["--limit=5"] if name == "b" else []
-        run("plot.py", "samples", tmp_path / f"{name}.npy", f"--data_dir={dataset}", *limit)
-        image = plt.imread(tmp_path / "samples.png")
-        sizes.append(image.shape[0])
-        blue = np.array([59, 76, 192]) / 255  # the map's colour for a cosine of 1
-        assert (
-            image.shape[1] == 1200 and (np.abs(image[..., :3] - blue).max(-1) < 0.02).mean() > 0.02
-        )
-        yellow = np.array([253, 231, 37]) / 255  # the largest of the retrieval matrix: its diagonal
-        assert (np.abs(image[..., :3] - yellow).max(-1) < 0.02).mean() > 0.001
-        assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 500
-    assert min(sizes) > 500
     np.save(tmp_path / "c.npy", np.stack([truth, truth[::-1], truth], 1)[:5])
-    run("plot.py", "samples", tmp_path / "c.npy", f"--data_dir={dataset}", "--limit=5")
-    other = plt.imread(tmp_path / "samples.png")[: image.shape[0] // 3]
-    moved = np.flatnonzero(np.abs(other - image[: image.shape[0] // 3]).max((0, 2)) > 0.02)
-    assert 0 < len(moved) < 0.5 * 1200  # sample 2 and the mean, in both blocks
+    one = image_of(tmp_path / "a.npy", f"--data_dir={dataset}")
+    three = image_of(tmp_path / "b.npy", f"--data_dir={dataset}", "--limit=5")
+    assert three.shape[0] > one.shape[0] > 500  # rows for samples 2 and 3 and the mean
+    for image in (one, three):
+        blue = np.array([59, 76, 192]) / 255  # the map's colour for a cosine of 1
+        assert image.shape[1] == 1200
+        assert (np.abs(image - blue).max(-1) < 0.02).mean() > 0.02
+        yellow = np.array([253, 231, 37]) / 255  # the largest of the retrieval matrix: its diagonal
+        assert (np.abs(image - yellow).max(-1) < 0.02).mean() > 0.001
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 500
+    grids = slice(0, three.shape[0] - 400)
+    other = image_of(tmp_path / "c.npy", f"--data_dir={dataset}", "--limit=5")
+    moved = np.flatnonzero(np.abs(other - three)[grids].max((1, 2)) > 0.02)
+    assert 0 < len(moved) < 0.5 * three.shape[0]  # sample 2 and the mean
     np.save(tmp_path / "wide.npy", truth[..., :3])
-    assert "(10, 4, 3); the targets are (10, 4, 5)" in refused(
-        "plot.py", "samples", tmp_path / "wide.npy", f"--data_dir={dataset}"
-    )
+    wide = ["plot.py", "samples", tmp_path / "wide.npy", f"--data_dir={dataset}"]
+    assert "(10, 4, 3); the targets are (10, 4, 5)" in refused(*wide)
 
 
 def test_cosines_of_the_histogram(dataset):
+    """The truth of other samples is that of the table's row."""
     data = open_dataset(dataset)
-    rows, encode = (
-        score.baselines(data, "val", 10),
-        score.standardizer(*(data["stats"][f"target_{s}"] for s in ("mean", "std"))),
-    )
-    rng = np.random.default_rng(0)
-    samples = rng.standard_normal((10, 3, 4, 5)).astype(np.float32)
-    ours = token_cosines(samples, encode, rows, 8)
-    x, y = encode(samples)[:8], encode(data["val_target"])[:8]
-    by_hand = {
-        "samples": x[:, 0],
-        "mean of 3": x.mean(1),
-        "shuffled": x[[7, 0, 1, 2, 3, 4, 5, 6], 0],
-    }
+    stats = data["stats"]
+    encode = score.standardizer(stats["target_mean"], stats["target_std"])
+    references = score.baselines(data, "val", 10)
+    samples = np.random.default_rng(0).standard_normal((10, 3, 4, 5)).astype(np.float32)
+    ours = token_cosines(samples, encode, references, 10)
+    x, y = encode(samples), encode(data["val_target"])
+    by_hand = {"samples": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
     assert ours.keys() == by_hand.keys() | {"ridge", "nearest"}
     for name, z in by_hand.items():
-        assert ours[name] == pytest.approx(
-            torch.cosine_similarity(z, y, -1).mean(1).numpy(), abs=1e-5
-        )
-    assert ours["ridge"].mean() > 0.8
+        expected = torch.cosine_similarity(z, y, -1).mean(1).numpy()
+        assert ours[name] == pytest.approx(expected, abs=1e-5)
+        first = token_cosines(samples, encode, references, 8)[name]
+        assert first == pytest.approx(expected[:8], abs=1e-5)
+    table, _ = score.report(samples, data)
+    for name in ("ridge", "nearest", "shuffled"):
+        assert ours[name].mean() == pytest.approx(table["baselines"][name]["token_cosine"])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
