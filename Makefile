@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/python data/digits/make.py
 	$(BIN)/python prepare.py data/digits/embeddings.pkl --out=data/digits --overwrite=True
 	$(BIN)/python train.py config/train_digits.py --overwrite=True $(TRAIN)
-	$(BIN)/python plot.py out-digits
+	$(BIN)/python -m report.plot out-digits
 	$(BIN)/python sample.py --out_dir=out-digits --plot=True $(SAMPLE)
 
 test: .venv/dev

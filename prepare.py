@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from loader import ARRAYS, FILES
-from sources import DataError, find_files, inspect, items, load_shard, pair_arrays, plain
+from plumbing.dataset import ARRAYS, FILES
+from plumbing.sources import DataError, find_files, inspect, items, load_shard, pair_arrays, plain
 
 SLICE = 1 << 23  # bytes of samples that are converted at a time
 AHEAD = 3  # slices that are converted while one is written

@@ -29,15 +29,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import exchange
 import flow
-import score
-from checkpoint import Output, hash_files, read_checkpoint, read_weights, replace_file, unreadable
-from configurator import configure, describe, user_errors_in_one_line
 from flow import FlowConfig, Normalizer
-from loader import open_dataset
 from model import NextDiT, NextDiTConfig
-from parallel import (
+from plumbing import exchange
+from plumbing.checkpoint import (
+    Output,
+    hash_files,
+    read_checkpoint,
+    read_weights,
+    replace_file,
+    unreadable,
+)
+from plumbing.configurator import configure, describe, user_errors_in_one_line
+from plumbing.dataset import open_dataset
+from plumbing.distributed import (
     all_reduce_sum,
     exit_process,
     init_distributed,
@@ -45,8 +51,9 @@ from parallel import (
     pick_dtype,
     print0,
 )
-from sources import no_items, read_conditions, read_items
-from unpickle import drop_pages
+from plumbing.sources import no_items, read_conditions, read_items
+from plumbing.unpickle import drop_pages
+from report import score
 
 # ---- input
 out_dir = "out"  # the folder of a run, or of a diffusers LuminaNextDiT2DModel
@@ -438,7 +445,7 @@ def run(config):
         replace_file(save_pickle, lambda f: pickle.dump(results, f, protocol=5))
         print(f"wrote {save_pickle}")
     if plot:
-        from plot import draw_samples
+        from report.plot import draw_samples
 
         stats = data["stats"] if data else loaded.stats
         shown = conditions[: n if interpolate else min(n, 256)]

@@ -24,17 +24,15 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import checkpoint
-import exchange
 import flow
-import parallel
-import score
-from configurator import check_numbers, configure, describe, user_errors_in_one_line
 from flow import FlowConfig, Normalizer
-from loader import Loader, open_dataset
 from model import NextDiT, NextDiTConfig, flops_per_sample
-from optim import make_optimizer, step_in_backward
-from parallel import all_reduce_sum, print0
+from plumbing import checkpoint, distributed, exchange
+from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
+from plumbing.dataset import Loader, open_dataset
+from plumbing.distributed import all_reduce_sum, print0
+from plumbing.optim import make_optimizer, step_in_backward
+from report import score
 
 # The defaults are a model of BLIP3-o's size. A config file or --key=value changes any of them.
 # ---- I/O
@@ -127,15 +125,16 @@ if debug:
     eval_interval, log_interval, wandb_log = 5, 1, False
     config = {name: globals()[name] for name in config}
 positive = "batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size norm_eps"
+positive += " ffn_dim_multiplier"
 positive += " eval_sample_steps eval_interval save_interval log_interval max_iters num_epochs"
 positive += " max_bad_steps dist_timeout"
 check_numbers(config, positive.split(), any_sign=["t_mean"])
 
 # ---------------------------------------------------------------- system
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-device = parallel.pick_device(device)
+device = distributed.pick_device(device)
 device_type = device.split(":")[0]
-dtype = parallel.pick_dtype(dtype, device)
+dtype = distributed.pick_dtype(dtype, device)
 one_pass = world_size == 1 and gradient_accumulation_steps == 1
 if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
     needs = "one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16"
@@ -149,8 +148,8 @@ resume = init_from == "resume" or (init_from == "auto" and last.exists())
 if eval_only and not resume:
     raise ValueError("eval_only=True needs a checkpoint: --init_from=resume")
 if world_size > 1:
-    device = parallel.init_distributed(device, dist_timeout)
-interrupts = parallel.Interrupts(time_limit)
+    device = distributed.init_distributed(device, dist_timeout)
+interrupts = distributed.Interrupts(time_limit)
 # TF32 on cuda. On a CPU oneDNN, up to twice as fast as MKL, and float32 too unless there is AMX.
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once per pass, and its casts would be a second copy of the model
@@ -229,7 +228,7 @@ if resume:
     config["init_from"] = ckpt["config"]["init_from"]  # where the run began
 for net in {raw_model, ema_model}:  # until now on the CPU: a GPU never holds more than its part
     if fsdp:
-        parallel.shard_model(net, dtype)
+        distributed.shard_model(net, dtype)
     net.to(device)
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
@@ -279,7 +278,7 @@ def evaluate_loss(net):
 
     n = min(eval_size, loader.n_val)
     with autocast:
-        values = parallel.map_rows(losses, n, eval_batch_size, device, interrupts)  # (n,)
+        values = distributed.map_rows(losses, n, eval_batch_size, device, interrupts)  # (n,)
     bins = (eval_t[:n] * T_BINS).long()
     results = {"val_loss": values.mean().item()}
     for i in bins.unique().tolist():
@@ -299,7 +298,9 @@ def evaluate_samples(net):
 
     n = min(eval_samples, loader.n_val)
     with autocast:
-        generated = parallel.map_rows(samples, n, eval_batch_size, device, interrupts)  # (n, T, D)
+        generated = distributed.map_rows(
+            samples, n, eval_batch_size, device, interrupts
+        )  # (n, T, D)
     metrics = dict.fromkeys(SAMPLED, math.nan)
     if generated.isfinite().all():
         metrics = score.metrics(standardize(generated), standardize(data["val_target"][:n]))
@@ -334,7 +335,7 @@ def save(path):
     )  # fmt: skip
     if ema_decay:
         state["ema"] = ema_model.state_dict()
-    state = parallel.gather_state_dict(state)
+    state = distributed.gather_state_dict(state)
     state.setdefault("ema", state["model"])  # the same tensors, which the file holds once
     saved = rank > 0 or checkpoint.save(path, state)
     return all_reduce_sum(torch.tensor([float(saved)], device=device)).item() == world_size
@@ -401,16 +402,16 @@ def clip_gradients():
 
 if eval_only:
     evaluate()
-    parallel.exit_process()
+    distributed.exit_process()
 if dry_run:
     loss, _ = forward_backward(micros[0]).tolist()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else peak
     print0(f"dry run: loss {loss * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
-    parallel.exit_process()
+    distributed.exit_process()
 
 flops = flops_per_sample(model_config, S)
-peak_flops = world_size * parallel.matmul_rate(device, dtype)  # per second
+peak_flops = world_size * distributed.matmul_rate(device, dtype)  # per second
 torch.autograd.set_detect_anomaly(debug)
 first_iteration, bad_in_a_row, saved, stop = iteration, 0, True, False
 clock = time.perf_counter()  # of training alone: the time of evaluations is taken out
@@ -425,7 +426,7 @@ while not stop:
         start = time.perf_counter()
         try:
             record |= evaluate()
-        except parallel.Interrupted:
+        except distributed.Interrupted:
             stop = True
             break
         if iteration > 0 and record["val_loss"] < best_val_loss:
@@ -474,7 +475,7 @@ while not stop:
         write_log(record)
     if bad_in_a_row >= max_bad_steps:
         words = f"no finite loss and gradient in {bad_in_a_row} iterations in a row"
-        parallel.exit_process(f"{words}; lower {learning_rate=}")
+        distributed.exit_process(f"{words}; lower {learning_rate=}")
     iteration += 1
 
 # ---------------------------------------------------------------- the end
@@ -487,6 +488,6 @@ else:
 if wandb_log:
     wandb.finish()
 if not saved:
-    parallel.exit_process(f"{last} could not be written at the end: it is an older one")
+    distributed.exit_process(f"{last} could not be written at the end: it is an older one")
 if world_size > 1:
-    parallel.exit_process()
+    distributed.exit_process()

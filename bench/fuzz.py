@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare  # noqa: E402
-from loader import open_dataset  # noqa: E402
-from sources import DataError  # noqa: E402
+from plumbing.dataset import open_dataset  # noqa: E402
+from plumbing.sources import DataError  # noqa: E402
 
 COND, TARGET = "eva_blip3o_embeddings", "clip_blip3o_embeddings"
 OPCODES = bytes(op[0] for op in vars(pickle).values() if type(op) is bytes and len(op) == 1)

@@ -36,9 +36,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import exchange
 import flow
 from model import NextDiT, NextDiTConfig
+from plumbing import exchange
 
 T, D, C = 64, 768, 1280
 SIZES = {

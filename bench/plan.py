@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from configurator import read_defaults, read_file
 from model import NextDiT, NextDiTConfig, flops_per_sample
+from plumbing.configurator import read_defaults, read_file
 
 ROOT, BLIP3O = Path(__file__).parents[1], "config/train_blip3o.py"
 

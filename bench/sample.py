@@ -31,11 +31,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LuminaNextDiT2DModel
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import exchange
 import flow
 import sample
-import score
-from loader import open_dataset
+from plumbing import exchange
+from plumbing.dataset import open_dataset
+from report import score
 
 EVALUATIONS = {"euler": 1, "heun": 2, "ab2": 1}  # of the model, per step
 PRECISION = "medium"  # float32_matmul_precision of sample.py

@@ -35,13 +35,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import flow
-import score
-from configurator import convert, read_defaults, read_file
-from loader import Loader, open_dataset
 from measure import Evaluator
+
+import flow
 from model import NextDiT, NextDiTConfig
-from optim import make_optimizer
+from plumbing.configurator import convert, read_defaults, read_file
+from plumbing.dataset import Loader, open_dataset
+from plumbing.optim import make_optimizer
+from report import score
 
 ROOT, SLICES = Path(__file__).parents[1], 12
 METRICS = ("token_cosine", "retrieval_r1", "frechet")

@@ -70,9 +70,7 @@ def profiled(args):
     import torch
 
     import flow
-    import loader
-    import optim
-    import parallel
+    from plumbing import dataset, distributed, optim
 
     micro_steps = ACCUMULATION // int(os.environ.get("WORLD_SIZE", 1))
     spent, backwards, batches, clock, inside = Counter(), [], 0, {}, []
@@ -94,7 +92,7 @@ def profiled(args):
 
         return run
 
-    stream = loader.Loader.stream
+    stream = dataset.Loader.stream
 
     def timed_stream(self, *args):
         nonlocal batches
@@ -108,13 +106,13 @@ def profiled(args):
                 clock["start"] = time.perf_counter()
             yield wait()
 
-    loader.Loader.stream = timed_stream
+    dataset.Loader.stream = timed_stream
     flow.loss = timed(
         "forward", flow.loss, when=lambda kwargs: "generator" in kwargs
     )  # not that of evaluations
     torch.Tensor.backward = timed("backward", torch.Tensor.backward, backwards)
-    parallel.total = timed("all-reduce", parallel.total)
-    parallel.leave = lambda code: None
+    distributed.total = timed("all-reduce", distributed.total)
+    distributed.leave = lambda code: None
     torch.nn.utils.clip_grad_norm_ = timed("optimizer", torch.nn.utils.clip_grad_norm_)
     for kind in (torch.optim.AdamW, optim.Muon, optim.Adafactor):
         kind.step = timed("optimizer", kind.step)

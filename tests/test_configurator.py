@@ -1,6 +1,6 @@
 import pytest
 
-from configurator import configure, describe, read_defaults
+from plumbing.configurator import configure, describe, read_defaults
 
 SCRIPT = '''"""Run me."""
 import math

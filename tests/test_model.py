@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-import exchange
 import flow
 from model import NextDiT, NextDiTConfig, attend, flops_per_sample, rope_2d, rotate
+from plumbing import exchange
 
 CONFIG = NextDiTConfig(
     grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import NextDiT, NextDiTConfig
-from optim import make_optimizer, step_in_backward
+from plumbing.optim import make_optimizer, step_in_backward
 
 BETAS = (0.9, 0.95)
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-import score
 from conftest import refused, run
-from loader import open_dataset
-from plot import principal_colours, read_log, smooth, token_cosines
+from plumbing.dataset import open_dataset
+from report import score
+from report.plot import principal_colours, read_log, smooth, token_cosines
 
 
 def test_smooth_is_the_mean_of_a_window():
@@ -27,15 +27,15 @@ def test_curves(tmp_path, trained):
     (other / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps, values = read_log(other)["loss"]
     assert steps.tolist() == [0, 1, 3, 4, 5] and values.tolist() == [2.0, 1.75, 1.25, 1.0, 0.75]
-    run("plot.py", trained, other, f"--save={tmp_path / 'a.png'}")
-    run("plot.py", trained)
+    run("-m", "report.plot", trained, other, f"--save={tmp_path / 'a.png'}")
+    run("-m", "report.plot", trained)
     a, b = plt.imread(tmp_path / "a.png"), plt.imread(trained / "curves.png")
     orange = np.array([255, 127, 14]) / 255  # of the second run
     drawn = [(np.abs(image[..., :3] - orange).max(-1) < 0.02).sum() for image in (a, b)]
     assert a.shape[:2] == (750, 1200) and drawn[0] > 200 and drawn[1] == 0
-    assert "cannot be read as a run's log" in refused("plot.py", tmp_path)
+    assert "cannot be read as a run's log" in refused("-m", "report.plot", tmp_path)
     (other / "log.jsonl").write_text("[1]\n")
-    assert "cannot be read as a run's log" in refused("plot.py", other)
+    assert "cannot be read as a run's log" in refused("-m", "report.plot", other)
 
 
 def test_colours_are_principal_components():
@@ -59,7 +59,7 @@ def test_colours_are_principal_components():
 def image_of(*args):
     """What plot.py draws of samples."""
     plt = pytest.importorskip("matplotlib.pyplot")
-    run("plot.py", "samples", *args)
+    run("-m", "report.plot", "samples", *args)
     return plt.imread(args[0].with_suffix(".png"))[..., :3]
 
 
@@ -85,7 +85,7 @@ def test_samples(tmp_path, dataset):
     moved = np.flatnonzero(np.abs(other - three)[grids].max((1, 2)) > 0.02)
     assert 0 < len(moved) < 0.5 * three.shape[0]  # sample 2 and the mean
     np.save(tmp_path / "wide.npy", truth[..., :3])
-    wide = ["plot.py", "samples", tmp_path / "wide.npy", f"--data_dir={dataset}"]
+    wide = ["-m", "report.plot", "samples", tmp_path / "wide.npy", f"--data_dir={dataset}"]
     assert "(10, 4, 3); the targets are (10, 4, 5)" in refused(*wide)
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import prepare
-import sources
 from conftest import ROOT, make_pickle, refused, run
-from loader import FILES, open_dataset
-from sources import DataError
+from plumbing import sources
+from plumbing.dataset import FILES, open_dataset
+from plumbing.sources import DataError
 
 COND, TARGET = "eva_blip3o_embeddings", "clip_blip3o_embeddings"
 

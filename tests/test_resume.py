@@ -6,7 +6,6 @@ import signal
 import pytest
 import torch
 
-from checkpoint import read_checkpoint, restore_optimizer, save
 from conftest import (
     ROOT,
     TINY,
@@ -20,6 +19,7 @@ from conftest import (
     train,
     wait_for,
 )
+from plumbing.checkpoint import read_checkpoint, restore_optimizer, save
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -198,7 +198,7 @@ def test_restoring_holds_one_copy_of_the_optimizer(tmp_path):
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
-from checkpoint import restore_optimizer
+from plumbing.checkpoint import restore_optimizer
 from torch.distributed.tensor import distribute_tensor
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 params = [torch.nn.Parameter(torch.empty(1024, 1024)) for _ in range({n})]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import sample
-import score
-from checkpoint import read_checkpoint, save_checkpoint, weights_by_block
 from conftest import ROOT, TORCHRUN, make_pickle, refused, run, start
 from model import NextDiT, NextDiTConfig
+from plumbing.checkpoint import read_checkpoint, save_checkpoint, weights_by_block
+from report import score
 
 
 @pytest.fixture(scope="module")
@@ -521,7 +521,7 @@ def test_a_full_disk_is_an_error_that_one_goes_on_from(run_dir, conditions, tmp_
     """After two batches, what is written to the file goes to a device that is always full."""
     code = """import runpy, sys
 sys.path.insert(0, ".")
-import checkpoint
+from plumbing import checkpoint
 calls = []
 def full(path, mode):
     if mode == "r+b":

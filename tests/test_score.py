@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-import score
 from conftest import refused, run
-from loader import open_dataset
+from plumbing.dataset import open_dataset
+from report import score
 
 
 def test_metrics_on_cases_with_known_values():
@@ -242,7 +242,11 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     truth = np.load(dataset / "val_target.npy")
     np.save(tmp_path / "truth.npy", truth)
     table = run(
-        "score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", f"--save={tmp_path}/a.json"
+        "-m",
+        "report.score",
+        tmp_path / "truth.npy",
+        f"--data_dir={dataset}",
+        f"--save={tmp_path}/a.json",
     ).stdout.splitlines()
     assert table[0].split() == list(score.METRICS)
     rows = {
@@ -258,26 +262,35 @@ def test_command_line_scores_a_file(dataset, tmp_path):
         tmp_path / "draws.npy",
         truth[:6, None] + np.array([-0.1, 0, 0.1], np.float32)[:, None, None],
     )
-    done = run("score.py", tmp_path / "draws.npy", f"--data_dir={dataset}", "--limit=6")
+    done = run("-m", "report.score", tmp_path / "draws.npy", f"--data_dir={dataset}", "--limit=6")
     mean = next(line for line in done.stdout.splitlines() if line.startswith("mean of 3"))
     assert mean.split()[3] == "1.0000" and "energy_score" in done.stdout
     np.save(tmp_path / "short.npy", truth[:3])
-    assert "(3, 4, 5)" in refused("score.py", tmp_path / "short.npy", f"--data_dir={dataset}")
     assert "(3, 4, 5)" in refused(
-        "score.py", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4"
+        "-m", "report.score", tmp_path / "short.npy", f"--data_dir={dataset}"
+    )
+    assert "(3, 4, 5)" in refused(
+        "-m", "report.score", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4"
     )
     assert "limit=11" in refused(
-        "score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--limit=11"
+        "-m", "report.score", tmp_path / "truth.npy", f"--data_dir={dataset}", "--limit=11"
     )
     assert "No such file" in refused(
-        "score.py", tmp_path / "truth.npy", f"--data_dir={dataset}", "--save=no/a.json"
+        "-m", "report.score", tmp_path / "truth.npy", f"--data_dir={dataset}", "--save=no/a.json"
     )
     np.save(tmp_path / "huge.npy", truth.astype(">f8") * 1e20)
-    assert "above 1e15" in refused("score.py", tmp_path / "huge.npy", f"--data_dir={dataset}")
+    assert "above 1e15" in refused(
+        "-m", "report.score", tmp_path / "huge.npy", f"--data_dir={dataset}"
+    )
     np.save(tmp_path / "big.npy", truth.astype(">f8"))
     assert (
-        run("score.py", tmp_path / "big.npy", f"--data_dir={dataset}").stdout.splitlines() == table
+        run("-m", "report.score", tmp_path / "big.npy", f"--data_dir={dataset}").stdout.splitlines()
+        == table
     )
     np.save(tmp_path / "nan.npy", np.full((10, 4, 5), np.nan, np.float32))
-    assert "holds NaN" in refused("score.py", tmp_path / "nan.npy", f"--data_dir={dataset}")
-    assert "nowhere" in refused("score.py", tmp_path / "nowhere.npy", f"--data_dir={dataset}")
+    assert "holds NaN" in refused(
+        "-m", "report.score", tmp_path / "nan.npy", f"--data_dir={dataset}"
+    )
+    assert "nowhere" in refused(
+        "-m", "report.score", tmp_path / "nowhere.npy", f"--data_dir={dataset}"
+    )

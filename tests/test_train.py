@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-import exchange
 from conftest import (
     ROOT,
     TINY,
@@ -20,6 +19,7 @@ from conftest import (
     train,
 )
 from model import NextDiT, NextDiTConfig
+from plumbing import exchange
 
 
 def test_a_run_learns_logs_and_saves(trained, dataset):
@@ -270,7 +270,7 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
 
 
 def test_ddp_without_condition_dropout(dataset, tmp_path):
-    """Nothing trains the null condition then, and nobody waits for its gradient. (With: tests/test_parallel.py.)"""
+    """Nothing trains the null condition then, and nobody waits for its gradient. (With: tests/test_distributed.py.)"""
     train(dataset, one := tmp_path / "one", "--cond_dropout=0")
     torchrun(2, dataset, tmp_path / "two", "--cond_dropout=0")
     for a, b in zip(measured(one), measured(tmp_path / "two"), strict=True):

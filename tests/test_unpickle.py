@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-import sources
-import unpickle
 from conftest import ROOT, run
+from plumbing import sources, unpickle
 
 FLOATS = np.random.default_rng(0).standard_normal((6, 4, 50), np.float32)  # more than VIEW bytes
 

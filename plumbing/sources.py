@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-import unpickle
+from plumbing import unpickle
 
 # the types of arrays that are read -> what they become
 FLOATS = {np.dtype(order + name): np.dtype(name) for order in "<>" for name in ("f2", "f4", "f8")}

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parallel import print0
+from plumbing.distributed import print0
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def save(path, state):

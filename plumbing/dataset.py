@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unpickle import drop_pages
+from plumbing.unpickle import drop_pages
 
 ARRAYS = ("train_cond", "train_target", "val_cond", "val_target")
 FILES = (*(f"{name}.npy" for name in ARRAYS), "train_items.jsonl", "val_items.jsonl", "stats.npz")

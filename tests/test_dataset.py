@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loader import Loader, open_dataset
+from plumbing.dataset import Loader, open_dataset
 
 
 def rows_of(loader, iterations):

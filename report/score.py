@@ -1,7 +1,7 @@
 """
 Is it good? Metrics of generated embeddings, beside the baselines that give them a meaning.
 
-    python score.py generated.npy --data_dir=data/mine
+    python -m report.score generated.npy --data_dir=data/mine
 
 Everything is measured in standardized space: each channel minus the mean of the training set,
 divided by its standard deviation. There a token cosine of 0 means "no better than the mean", no
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from loader import open_dataset
+from plumbing.dataset import open_dataset
 
 METRICS = (
     "token_cosine",  # cosine of generated and true token, mean over tokens (higher is better)
@@ -389,7 +389,7 @@ def read_generated(path, target, limit=None):
 
 
 def add_arguments(parser):
-    """The arguments that say which samples to look at, here and in plot.py."""
+    """The arguments that say which samples to look at, here and in report/plot.py."""
     option = parser.add_argument
     option("file", type=Path, help=".npy of raw (N, T, D) or (N, draws, T, D), in a split's order")
     option("--data_dir", required=True, help="dataset that prepare.py wrote")

@@ -1,9 +1,9 @@
 """
 The pictures of runs.
 
-    python plot.py out-a                # curves of a run -> out-a/curves.png
-    python plot.py out-a out-b          # curves of several runs -> curves.png in this folder
-    python plot.py samples out-a/generated.npy --data_dir=data/mine     # -> out-a/generated.png
+    python -m report.plot out-a                # curves of a run -> out-a/curves.png
+    python -m report.plot out-a out-b          # curves of several runs -> curves.png in this folder
+    python -m report.plot samples out-a/generated.npy --data_dir=data/mine     # -> out-a/generated.png
 
 Token grids are shown as images: decoded to pixels where the dataset has a decoder.npz (as the
 digits do), and with the first three principal components of the tokens as red, green and blue.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-import score
+from report import score
 
 COMPARED = 500  # samples in the histogram of cosines, the first ones
 

@@ -1,0 +1,1 @@
+"""What a researcher need not edit: settings, files, batches, checkpoints, processes."""
