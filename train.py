@@ -12,7 +12,6 @@ Writes ckpt_last.pt, ckpt_best.pt, log.jsonl, and config.py, which repeats the r
 import copy
 import datetime
 import math
-import os
 import resource
 import sys
 import textwrap
@@ -37,9 +36,7 @@ from report import score
 # The defaults are a model of BLIP3-o's size. A config file or --key=value changes any of them.
 # ---- I/O
 out_dir = "out"
-init_from = (
-    "scratch"  # scratch | resume (ckpt_last.pt) | auto (resume, else scratch) | FOLDER of diffusers
-)
+init_from = "scratch"  # scratch | resume | auto (resume if possible) | FOLDER of a diffusers model
 overwrite = False  # replace the run that out_dir holds
 eval_interval = 1000  # iterations between evaluations; ckpt_best.pt is the best one's
 save_interval = 1000  # iterations between writes of ckpt_last.pt
@@ -53,9 +50,7 @@ wandb_project = "embedding-flow"
 wandb_run_name: str | None = None  # None: wandb invents one
 # ---- data
 data_dir = "data/digits"
-normalize = (
-    "channel"  # channel (zero mean, unit variance) | l2 (unit tokens; norms are lost) | none
-)
+normalize = "channel"  # channel (mean 0, variance 1) | l2 (tokens of equal norm) | none
 subset_size: int | None = None  # train on the first so many samples only
 batch_size = 32  # samples per micro-batch
 gradient_accumulation_steps = 8  # micro-batches per iteration, divided among all processes
@@ -72,9 +67,7 @@ multiple_of = 256  # the feed-forward width, 8/3 dim, is rounded up to a multipl
 ffn_dim_multiplier: float | None = None  # scales that width
 norm_eps = 1e-5
 qk_norm = True
-conditioning = (
-    "auto"  # aligned (added token by token) | cross (attention) | auto: aligned if possible
-)
+conditioning = "auto"  # aligned (added token by token) | cross (attention) | auto (either)
 conv = True  # a depthwise 3x3 convolution before each block
 rope = "grid"  # RoPE frequencies: grid (for some ten rows and columns) | lumina (as for text)
 prior: bool | None = (
@@ -124,14 +117,13 @@ if debug:
     subset_size, max_iters, num_epochs = 64, 10, None
     eval_interval, log_interval, wandb_log = 5, 1, False
     config = {name: globals()[name] for name in config}
-positive = "batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size norm_eps"
-positive += " ffn_dim_multiplier"
+positive = "batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size"
 positive += " eval_sample_steps eval_interval save_interval log_interval max_iters num_epochs"
-positive += " max_bad_steps dist_timeout"
+positive += " ffn_dim_multiplier norm_eps max_bad_steps dist_timeout"
 check_numbers(config, positive.split(), any_sign=["t_mean"])
 
 # ---------------------------------------------------------------- system
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, world_size = distributed.RANK, distributed.WORLD_SIZE
 device = distributed.pick_device(device)
 device_type = device.split(":")[0]
 dtype = distributed.pick_dtype(dtype, device)
@@ -226,20 +218,22 @@ if resume:
     iteration, best_val_loss = ckpt["iter"], ckpt["best_val_loss"]
     bad_steps, wandb_id = ckpt["bad_steps"], ckpt["wandb_id"]
     config["init_from"] = ckpt["config"]["init_from"]  # where the run began
-for net in {raw_model, ema_model}:  # until now on the CPU: a GPU never holds more than its part
+# until now they were on the CPU, so that a GPU never holds more than its part
+for net in dict.fromkeys([raw_model, ema_model]):
     if fsdp:
         distributed.shard_model(net, dtype)
     net.to(device)
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
     checkpoint.restore_optimizer(last, opt)
-if all_reduce_sum(torch.tensor([float(iteration)], device=device)) != world_size * iteration:
+if all_reduce_sum(torch.tensor([iteration], device=device)).item() != world_size * iteration:
     raise ValueError(f"the processes see different files {last}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
 norms = step_in_backward(opt) if optimizer_in_backward else None  # of gradients, as they come
 
 model = raw_model
-compile = device_type == "cuda" if compile is None else compile
+if compile is None:
+    compile = device_type == "cuda"
 if compile and (optimizer_in_backward or fsdp):  # parameters come and go during a pass
     for block in raw_model.layers:
         block.compile()
