@@ -349,8 +349,8 @@ if is_main:
 if wandb_log:
     import wandb
 
-    names = dict(project=wandb_project, name=wandb_run_name, id=wandb_id)
-    wandb_id = wandb.init(**names, resume="allow", config=config, dir=out_dir).id
+    names = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
+    wandb_id = wandb.init(config=config, dir=out_dir, **names).id
 
 # ---------------------------------------------------------------- training loop
 print0(describe(config, __file__))
@@ -407,7 +407,8 @@ if dry_run:
 flops = flops_per_sample(model_config, S)
 peak_flops = world_size * distributed.matmul_rate(device, dtype)  # per second
 torch.autograd.set_detect_anomaly(debug)
-first_iteration, bad_in_a_row, saved, stop = iteration, 0, True, False
+first_iteration = iteration
+bad_in_a_row, saved, stop = 0, True, False
 clock = time.perf_counter()  # of training alone: the time of evaluations is taken out
 sys.excepthook = sys.__excepthook__  # from here on an error is the program's own
 while not stop:
@@ -449,7 +450,8 @@ while not stop:
             with torch.no_grad():  # else the averages would remember every iteration
                 torch._foreach_lerp_(ema_params, params, weight)
     else:
-        bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+        bad_steps += 1
+        bad_in_a_row += 1
         print0(f"WARNING: iter {iteration} skipped: loss {loss}, gradient norm {grad_norm}")
     scaler.update()
     opt.zero_grad(set_to_none=True)

@@ -225,11 +225,11 @@ def like(p, name, value):
 
 def code_version():
     """The git commit of this code, "-dirty" if files differ from it; without git, their hash."""
+    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return hash_files(sorted(ROOT.rglob("*.py")))
+        return hash_files(sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]))
 
 
 def hash_files(paths):
