@@ -8,10 +8,10 @@ Plans for two recipes, train.py's defaults and config/train_blip3o.py, on (64, 1
 Three numbers come from the model: its parameters, the operations of a training step per sample
 (matrix products, counted by torch), and what autograd keeps per sample for the backward pass.
 
-The table's heading lists what is assumed: the share of a GPU's peak that is reached, and bandwidths.
-Reading is assumed to be hidden behind arithmetic, and all-reduce behind the last backward pass of
-an iteration, which is two thirds of that pass's arithmetic. The column "share" is the time of
-all-reduce over the time of an iteration's arithmetic. Samples per second and hours are those of DDP.
+What is assumed is printed above the tables: the share of a GPU's peak that is reached, bandwidths.
+Reading is taken to be hidden behind arithmetic, and all-reduce behind the backward pass of the last
+micro-batch, two thirds of its arithmetic. The column "share" is the time of all-reduce over the
+time of an iteration's arithmetic. Samples per second and hours are those of DDP.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import NextDiT, NextDiTConfig, flops_per_sample
 from plumbing.configurator import read_defaults, read_file
 
+ROOT = Path(__file__).parents[1]
 BLIP3O = "config/train_blip3o.py"
 COLUMNS = ("GPUs", "batch", "iterations", "samples/s", "hours", "read/s node")
 COLUMNS += ("DDP, GPU", "FSDP, GPU", "all-reduce", "share", "checkpoint")
