@@ -22,14 +22,14 @@ validation losses of the weights that would be sampled.
 import argparse
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.train import make_dataset
 
 ROOT = Path(__file__).parents[1]
 BLIP3O = ROOT / "config/train_blip3o.py"
@@ -68,20 +68,7 @@ def run(script, *args, **settings):
     return usage.ru_maxrss * 1024 / 1e9
 
 
-def make_dataset(folder):
-    rng = np.random.default_rng(0)
-    content = {}
-    for name, channels in (("eva_blip3o_embeddings", 1280), ("clip_blip3o_embeddings", 768)):
-        values = rng.standard_normal((80, 64, channels), np.float32)
-        content[name] = values.astype(np.float16)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "random.pkl").write_bytes(pickle.dumps(content))
-    run("prepare.py", folder / "random.pkl", out=folder / "data", overwrite=True)
-    return folder / "data"
-
-
 def count_parameters(sizes):
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from model import NextDiT, NextDiTConfig
@@ -92,7 +79,7 @@ def count_parameters(sizes):
 
 
 def measure(folder, names):
-    data = make_dataset(folder)
+    data = make_dataset(folder, 80, (64, 1280), (64, 768))
     out = folder / "out"
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of memory
     for name in names:

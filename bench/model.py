@@ -34,13 +34,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import LuminaNextDiT2DModel
-from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flow
+from bench.speedrun import Reference
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
 
@@ -57,41 +56,18 @@ KEEP = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=3435973
 def build(dim, n_layer, n_head):
     """The reference, with open gates as after some training, and ours with the same weights."""
     torch.manual_seed(0)
-    reference = LuminaNextDiT2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=D,
-        hidden_size=dim,
-        num_layers=n_layer,
-        num_attention_heads=n_head,
-        num_kv_heads=n_head,
-        multiple_of=256,
-        norm_eps=1e-5,
-        learn_sigma=False,
-        qk_norm=True,
-        cross_attention_dim=C,
-    )
-    torch.nn.init.zeros_(reference.pad_token)
-    for block in reference.layers:
+    sizes = dict(dim=dim, n_layer=n_layer, n_head=n_head)
+    config = NextDiTConfig(grid=(8, 8), target_dim=D, cond_dim=C, **sizes)
+    reference = Reference(config)
+    for block in reference.net.layers:
         torch.nn.init.normal_(block.gate, std=0.5)
     with tempfile.TemporaryDirectory() as folder:
-        reference.save_pretrained(folder)
-        sizes, state = exchange.from_diffusers(folder)
-        ours = NextDiT(NextDiTConfig(**sizes))
-        ours.load_state_dict(state)
+        reference.net.save_pretrained(folder)
+        _, state = exchange.from_diffusers(folder)
+    ours = NextDiT(config)
+    ours.load_state_dict(state)
     ours.null_cond.requires_grad_(False)  # the reference has none
-    rope = get_2d_rotary_pos_embed_lumina(dim // n_head, 8, 8)
-    mask = torch.ones(1, T)
-
-    def wrapped(x, t, cond):
-        image = x.transpose(1, 2).unflatten(2, (8, 8))  # (B, D, H, W)
-        # the reference counts time from data to noise, and its velocity runs that way
-        args = (image, 1000 * (1 - t), cond, mask.expand(len(x), T), rope)
-        out = reference(*args, cross_attention_kwargs={}).sample
-        return -out.flatten(2).transpose(1, 2)  # (B, T, D)
-
-    wrapped.parameters = reference.parameters
-    return wrapped, ours
+    return reference, ours
 
 
 def training_step(model, parameters, batch):
