@@ -100,8 +100,8 @@ class Reference(torch.nn.Module):
         image = x_t.transpose(1, 2).unflatten(2, self.grid)  # (B, D, H, W)
         mask = torch.ones(cond.shape[:2])
         # the reference counts time from data to noise, and its velocity runs that way
-        time = 1000 * (1 - t)
-        out = self.net(image, time, cond, mask, self.rope, cross_attention_kwargs={}).sample
+        their_t = 1000 * (1 - t)
+        out = self.net(image, their_t, cond, mask, self.rope, cross_attention_kwargs={}).sample
         return -out.flatten(2).transpose(1, 2)  # (B, T, D)
 
 
