@@ -1,15 +1,17 @@
 """
-What training costs beyond this machine, computed from the model's own numbers.
+What training costs on machines larger than this one, computed from the model's own numbers.
 
     python bench/plan.py                # the paper's size, 60 million pairs, 8, 64, 512 GPUs
     python bench/plan.py --config config/train_real.py --pairs 1e6 --gpus 1 8
 
-The defaults of train.py and config/train_blip3o.py, (64, 1280) -> (64, 768). Taken from the model:
-parameters, operations of a sample's forward and backward pass (matrix products, counted by torch),
-and what autograd keeps of a sample in between. Assumed, and printed above the table: the share of a
-GPU's peak that is reached, bandwidths; that reading is hidden behind arithmetic, and all-reduce
-behind the backward pass of a step's last batch, two thirds of its arithmetic. "of a step": the time
-of all-reduce over that of a step's arithmetic. Pace and hours are DDP's.
+Plans for two recipes, train.py's defaults and config/train_blip3o.py, on (64, 1280) -> (64, 768).
+Three numbers come from the model: its parameters, the operations of a training step per sample
+(matrix products, counted by torch), and what autograd keeps per sample for the backward pass.
+
+What is assumed is printed above the tables: the share of a GPU's peak that is reached, bandwidths.
+Reading is taken to be hidden behind arithmetic, and all-reduce behind the backward pass of the last
+micro-batch, two thirds of its arithmetic. The column "share" is the time of all-reduce over the
+time of an iteration's arithmetic. Samples per second and hours are those of DDP.
 """
 
 import argparse
@@ -24,22 +26,34 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import NextDiT, NextDiTConfig, flops_per_sample
 from plumbing.configurator import read_defaults, read_file
 
-ROOT, BLIP3O = Path(__file__).parents[1], "config/train_blip3o.py"
+ROOT = Path(__file__).parents[1]
+BLIP3O = "config/train_blip3o.py"
+COLUMNS = ("GPUs", "batch", "iterations", "samples/s", "hours", "read/s node")
+COLUMNS += ("DDP, GPU", "FSDP, GPU", "all-reduce", "share", "checkpoint")
+BYTES_IN_MEMORY = 20  # per parameter, in float32: weight, gradient, average, AdamW's two moments
+BYTES_ON_DISK = 16  # all of these but the gradient
 
 
-def model_config(settings, grid, cond_dim, target_dim):
-    """What train.py makes of its settings for as many condition tokens as target tokens."""
+def default_settings():
+    defaults = read_defaults((ROOT / "train.py").read_text())
+    return {name: default["value"] for name, default in defaults.items()}
+
+
+def model_config(settings, grid, cond_tokens, cond_dim, target_dim):
+    """What train.py makes of its settings for data of these shapes."""
     names = NextDiTConfig.__dataclass_fields__
     chosen = {name: settings[name] for name in names if name in settings}
     if chosen["conditioning"] == "auto":
-        chosen["conditioning"] = "aligned"
+        chosen["conditioning"] = "aligned" if cond_tokens == math.prod(grid) else "cross"
+    path = [settings[name] for name in ("path", "prediction", "sigma_min", "sigma_max")]
     if chosen["prior"] is None:
-        chosen["prior"] = target_dim > chosen["dim"]
+        chosen["prior"] = path == ["linear", "v", 0, 1] and target_dim > chosen["dim"]
     return NextDiTConfig(**chosen, grid=grid, cond_dim=cond_dim, target_dim=target_dim)
 
 
 def kept(config, n_layer, B, S):
-    """Bytes that autograd keeps for a batch's backward pass in bfloat16, less the weights."""
+    """Bytes, without the weights, that autograd keeps for the backward pass of B samples in
+    bfloat16."""
     model = NextDiT(replace(config, n_layer=n_layer))
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     storages = {}
@@ -48,113 +62,121 @@ def kept(config, n_layer, B, S):
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 
-    T = math.prod(config.grid)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
-        out = model(
-            torch.randn(B, T, config.target_dim), torch.rand(B), torch.randn(B, S, config.cond_dim)
-        )
-    assert out.shape == (B, T, config.target_dim)
+    T = config.n_tokens
+    x_t = torch.randn(B, T, config.target_dim)
+    cond = torch.randn(B, S, config.cond_dim)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        out = model(x_t, torch.rand(B), cond)
+    assert out.shape == x_t.shape
     return sum(storage.nbytes() for at, storage in storages.items() if at not in weights)
 
 
 def kept_per_sample(config, S):
-    """Of one sample in all layers. What two samples keep more than one is no cast of a weight."""
+    """Bytes kept per sample, in all layers.
+
+    Two samples less one, because casts of the weights are kept only once per batch.
+    """
     first, second = (kept(config, n, 2, S) - kept(config, n, 1, S) for n in (1, 2))
     return first + (config.n_layer - 1) * (second - first)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="of train.py; by default its defaults, the paper's size")
-    parser.add_argument("--pairs", type=float, default=60e6)
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument("--per-gpu", type=int, default=128, help="samples a GPU and pass")
-    parser.add_argument("--accumulate", type=int, default=1, help="passes a step")
-    parser.add_argument(
-        "--shape", type=int, nargs=3, default=[64, 1280, 768], help="tokens, channels of both"
-    )
-    parser.add_argument(
-        "--tflops", type=float, default=989, help="peak of a GPU in bfloat16, 10^12 a second"
-    )
-    parser.add_argument("--share", type=float, default=0.4, help="of that peak that is reached")
-    parser.add_argument("--node", type=int, default=8, help="GPUs of a node")
-    parser.add_argument(
-        "--nvlink", type=float, default=450, help="GB a second and GPU inside a node, one way"
-    )
-    parser.add_argument(
-        "--network", type=float, default=50, help="GB a second and GPU between nodes (400 Gbit)"
-    )
-    parser.add_argument(
-        "--disk", type=float, default=2, help="GB a second at which a checkpoint is written"
-    )
+    option = parser.add_argument
+    option("--config", help="of train.py; by default its defaults, the paper's size")
+    option("--pairs", type=float, default=60e6, help="samples of the dataset")
+    option("--epochs", type=float, default=1)
+    option("--gpus", type=int, nargs="+", default=[8, 64, 512])
+    option("--per-gpu", type=int, default=128, help="samples per GPU and micro-batch")
+    option("--accumulate", type=int, default=1, help="micro-batches per iteration and GPU")
+    shape = "tokens, channels of the condition, channels of the target"
+    option("--shape", type=int, nargs=3, default=[64, 1280, 768], help=shape)
+    option("--tflops", type=float, default=989, help="peak per GPU in bfloat16, 10^12 per second")
+    option("--share", type=float, default=0.4, help="of that peak that is reached")
+    option("--node", type=int, default=8, help="GPUs per node")
+    option("--nvlink", type=float, default=450, help="GB/s per GPU inside a node, one way")
+    option("--network", type=float, default=50, help="GB/s per GPU between nodes (400 Gbit/s)")
+    option("--disk", type=float, default=2, help="GB/s at which a checkpoint is written")
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if name != "config" and not all(
-            n > 0 for n in (value if isinstance(value, list) else [value])
-        ):
+        numbers = value if isinstance(value, list) else [value]
+        if name != "config" and min(numbers) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    defaults = {
-        name: default["value"]
-        for name, default in read_defaults((ROOT / "train.py").read_text()).items()
-    }
-    sizes = read_file(args.config, ROOT) if args.config else {}
+    return args
+
+
+def plan(args, gpus, params, flops, activations):
+    """A row of the table.
+
+    params: of the model; flops: per sample; activations: bytes per sample
+    """
+    T, C, D = args.shape
+    batch = gpus * args.per_gpu * args.accumulate
+    arithmetic = batch / gpus * flops / (args.share * args.tflops * 1e12)  # seconds per iteration
+    sent = 2 * (gpus - 1) / gpus * 4 * params  # bytes per iteration and GPU
+    bandwidth = args.nvlink if gpus <= args.node else args.network
+    all_reduce = sent / (1e9 * bandwidth)  # seconds per iteration
+    hidden = 2 / 3 * arithmetic / args.accumulate
+    rate = batch / (arithmetic + max(0, all_reduce - hidden))  # samples per second
+    samples = args.pairs * args.epochs
+    read = min(gpus, args.node) / gpus * rate * T * (C + D) * 2  # bytes per second and node
+    state = BYTES_IN_MEMORY * params
+    activations = args.per_gpu * activations
+    return (
+        f"{gpus}",
+        f"{batch}",
+        f"{samples / batch:.0f}",
+        f"{rate:.0f}",
+        f"{samples / rate / 3600:.3g}",
+        f"{read / 1e9:.2f} GB",
+        f"{(state + activations) / 1e9:.3g} GB",
+        f"{(state / gpus + activations) / 1e9:.3g} GB",
+        f"{sent / 1e9:.2g} GB",
+        f"{all_reduce / arithmetic:.0%}",
+        f"{BYTES_ON_DISK * params / args.disk / 1e9:.2g} s",
+    )
+
+
+def main():
+    args = parse_args()
     T, C, D = args.shape
     rows = max(n for n in range(1, math.isqrt(T) + 1) if T % n == 0)
     grid = (rows, T // rows)
-    samples = args.pairs * args.epochs
     print(f"""assumed:
   GPUs of {args.tflops:g} TFLOP/s (H100 SXM, bfloat16), {args.share:.0%} of it reached
-  {args.per_gpu} samples a GPU and pass, {args.accumulate} passes a step, float16 on disk
-  {args.nvlink:g} GB/s inside a node of {args.node}, {args.network:g} GB/s a GPU between nodes
-  ring all-reduce of float32 gradients, once a step
-  20 bytes per parameter in memory, 16 of them (weights, average, AdamW's moments) written at
-  {args.disk:g} GB/s""")
-    of = f" with {args.config}" if args.config else ""
-    for name, recipe in (("train.py's defaults" + of, {}), (BLIP3O + of, read_file(BLIP3O, ROOT))):
-        config = model_config(defaults | sizes | recipe, grid, C, D)
+  {args.per_gpu} samples per GPU and micro-batch, {args.accumulate} micro-batches per iteration
+  data in float16 on disk
+  {args.nvlink:g} GB/s inside a node of {args.node}, {args.network:g} GB/s per GPU between nodes
+  ring all-reduce of float32 gradients, once per iteration
+  {BYTES_IN_MEMORY} bytes per parameter in memory
+  {BYTES_ON_DISK} of them (weights, average, AdamW's moments) written at {args.disk:g} GB/s""")
+    settings = default_settings()
+    of = ""
+    if args.config:
+        settings |= read_file(args.config, ROOT)
+        of = f" with {args.config}"
+    recipes = {
+        "train.py's defaults" + of: settings,
+        BLIP3O + of: settings | read_file(BLIP3O, ROOT),
+    }
+    for name, recipe in recipes.items():
+        config = model_config(recipe, grid, T, C, D)
         with torch.device("meta"):
-            n = sum(p.numel() for p in NextDiT(config).parameters())
-        flops, per_sample = flops_per_sample(config, T), kept_per_sample(config, T)
+            params = sum(p.numel() for p in NextDiT(config).parameters())
+        flops = flops_per_sample(config, T)
+        activations = kept_per_sample(config, T)
+        total = args.pairs * args.epochs * flops
         print(
-            f"\n{name}: {n / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP per sample, forward "
-            f"and backward; {args.pairs:.3g} pairs x {args.epochs:g}: {samples * flops:.2e} FLOP"
+            f"\n{name}: {params / 1e6:.3g} M parameters\n"
+            f"{flops / 1e9:.3g} GFLOP per sample, forward and backward; "
+            f"{args.pairs:.3g} pairs x {args.epochs:g}: {total:.2e} FLOP"
         )
-        columns = [
-            "GPUs",
-            "batch",
-            "steps",
-            "samples/s",
-            "hours",
-            "read/s node",
-            "DDP a GPU",
-            "FSDP a GPU",
-        ]
-        columns += ["all-reduce", "of a step", "checkpoint"]
-        print("".join(f"{c:>12}" for c in columns))
+        print("".join(f"{column:>12}" for column in COLUMNS))
         for gpus in args.gpus:
-            batch = gpus * args.per_gpu * args.accumulate
-            seconds = (
-                batch / gpus * flops / (args.share * args.tflops * 1e12)
-            )  # of a step's arithmetic
-            volume = 2 * (gpus - 1) / gpus * 4 * n  # that a GPU sends in a step
-            reduction = volume / (1e9 * (args.nvlink if gpus <= args.node else args.network))
-            hidden = 2 / 3 * seconds / args.accumulate
-            rate, activations = (
-                batch / (seconds + max(0, reduction - hidden)),
-                args.per_gpu * per_sample,
-            )
-            read = min(gpus, args.node) / gpus * rate * T * (C + D) * 2
-            row = (f"{gpus}", f"{batch}", f"{samples / batch:.0f}", f"{rate:.0f}",
-                   f"{samples / rate / 3600:.3g}",
-                   f"{read / 1e9:.2f} GB", f"{(20 * n + activations) / 1e9:.3g} GB",
-                   f"{(20 * n / gpus + activations) / 1e9:.3g} GB", f"{volume / 1e9:.2g} GB",
-                   f"{reduction / seconds:.0%}", f"{16 * n / args.disk / 1e9:.2g} s")  # fmt: skip
+            row = plan(args, gpus, params, flops, activations)
             print("".join(f"{value:>12}" for value in row))
 
 

@@ -4,11 +4,14 @@ Does a run that is killed again and again end as one that is not? To the last bi
     python bench/resume.py FOLDER                     # a free folder; about three minutes
     python bench/resume.py FOLDER --kills 40 --processes 2 --flags dtype=bfloat16
 
-One run of train.py on a small random dataset goes through; another, of the same settings, is ended at random moments,
-during set-up, iterations, evaluations and the writing of checkpoints, by SIGKILL, SIGTERM, SIGINT or its time limit,
-and started again with --init_from=auto, `kills` times; then it may finish. Both must have the same ckpt_last.pt and
-ckpt_best.pt (weights, averaged weights, optimizer, scaler, counters, best loss) and the same log.jsonl but for the
-times. Exits with 1 where they differ.
+Trains on a small random dataset twice, with the same settings. The first run goes through. The
+second is ended `kills` times by SIGKILL, SIGTERM, SIGINT or its time limit, and goes on with
+--init_from=auto each time; then it may finish. The moments are random: in set-up, iterations,
+evaluations and the writing of checkpoints.
+
+Both must end with the same ckpt_last.pt and ckpt_best.pt (weights, averaged weights, optimizer,
+scaler, counters, best loss) and the same log.jsonl but for the times. Exits with 1 where they
+differ.
 """
 
 import argparse
@@ -27,78 +30,99 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
-FLAGS = "--dim=64 --n_layer=2 --n_head=2 --multiple_of=32 --batch_size=4 --gradient_accumulation_steps=4 --ema_decay=0.9"
-FLAGS += (
-    " --warmup_iters=10 --learning_rate=3e-3 --save_interval=7 --eval_interval=10 --log_interval=3"
-)
+FLAGS = "--dim=64 --n_layer=2 --n_head=2 --multiple_of=32 --batch_size=4"
+FLAGS += " --gradient_accumulation_steps=4 --warmup_iters=10 --learning_rate=3e-3 --ema_decay=0.9"
+FLAGS += " --save_interval=7 --eval_interval=10 --log_interval=3"
 FLAGS += " --eval_batch_size=4 --eval_samples=8 --eval_sample_steps=4"
 CLOCK = ("ms", "samples_per_s", "mfu", "seconds_left")
+KINDS = ("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "time limit")
+COMPARED = ("model", "ema", "optimizer", "scaler", "iter", "best_val_loss", "bad_steps")
 
 
 def make_dataset(folder):
     rng = np.random.default_rng(0)
     cond = rng.standard_normal((200, 16, 12), np.float32)
-    target = cond @ rng.standard_normal((12, 8), np.float32) + rng.standard_normal(
-        (200, 16, 8), np.float32
-    )
+    noise = rng.standard_normal((200, 16, 8), np.float32)
+    target = cond @ rng.standard_normal((12, 8), np.float32) + noise
     content = {"eva_blip3o_embeddings": cond, "clip_blip3o_embeddings": target}
-    (folder / "random.pkl").write_bytes(pickle.dumps(content))
-    prepare = [
-        sys.executable,
-        ROOT / "prepare.py",
-        folder / "random.pkl",
-        f"--out={folder / 'data'}",
-    ]
-    subprocess.run([*prepare, "--overwrite=True"], check=True, capture_output=True)
-    return folder / "data"
+    source = folder / "random.pkl"
+    source.write_bytes(pickle.dumps(content))
+    data = folder / "data"
+    prepare = [sys.executable, ROOT / "prepare.py", source, f"--out={data}", "--overwrite=True"]
+    subprocess.run(prepare, check=True, capture_output=True)
+    return data
 
 
 class Run:
     """A run of train.py, its output in out/stdout.txt."""
 
-    def __init__(self, out, processes, flags, rng=None):
+    def __init__(self, out, processes, flags):
         out.mkdir(parents=True, exist_ok=True)
-        self.rng = rng
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [
-            sys.executable,
-            *(launch if processes > 1 else []),
-            ROOT / "train.py",
-            f"--out_dir={out}",
-            *flags,
-        ]
-        self.output, self.start = out / "stdout.txt", time.monotonic()
+        self.output = out / "stdout.txt"
+        self.start = time.monotonic()
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={processes}"]
+        command += [ROOT / "train.py", f"--out_dir={out}", *flags]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(self.output, "w") as f:
-            self.process = subprocess.Popen(
-                command, stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+            self.process = subprocess.Popen(command, stdout=f, stderr=f, env=env)
 
     def wait_for_iterations(self):
+        """Returns the seconds since the start, when the first iteration is logged."""
         while self.process.poll() is None and "\niter " not in self.output.read_text():
             time.sleep(0.01)
         return time.monotonic() - self.start
+
+    def finish(self):
+        if self.process.wait():
+            sys.exit(self.output.read_text())
 
     def workers(self):
         """Process ids of torchrun's processes, each of which has a session of its own."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
-    def send(self, number):
-        """SIGKILL to all, as when a node dies, or to one of several; other signals to torchrun or the only process."""
-        if self.process.poll() is None:
-            workers = self.workers() if number == signal.SIGKILL else []
-            for pid in workers[: 1 if self.rng.random() < 0.5 else None] or [self.process.pid]:
-                os.kill(pid, number)
+    def send(self, number, rng):
+        """SIGKILL goes to all processes, as when a node dies, or to one of them; another signal
+        goes to torchrun or to the only process."""
+        if self.process.poll() is not None:
+            return
+        pids = self.workers() if number == signal.SIGKILL else []
+        if rng.random() < 0.5:
+            pids = pids[:1]
+        for pid in pids or [self.process.pid]:
+            os.kill(pid, number)
 
 
-def reached(out):
+def end_early(out, kind, setup, delay, rng, processes, flags):
+    """Start the run again and end it `delay` seconds after its set-up, which takes `setup` seconds;
+    SIGKILL sometimes comes during it. Returns its output."""
+    # a run goes on with its own settings: without this flag the last time limit would stay
+    limit = (0.4 * setup + delay) / 60 if kind == "time limit" else None
+    in_setup = rng.random() < 0.15 and kind == "SIGKILL"
+    run = Run(out, processes, [*flags, "--init_from=auto", f"--time_limit={limit}"])
+    if kind != "time limit":
+        if in_setup:
+            time.sleep(rng.uniform(0, setup))
+        else:
+            run.wait_for_iterations()
+            time.sleep(delay)
+        run.send(getattr(signal, kind), rng)
+    run.process.wait()
+    return run.output.read_text()
+
+
+def last_logged(out):
     """The last iteration in the log."""
-    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-    whole = [line for line in lines if line.endswith("}")]
-    return json.loads(whole[-1])["iter"] if whole else None
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    complete = [line for line in lines if line.endswith("}")]
+    return json.loads(complete[-1])["iter"] if complete else None
 
 
-def saved(out, name="ckpt_last.pt"):
+def load(out, name="ckpt_last.pt"):
     return torch.load(out / name, weights_only=True) if (out / name).exists() else {"iter": None}
 
 
@@ -110,28 +134,33 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def measured(out):
+def log_without_times(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--iters", type=int, default=300)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument(
-        "--flags", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of train.py"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    option = parser.add_argument
+    option("folder", type=Path)
+    option("--kills", type=int, default=20)
+    option("--iters", type=int, default=300)
+    option("--processes", type=int, default=1)
+    option("--flags", nargs="*", default=[], metavar="KEY=VALUE", help="settings of train.py")
+    option("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.kills < 1:
-        parser.error("--kills is at least 1")
+        parser.error("--kills must be at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    whole, parts = args.folder / "whole", args.folder / "parts"
+    whole = args.folder / "whole"
+    parts = args.folder / "parts"
     for out in (whole, parts):
         shutil.rmtree(out, ignore_errors=True)
     flags = [*FLAGS.split(), f"--max_iters={args.iters}", f"--data_dir={make_dataset(args.folder)}"]
@@ -139,51 +168,30 @@ def main():
 
     run = Run(whole, args.processes, flags)
     setup = run.wait_for_iterations()
-    if run.process.wait():
-        sys.exit(run.output.read_text())
+    run.finish()
     loop = time.monotonic() - run.start - setup
-    print(
-        f"uninterrupted: {args.iters} iterations, {setup:.1f} s of set-up, {loop:.1f} s of the rest",
-        flush=True,
-    )
+    seconds = f"{setup:.1f} s of set-up, {loop:.1f} s of the rest"
+    print(f"uninterrupted: {args.iters} iterations, {seconds}", flush=True)
 
     rng = random.Random(args.seed)
-    for kill in range(args.kills):
-        kind = rng.choice(["SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "time limit"])
-        delay, early = (
-            rng.uniform(0, 0.9 * loop / args.kills),
-            rng.random() < 0.15 and kind == "SIGKILL",
-        )
-        limit = [f"--time_limit={(0.4 * setup + delay) / 60}"] if kind == "time limit" else []
-        run = Run(parts, args.processes, [*flags, "--init_from=auto", *limit], rng)
-        if kind == "time limit":
-            run.process.wait()
-        else:
-            if early:
-                time.sleep(rng.uniform(0, setup))
-            else:
-                run.wait_for_iterations()
-                time.sleep(delay)
-            run.send(getattr(signal, kind))
-            run.process.wait()
-        text = run.output.read_text()
+    for kill in range(1, args.kills + 1):
+        kind = rng.choice(KINDS)
+        delay = rng.uniform(0, 0.9 * loop / args.kills)
+        text = end_early(parts, kind, setup, delay, rng, args.processes, flags)
         if "done:" in text:
             sys.exit(f"the run ended before it was killed {args.kills} times: give it more --iters")
         if kind != "SIGKILL" and "stopped before iteration" not in text:
             sys.exit(f"{kind}: no clean end\n{text}")
-        print(
-            f"{kill + 1:3} {kind:10} log at {reached(parts)}, checkpoint of {saved(parts)['iter']}",
-            flush=True,
-        )
-    run = Run(parts, args.processes, [*flags, "--init_from=auto"])
-    if run.process.wait():
-        sys.exit(run.output.read_text())
+        saved = load(parts)["iter"]
+        print(f"{kill:3} {kind:10} log at {last_logged(parts)}, checkpoint of {saved}", flush=True)
+    Run(parts, args.processes, [*flags, "--init_from=auto", "--time_limit=None"]).finish()
 
-    equal = {"log.jsonl": measured(whole) == measured(parts)}
+    equal = {"log.jsonl": log_without_times(whole) == log_without_times(parts)}
     for name in ("ckpt_last.pt", "ckpt_best.pt"):
-        a, b = saved(whole, name), saved(parts, name)
-        keys = ("model", "ema", "optimizer", "scaler", "iter", "best_val_loss", "bad_steps")
-        equal |= {f"{name}: {key}": same(a[key], b[key]) for key in keys}
+        a = load(whole, name)
+        b = load(parts, name)
+        for key in COMPARED:
+            equal[f"{name}: {key}"] = same(a[key], b[key])
     for name, is_equal in equal.items():
         print(f"{name:28} {'equal' if is_equal else 'DIFFERS'}")
     sys.exit(not all(equal.values()))

@@ -10,33 +10,33 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-THREADS = (
-    1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-)  # where two processes of tests compete for two cores
+# with pytest -n 2 two processes of tests compete for two cores
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 
-TINY = "--dim=32 --n_layer=2 --n_head=2 --multiple_of=16 --batch_size=2 --gradient_accumulation_steps=4 --max_iters=6"
-TINY += " --warmup_iters=2 --learning_rate=1e-2 --eval_interval=3 --save_interval=3 --log_interval=1 --ema_decay=0.5"
-TINY = (TINY + " --eval_batch_size=4 --eval_samples=4 --eval_sample_steps=2").split()
+TINY = """
+    --dim=32 --n_layer=2 --n_head=2 --multiple_of=16
+    --batch_size=2 --gradient_accumulation_steps=4 --max_iters=6
+    --warmup_iters=2 --learning_rate=1e-2 --ema_decay=0.5
+    --eval_interval=3 --save_interval=3 --log_interval=1
+    --eval_batch_size=4 --eval_samples=4 --eval_sample_steps=2
+""".split()
+CLOCK = ("ms", "samples_per_s", "mfu", "seconds_left")  # what the log says of time
 
 
 def run(*args, cwd=ROOT, check=True, threads=1, **env):
     """Run a script as a user would; returns the finished process with its text output."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
-    done = subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, *map(str, args)]
+    options = dict(capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=env, **options)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def refused(*args, **kwargs):
-    """Run something that must be refused: non-zero exit, no traceback; returns its one line of stderr."""
+    """Run something that must be refused, with a non-zero exit and no traceback; returns its one
+    line of stderr."""
     done = run(*args, check=False, **kwargs)
     assert done.returncode in (1, 2), (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
@@ -60,10 +60,9 @@ def torchrun(n, dataset, out, *args, script="train.py"):
 def start(*args, stdout=subprocess.PIPE, cwd=ROOT, **env):
     """A process that goes on while the test does, its text output in one pipe."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
-    args = [sys.executable, *map(str, args)]
-    return subprocess.Popen(
-        args, cwd=cwd, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, *map(str, args)]
+    pipes = dict(stdout=stdout, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
 
 
 def wait_for(process, words):
@@ -82,8 +81,7 @@ def log(out):
 
 def measured(out):
     """The log without what depends on the clock."""
-    clock = ("ms", "samples_per_s", "mfu", "seconds_left")
-    return [{k: v for k, v in line.items() if k not in clock} for line in log(out)]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in log(out)]
 
 
 def checkpoint(out, name="ckpt_last.pt"):
@@ -101,13 +99,13 @@ def same(a, b):
 def make_pickle(path, n=40, seed=0, grid=(2, 2), C=6, D=5, **changes):
     """A pickle in the users' layout whose target is a linear map of the condition plus noise."""
     g = torch.Generator().manual_seed(seed)
+    T = grid[0] * grid[1]
     weight = torch.randn(C, D, generator=torch.Generator().manual_seed(99))
-    cond = torch.randn(n, grid[0] * grid[1], C, generator=g)
+    cond = torch.randn(n, T, C, generator=g)
+    noise = torch.randn(n, T, D, generator=g)
     content = {
         "eva_blip3o_embeddings": cond,
-        "clip_blip3o_embeddings": cond @ weight
-        + 0.5 * torch.randn(n, grid[0] * grid[1], D, generator=g)
-        + 3,
+        "clip_blip3o_embeddings": cond @ weight + 0.5 * noise + 3,
         "captions": [f"caption {seed}.{i}" for i in range(n)],
         "keys": [f"key {seed}.{i}" for i in range(n)],
         "total_samples": n,

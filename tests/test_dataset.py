@@ -17,7 +17,8 @@ def rows_of(loader, iterations):
 
 
 def test_epochs_without_replacement(dataset):
-    """An epoch may end within a micro-batch; each is another permutation, and so with another seed."""
+    """Each epoch is another permutation, and so with another seed; one may end within a
+    micro-batch."""
     data = open_dataset(dataset)
     loader = Loader(data, batch_size=4, micro_batches=2, subset_size=22, seed=3)
     rows = rows_of(loader, range(11))  # 88 = 4 epochs of 22
