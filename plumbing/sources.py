@@ -65,24 +65,24 @@ def load_pickle(path):
     except (OSError, pickle.UnpicklingError) as e:
         raise DataError(f"{path}: not a readable pickle of embeddings: {e}") from e
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, not a dict of embeddings")
+        raise DataError(f"{path}: holds a {describe(content)}, not a dict of embeddings")
     return content
 
 
 # ---------------------------------------------------------------- in words
 
 
-def dtype_name(dtype):
-    """float32 in any byte order; numpy itself has no bfloat16."""
-    return "bfloat16" if dtype == unpickle.BFLOAT16 else dtype.name
+def dtype_name(array):
+    """The name "float32" in any byte order; numpy itself has no bfloat16."""
+    return "bfloat16" if array.dtype == unpickle.BFLOAT16 else array.dtype.name
 
 
 def describe(value):
     """What a file holds under a key, in a few words."""
     if isinstance(value, np.ndarray):
         kind = "tensor" if isinstance(value, unpickle.Tensor) else "array"
-        return f"{kind} of shape {value.shape}, {dtype_name(value.dtype)}"
-    if isinstance(value, (list, dict)):
+        return f"{kind} of shape {value.shape}, {dtype_name(value)}"
+    if hasattr(value, "__len__"):
         return f"{type(value).__name__.lower()} of {len(value)}"
     return type(value).__name__
 
@@ -103,7 +103,7 @@ def is_embeddings(x):
     """Whether x is an array (n, T, C) or (n, H, W, C) of floats."""
     if not isinstance(x, np.ndarray):
         return False
-    return dtype_name(x.dtype) in FLOATS and x.ndim in (3, 4) and x.size > 0
+    return dtype_name(x) in FLOATS and x.ndim in (3, 4) and x.size > 0
 
 
 def find_pieces(value, where):
@@ -113,8 +113,10 @@ def find_pieces(value, where):
         pieces = [x[None] if getattr(x, "ndim", 0) == 2 else x for x in value]
     for piece in pieces:
         if not is_embeddings(piece) or describe(piece[:1]) != describe(pieces[0][:1]):
-            expected = "floats of shape (samples, tokens, channels), the same in all of a list"
-            raise DataError(f"{where}: {describe(piece)}; expected {expected}")
+            raise DataError(
+                f"{where}: {describe(piece)}; expected floats of shape "
+                "(samples, tokens, channels), the same in all of a list"
+            )
     n, tokens, *_ = pieces[0].shape
     if len(pieces) > 1 and n > 1 and n == tokens:
         raise DataError(f"{where}: samples (H, W, C) or batches (n, T, C)? stack them")
@@ -147,9 +149,9 @@ class Rows:
     def __init__(self, content, key, path, dtype="source", grid=None, drop_cls=False, pool=1):
         self.where = f"{path}: {key}"
         if key not in content:
-            names = reprlib.repr(list(content))  # the first, shortened
             raise DataError(
-                f"{path}: no key {key!r} in it but {names}: choose --cond_key, --target_key"
+                f"{path}: no key {key!r} (choose --cond_key, --target_key); "
+                f"it holds {reprlib.repr(list(content))}"
             )
         self.pieces = find_pieces(content[key], self.where)
         self.ends = np.cumsum([len(piece) for piece in self.pieces])
@@ -169,7 +171,7 @@ class Rows:
                 )
             self.tokens = math.prod(self.grid)
         if dtype == "source":
-            dtype = FLOATS[dtype_name(self.pieces[0].dtype)]
+            dtype = FLOATS[dtype_name(self.pieces[0])]
         self.dtype = dtype
         self.layout = [self.tokens, self.channels, dtype]
 
@@ -195,8 +197,7 @@ class Rows:
         if self.pool > 1:
             p = self.pool
             x = x.reshape(len(x), -1, p, self.grid[1], p, self.channels)  # (n, H, p, W, p, C)
-            wide = np.promote_types(x.dtype, np.float32)
-            x = x.mean((2, 4), dtype=wide)  # (n, H, W, C)
+            x = x.mean((2, 4), dtype=np.promote_types(x.dtype, np.float32))  # (n, H, W, C)
             x = x.reshape(len(x), -1, self.channels)  # (n, T, C)
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(x, self.dtype)
@@ -241,7 +242,7 @@ def items(content, n, path):
         if not fits or not set(map(type, values)) <= {str, int, type(None)}:
             raise DataError(f"{path}: {name} is not a list of {n} strings or integers")
         if sum(len(str(value or "")) for value in values) > path.stat().st_size:
-            raise DataError(f"{path}: {name} repeats the same strings: it is larger than the file")
+            raise DataError(f"{path}: {name} repeat the same strings: more than the file has")
         columns.append(values)
     for key, caption in zip(*columns):
         yield {"key": key, "caption": caption}
@@ -262,8 +263,9 @@ def read_conditions(path, key):
     """
     path = Path(path)
     content = load_pickle(path)
-    if path.suffix == ".npy":
-        conditions = np.atleast_1d(content.get("array"))
+    array = content.get("array")
+    if path.suffix == ".npy" and isinstance(array, np.ndarray):
+        conditions = np.atleast_1d(array)
     else:
         conditions = Rows(content, key, path)
     named = list(items(content, len(conditions), path))

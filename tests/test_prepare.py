@@ -237,7 +237,7 @@ def test_bad_keys_and_captions(tmp_path):
     hostile = np.frombuffer(b"\xff\xff\xff\x7f" * 40, "<U1")  # no such character
     for keys in (hostile, [[1]] * 40, [0.5] * 40, np.ones(40), "x" * 40):
         assert "e.pkl: keys is not a list of 40" in bad(tmp_path, keys=keys)
-    assert "captions repeats the same strings" in bad(tmp_path, captions=["c" * 200 * 40] * 40)
+    assert "captions repeat the same strings" in bad(tmp_path, captions=["c" * 200 * 40] * 40)
     assert "'same' is there twice" in bad(tmp_path, keys=["same"] * 40)
 
 
@@ -260,8 +260,8 @@ def test_bad_files(tmp_path):
     assert "3 samples with val_fraction=0.1" in line
     for data, message in (
         ((tmp_path / "three.pkl").read_bytes()[:-200], "not a readable pickle"),
-        (pickle.dumps({}), r"in it but \[\]"),
-        (pickle.dumps([1, 2]), "holds a list, not a dict"),
+        (pickle.dumps({}), r"it holds \[\]"),
+        (pickle.dumps([1, 2]), "holds a list of 2, not a dict"),
     ):
         (tmp_path / "e.pkl").write_bytes(data)
         assert re.search(message, refused_here([tmp_path / "e.pkl"], out))
@@ -606,8 +606,7 @@ def test_conditions_from_files(tmp_path):
     np.save(tmp_path / "scalar.npy", 1.0)
     assert sources.read_conditions(tmp_path / "scalar.npy", "c")[0].shape == (1,)
     (tmp_path / "renamed.npy").write_bytes((tmp_path / "c.pkl").read_bytes())
-    with pytest.raises(DataError):
-        sources.read_conditions(tmp_path / "renamed.npy", "c")
+    assert len(sources.read_conditions(tmp_path / "renamed.npy", "c")[0]) == 2
 
 
 def test_rows_of_a_file_are_sliced(tmp_path):
