@@ -17,13 +17,13 @@ DIR then holds train_*.npy and val_*.npy, *_items.jsonl, stats.npz and meta.json
 temporary folder inside DIR and moved once all are complete, meta.json last.
 """
 
-import argparse
 import collections
 import contextlib
 import functools
+import itertools
 import json
-import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -34,12 +34,40 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.configurator import configure
 from plumbing.dataset import ARRAYS, FILES
-from plumbing.sources import DataError, find_files, inspect, items, load_shard, pair_arrays, plain
+from plumbing.sources import (
+    DataError,
+    Rows,
+    describe,
+    find_files,
+    items,
+    load_pickle,
+    load_shard,
+    pair_arrays,
+    plain,
+)  # fmt: skip
 
 SLICE = 1 << 23  # bytes of samples that are converted at a time
 AHEAD = 3  # slices that are converted while one is written
 BLOCK = 1 << 16  # float64 values that are summed at a time, which should fit a core's cache
+
+# ---- the dataset
+out = ""  # DIR, its folder
+overwrite = False  # replace the dataset in DIR, once the new one is whole
+inspect = False  # print what the sources hold and convert nothing
+# ---- the sources
+cond_key = "eva_blip3o_embeddings"  # key of the conditions
+target_key = "clip_blip3o_embeddings"  # key of the targets
+grid = ""  # ROWSxCOLUMNS of tokens, if they are not a square
+# ---- conversion
+dtype = "source"  # of the arrays: float16 | float32 | source (as it is there)
+drop_cls = False  # drop the first token where there is one more than a grid has
+pool = 1  # average squares of pool x pool tokens
+# ---- split
+val_fraction = 0.1  # share of samples held out
+seed = 0  # of the permutation that chooses them
+# ----
 
 
 def split(n, val_fraction, seed):
@@ -61,8 +89,8 @@ def split(n, val_fraction, seed):
 # ---------------------------------------------------------------- the first pass: what there is
 
 
-def survey(shards, manifests, load):
-    """Compare the shards with each other and with their manifests; no embedding is read.
+def survey(shards, load):
+    """Compare the shards with each other; no embedding is read.
 
     Returns the number of samples in each shard, and the repr() of every sample's key: a string,
     since integers can be chosen to have the same hash.
@@ -81,14 +109,22 @@ def survey(shards, manifests, load):
     for key, count in collections.Counter(keys).items():
         if count > 1 and key != "None":
             raise DataError(f"the key {key[:80]} is there twice")
-    for folder, (n_samples, n_shards) in manifests.items():
-        held = [n for paths, n in zip(shards, counts) if paths[0].parent == folder]
-        if (n_samples, n_shards) != (sum(held), len(held)):
-            raise DataError(
-                f"{folder}: its manifest promises {n_samples} samples in {n_shards} shards, "
-                f"its pickles hold {sum(held)} in {len(held)}"
-            )
     return counts, keys
+
+
+def check_manifests(sources, shards, counts):
+    """The folders that have a manifest must hold as many samples as it promises."""
+    for folder in map(Path, sources):
+        manifest = folder / "embeddings_manifest.json"
+        if not manifest.is_file():
+            continue
+        try:
+            promised = json.loads(manifest.read_text())["total_samples"]
+        except Exception as e:  # JSON may hold anything
+            raise DataError(f"{manifest}: no readable total_samples in it") from e
+        held = sum(n for paths, n in zip(shards, counts) if paths[0].parent == folder)
+        if promised != held:
+            raise DataError(f"{manifest} promises {promised} samples, the files hold {held}")
 
 
 # ---------------------------------------------------------------- the second pass: convert
@@ -110,7 +146,7 @@ def moments(samples):
     return sums
 
 
-def convert(rows, splits, pool):
+def convert(rows, splits, threads):
     """Yield (samples, their moments), in order, in runs of samples that go to the same split.
 
     splits: the split of each row, "train" or "val"
@@ -125,7 +161,7 @@ def convert(rows, splits, pool):
 
     pending = collections.deque()
     for start in range(0, len(rows), step):
-        pending.append(pool.submit(convert_slice, start))
+        pending.append(threads.submit(convert_slice, start))
         if len(pending) > AHEAD:
             yield from pending.popleft().result()
     for future in pending:
@@ -137,8 +173,8 @@ def open_files(stack, folder, shapes, layout):
     files = {}
     for name, shape in shapes.items():
         files[name] = stack.enter_context(open(folder / f"{name}.npy", "wb"))
-        _, _, dtype = layout[name.split("_")[1]]
-        header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=tuple(shape))
+        _, _, kind = layout[name.split("_")[1]]
+        header = dict(descr=np.dtype(kind).str, fortran_order=False, shape=tuple(shape))
         np.lib.format.write_array_header_1_0(files[name], header)
     for which in ("train", "val"):
         files[which] = stack.enter_context(open(folder / f"{which}_items.jsonl", "w"))
@@ -150,7 +186,7 @@ def write_arrays(shards, counts, load, splits, keys, files):
     totals = collections.Counter()
     not_finite = {}  # number of a sample -> "cond" or "target"
     n_before = 0  # samples in the shards before
-    with ThreadPoolExecutor(2) as pool, tqdm(total=2 * len(splits), desc="converting") as bar:
+    with ThreadPoolExecutor(2) as threads, tqdm(total=2 * len(splits), desc="converting") as bar:
         for paths, n in zip(shards, counts):
             shard = load(paths)
             if len(shard["cond"]) != n:
@@ -160,21 +196,21 @@ def write_arrays(shards, counts, load, splits, keys, files):
                 files[which].write(json.dumps(item) + "\n")
             for kind in ("cond", "target"):
                 i = 0  # samples of the shard that are written
-                for samples, sums in convert(shard[kind], names, pool):
+                for samples, sums in convert(shard[kind], names, threads):
                     name = f"{names[i]}_{kind}"
                     files[name].write(samples)
                     totals[name] = totals[name] + sums
                     if not np.isfinite(sums).all():
-                        for row in range(len(samples)):
-                            if not np.isfinite(moments(samples[row : row + 1])).all():
-                                not_finite.setdefault(n_before + i + row, kind)
+                        for row, sample in enumerate(samples, n_before + i):
+                            if not np.isfinite(moments(sample)).all():
+                                not_finite.setdefault(row, kind)
                     i += len(samples)
                     bar.update(len(samples))
             n_before += n
     if not_finite:
         i = min(not_finite)
         raise DataError(
-            f"NaN or Inf in {len(not_finite)} of {len(splits)} samples, "
+            f"NaN, Inf or too large values in {len(not_finite)} of {len(splits)} samples, "
             f"the first in the {not_finite[i]} of sample {i} (key {keys[i]})"
         )
     return totals
@@ -196,177 +232,124 @@ def statistics(totals, shapes):
 # ---------------------------------------------------------------- the dataset on disk
 
 
-def prepare(args):
-    """Convert what the command line names; returns the content of meta.json. Raises DataError."""
-    out = Path(args.out)
-    if (out / "meta.json").is_file() and not args.overwrite:
+def read_grid(text):
+    """(2, 6) of "2x6"; None of ""."""
+    if not text:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise DataError(f"--grid={text} is not ROWSxCOLUMNS")
+    return int(match[1]), int(match[2])
+
+
+def prepare(sources, config):
+    """Convert the sources as the settings say; returns the content of meta.json.
+
+    config: all settings, for meta.json. Raises DataError.
+    """
+    folder = Path(out)
+    if (folder / "meta.json").is_file() and not overwrite:
         raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
-    if args.pool < 1:
-        raise DataError(f"--pool={args.pool} must be 1 or more")
-    paths, manifests = find_files(args.sources)
+    if dtype not in ("source", "float16", "float32"):
+        raise DataError(f"--dtype={dtype} is not source, float16 or float32")
+    if pool < 1:
+        raise DataError(f"--pool={pool} must be 1 or more")
+    paths = find_files(sources)
+    written = [(folder / name).resolve() for name in FILES]
     for path in paths:
-        if path.name in FILES and path.resolve().parent == out.resolve():
+        if path.resolve() in written:
             raise DataError(f"{path} is both a source and a file to be written")
     shards = pair_arrays(paths)
+    options = dict(dtype=dtype, grid=read_grid(grid), drop_cls=drop_cls, pool=pool)
 
     @functools.lru_cache(8)
     def load(paths):
-        options = dict(dtype=args.dtype, grid=args.grid, drop_cls=args.drop_cls, pool=args.pool)
-        return load_shard(paths, args.cond_key, args.target_key, **options)
+        return load_shard(paths, cond_key, target_key, **options)
 
-    counts, keys = survey(shards, manifests, load)
+    counts, keys = survey(shards, load)
+    check_manifests(sources, shards, counts)
     shard = load(shards[0])
     layout = {kind: shard[kind].layout for kind in ("cond", "target")}
-    grid = shard["target"].grid
-    check_tokens(layout["cond"][0], layout["target"][0], grid, args)
     splits = np.full(sum(counts), "train")
-    splits[split(len(splits), args.val_fraction, args.seed)[1]] = "val"
+    splits[split(len(splits), val_fraction, seed)[1]] = "val"
     shapes = {}
     for name in ARRAYS:
         which, kind = name.split("_")
         shapes[name] = [int((splits == which).sum()), *layout[kind][:2]]
     meta = dict(
         shapes=shapes,
-        grid=grid,
+        grid=shard["target"].grid,
         layout=layout,
-        settings=vars(args),
+        settings=config,
         sources=[dict(path=str(path.resolve()), bytes=path.stat().st_size) for path in paths],
         config=plain(shard["content"].get("config")),
     )
-    out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        for left_over in out.glob(".partial-*"):  # of a run that was killed
+        for left_over in folder.glob(".partial-*"):  # of a run that was killed
             shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
-            folder = Path(folder)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+            partial = Path(partial)
             with contextlib.ExitStack() as stack:
-                files = open_files(stack, folder, shapes, layout)
+                files = open_files(stack, partial, shapes, layout)
                 totals = write_arrays(shards, counts, load, splits, keys, files)
-            np.savez(folder / "stats.npz", **statistics(totals, shapes))
-            (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+            np.savez(partial / "stats.npz", **statistics(totals, shapes))
+            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
             # without meta.json there is no dataset, until all of the new one is in place
-            (out / "meta.json").unlink(missing_ok=True)
+            (folder / "meta.json").unlink(missing_ok=True)
             for name in (*FILES, "meta.json"):
-                os.replace(folder / name, out / name)
+                os.replace(partial / name, folder / name)
     finally:
         with contextlib.suppress(OSError):  # which says that it is not empty
-            out.rmdir()
+            folder.rmdir()
     return meta
-
-
-def check_tokens(cond_tokens, target_tokens, grid, args):
-    """Refuse target tokens without a grid; say what other condition tokens mean for the model."""
-    in_source = target_tokens * args.pool**2
-    if args.grid and math.prod(args.grid) != in_source:
-        asked = "x".join(map(str, args.grid))
-        raise DataError(f"--grid={asked} is not ROWSxCOLUMNS of {in_source} tokens")
-    if not grid:
-        raise DataError(
-            f"{in_source} target tokens are not a square; "
-            "say --grid=ROWSxCOLUMNS or --drop_cls=True"
-        )
-    if cond_tokens != target_tokens:
-        line = f"{cond_tokens} condition tokens for {target_tokens} target tokens: "
-        line += "the model will use cross-attention"
-        if cond_tokens == target_tokens + 1:
-            line += "; --drop_cls=True drops the first one, which aligns them"
-        print(line)
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def yes_or_no(text):
-    if text not in ("True", "False"):
-        raise argparse.ArgumentTypeError(f"takes True or False, not {text!r}")
-    return text == "True"
-
-
-def rows_x_columns(text):
-    rows, columns = map(int, text.split("x"))
-    if min(rows, columns) < 1:
-        raise ValueError
-    return rows, columns
-
-
-def parse_args(command_line=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    flag = dict(type=yes_or_no, default=False, metavar="True|False")
-    expand = os.path.expanduser  # the shell leaves the ~ in --out=~/data
-    add(
-        "sources",
-        nargs="+",
-        type=expand,
-        metavar="SRC",
-        help="a pickle or .pt file, a folder of them, or .npy files",
-    )
-    add("--out", type=expand, metavar="DIR", help="the dataset's folder")
-    add(
-        "--cond_key",
-        default="eva_blip3o_embeddings",
-        help="key of the conditions (default: %(default)s)",
-    )
-    add(
-        "--target_key",
-        default="clip_blip3o_embeddings",
-        help="key of the targets (default: %(default)s)",
-    )
-    add(
-        "--val_fraction",
-        type=float,
-        default=0.1,
-        help="share of samples held out (default: %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    add(
-        "--dtype",
-        choices=("source", "float16", "float32"),
-        default="source",
-        help="of the arrays (default: the source's)",
-    )
-    add(
-        "--grid",
-        type=rows_x_columns,
-        metavar="HxW",
-        help="rows x columns of the source's tokens, if they are not a square",
-    )
-    add("--drop_cls", **flag, help="drop the first token where there is one more than a grid has")
-    add(
-        "--pool",
-        type=int,
-        default=1,
-        help="average squares of POOL x POOL tokens (default: %(default)s)",
-    )
-    add("--overwrite", **flag, help="replace the dataset in DIR, once the new one is whole")
-    add("--inspect", **flag, help="print what the sources hold and convert nothing")
-    args = parser.parse_args(command_line)
-    if not args.out and not args.inspect:
-        parser.error("--out=DIR is required")
-    return args
+def print_contents(paths):
+    """Print what the files hold, with the value range of the first samples."""
+    for path in paths:
+        print(f"{path}:")
+        content = load_pickle(path)
+        for key, value in itertools.islice(content.items(), 100):
+            line = f"  {str(key)[:80]!r}: {describe(value)}"
+            with contextlib.suppress(DataError):  # which says that these are no embeddings
+                rows = Rows(content, key, path)
+                x = rows[:8]
+                line += f"; {len(rows)} samples, the first {len(x)} "
+                line += f"from {x.min():.4g} to {x.max():.4g}"
+            print(line)
 
 
 def main():
-    args = parse_args()
+    sources = [os.path.expanduser(arg) for arg in sys.argv[1:] if not arg.startswith("-")]
+    flags = [arg for arg in sys.argv[1:] if arg.startswith("-")]
+    config = configure(globals(), flags)
+    if not sources or not (out or inspect):
+        sys.exit("error: name sources and a folder: python prepare.py SRC [SRC ...] --out=DIR")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C
     try:
-        if args.inspect:
-            return inspect(find_files(args.sources)[0])
-        meta = prepare(args)
+        if inspect:
+            return print_contents(find_files(sources))
+        meta = prepare(sources, config)
     except DataError as e:  # names in a hostile file may hold what a terminal obeys
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000])
         sys.exit(f"error: {line}")
     except (OSError, KeyboardInterrupt) as e:
-        sys.exit(f"error: {str(e) or 'interrupted'}; no new dataset was left in {args.out}")
-    print(f"{args.out}: grid {meta['grid'][0]}x{meta['grid'][1]}")
+        sys.exit(f"error: {str(e) or 'interrupted'}; no new dataset was left in {out}")
+    print(f"{out}: grid {meta['grid'][0]}x{meta['grid'][1]}")
     for name in ARRAYS:
-        array = np.load(Path(args.out) / f"{name}.npy", mmap_mode="r")
-        shape, dtype, megabytes = str(array.shape), array.dtype.name, array.nbytes / 1e6
-        print(f"  {name + '.npy':17} {shape:18} {dtype:8} {megabytes:10.1f} MB")
+        array = np.load(Path(out) / f"{name}.npy", mmap_mode="r")
+        megabytes = array.nbytes / 1e6
+        print(f"  {name + '.npy':17} {array.shape!s:18} {array.dtype.name:8} {megabytes:10.1f} MB")
+    n_cond, n_target = (meta["layout"][kind][0] for kind in ("cond", "target"))
+    if n_cond != n_target:
+        print(
+            f"{n_cond} condition tokens for {n_target} target tokens: the model will use "
+            "cross-attention; where a class token makes the difference, --drop_cls=True aligns them"
+        )
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     start = peak()
     flags = [f"--out={folder / 'out'}", "--val_fraction=0.25", "--overwrite=True"]
+    config = prepare.configure(vars(prepare), flags)
     prepare.tqdm = functools.partial(tqdm, disable=True)
     for case in range(cases):
         rng = random.Random(f"{seed}.{case}")
@@ -134,7 +135,7 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
         paths = [path] if suffix != ".npy" else [path, folder / "seed.npy"]
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            prepare.prepare(prepare.parse_args([*map(str, paths), *flags]))
+            prepare.prepare(paths, config)
             open_dataset(folder / "out")
             outcomes["dataset"] += 1
         except DataError as e:

@@ -10,15 +10,15 @@ import json
 import math
 import pickle
 import re
+import reprlib
 from pathlib import Path
 
 import numpy as np
 
 from plumbing import unpickle
 
-# the types of arrays that are read -> what they become
-FLOATS = {np.dtype(order + name): np.dtype(name) for order in "<>" for name in ("f2", "f4", "f8")}
-FLOATS[unpickle.BFLOAT16] = np.dtype("f4")
+# the types of embeddings -> the types that hold them in numpy
+FLOATS = {"float16": "float16", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 
 
 class DataError(ValueError):
@@ -34,39 +34,22 @@ def natural_order(path):
 
 
 def find_files(sources):
-    """The files that the sources name, and {folder: its manifest} of the folders that have one."""
-    files, manifests = [], {}
-    for source in map(Path, sources):
-        if source.is_file():
-            files.append(source)
-            continue
-        if not source.is_dir():
-            raise DataError(f"{source}: no such file or folder")
-        found = [path for path in source.iterdir() if path.suffix in (".pkl", ".pickle")]
-        if not found:  # beside pickles, torch files may be anything
-            found = [path for path in source.iterdir() if path.suffix in (".pt", ".pth")]
+    """The files that the sources name, those of a folder in natural order."""
+    files = []
+    for path in map(Path, sources):
+        found = [path]
+        if not path.is_file():  # beside pickles, torch files may be anything
+            found = list(path.glob("*.pkl")) or list(path.glob("*.pt"))
         if not found:
-            raise DataError(f"{source}: a folder without .pkl or .pt files")
+            raise DataError(f"{path}: no such file, and no folder of .pkl or .pt files")
         files += sorted(found, key=natural_order)
-        manifest = source / "embeddings_manifest.json"
-        if manifest.is_file():
-            manifests[source] = read_manifest(manifest, len(found))
-    return files, manifests
-
-
-def read_manifest(path, n_shards):
-    """(samples, shards) that a manifest promises; it may leave out the number of shards."""
-    try:
-        manifest = json.loads(path.read_text())
-        return int(manifest["total_samples"]), manifest.get("total_shards", n_shards)
-    except Exception as e:  # JSON may hold anything
-        raise DataError(f"{path}: no readable total_samples in it") from e
+    return files
 
 
 def pair_arrays(files):
     """The files as shards: (pickle,) or (conditions.npy, targets.npy)."""
     arrays = [path for path in files if path.suffix == ".npy"]
-    shards = [(path,) for path in files if path.suffix != ".npy"]
+    shards = [(path,) for path in files if path not in arrays]
     half, odd = divmod(len(arrays), 2)
     if odd:
         raise DataError(
@@ -79,28 +62,28 @@ def load_pickle(path):
     """The dict in a pickle, .pt or .npy file: see unpickle.load. Raises DataError."""
     try:
         content = unpickle.load(path)
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from e
-    except pickle.UnpicklingError as e:
+    except (OSError, pickle.UnpicklingError) as e:
         raise DataError(f"{path}: not a readable pickle of embeddings: {e}") from e
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, not a dict of embeddings")
+        raise DataError(f"{path}: holds a {describe(content)}, not a dict of embeddings")
     return content
 
 
 # ---------------------------------------------------------------- in words
 
 
+def dtype_name(array):
+    """The name "float32" in any byte order; numpy itself has no bfloat16."""
+    return "bfloat16" if array.dtype == unpickle.BFLOAT16 else array.dtype.name
+
+
 def describe(value):
-    """One line on what a file holds under a key."""
+    """What a file holds under a key, in a few words."""
     if isinstance(value, np.ndarray):
         kind = "tensor" if isinstance(value, unpickle.Tensor) else "array"
-        dtype = "bfloat16" if value.dtype == unpickle.BFLOAT16 else value.dtype.name
-        return f"{kind} {value.shape} {dtype}"
-    if isinstance(value, list) and value:
-        return f"list of {len(value)}, first {json.dumps(plain(value[0]))[:1000]}"
-    if isinstance(value, (dict, str, int, float)):
-        return json.dumps(plain(value))[:1000]
+        return f"{kind} of shape {value.shape}, {dtype_name(value)}"
+    if hasattr(value, "__len__"):
+        return f"{type(value).__name__.lower()} of {len(value)}"
     return type(value).__name__
 
 
@@ -116,33 +99,44 @@ def plain(value):
 # ---------------------------------------------------------------- samples
 
 
-def find_grid(tokens, asked):
-    """(H, W) of that many tokens: as asked, or a square; None if neither."""
-    if asked and math.prod(asked) == tokens:
-        return asked
-    side = math.isqrt(tokens)
-    return (side, side) if 0 < tokens == side**2 else None
+def is_embeddings(x):
+    """Whether x is an array (n, T, C) or (n, H, W, C) of floats."""
+    if not isinstance(x, np.ndarray):
+        return False
+    return dtype_name(x) in FLOATS and x.ndim in (3, 4) and x.size > 0
 
 
 def find_pieces(value, where):
-    """The arrays (n, tokens, channels) or (n, rows, columns, channels) that make up an entry."""
-    pieces = value if isinstance(value, list) else [value]
-    for piece in pieces or [value]:
-        if not isinstance(piece, np.ndarray) or piece.dtype not in FLOATS:
-            raise DataError(f"{where} is {describe(piece)}, not an array of floats")
-    if len(pieces) > 1 and all(p.ndim == 3 and 1 < p.shape[0] == p.shape[1] for p in pieces):
-        raise DataError(f"{where}: samples (H, W, C) or batches (n, T, C)? stack them")
-    if isinstance(value, list):
-        pieces = [piece[None] if piece.ndim == 2 else piece for piece in pieces]
+    """The arrays (n, T, C) or (n, H, W, C) that make up an entry, all of one kind."""
+    pieces = [value]
+    if isinstance(value, list) and value:
+        pieces = [x[None] if getattr(x, "ndim", 0) == 2 else x for x in value]
     for piece in pieces:
-        if piece.ndim not in (3, 4) or 0 in piece.shape:
+        if not is_embeddings(piece) or describe(piece[:1]) != describe(pieces[0][:1]):
             raise DataError(
-                f"{where} has shape {piece.shape}; expected (samples, tokens, channels)"
+                f"{where}: {describe(piece)}; expected floats of shape "
+                "(samples, tokens, channels), the same in all of a list"
             )
-    kinds = sorted({describe(piece[:1]) for piece in pieces})
-    if len(kinds) > 1:
-        raise DataError(f"{where} mixes {kinds[0]} and {kinds[1]}")
+    n, tokens, *_ = pieces[0].shape
+    if len(pieces) > 1 and n > 1 and n == tokens:
+        raise DataError(f"{where}: samples (H, W, C) or batches (n, T, C)? stack them")
     return pieces
+
+
+def find_grid(shape, asked, drop_cls):
+    """(n_cls, grid): how many tokens to drop in front, and the (H, W) of the others or None.
+
+    shape: (T,) or (H, W) of the tokens; asked: the grid that they must have, or None
+    """
+    if len(shape) == 2 and not asked:
+        asked = tuple(shape)
+    for n_cls in range(1 + drop_cls):
+        tokens = math.prod(shape) - n_cls
+        side = math.isqrt(tokens)
+        grid = asked or (side, side)
+        if math.prod(grid) == tokens:
+            return n_cls, grid
+    return 0, None
 
 
 class Rows:
@@ -155,11 +149,9 @@ class Rows:
     def __init__(self, content, key, path, dtype="source", grid=None, drop_cls=False, pool=1):
         self.where = f"{path}: {key}"
         if key not in content:
-            entries = itertools.islice(content.items(), 20)
-            held = ", ".join(f"{str(name)[:80]!r}: {describe(x)}" for name, x in entries)
             raise DataError(
-                f"{path}: no key {key!r} (choose with --cond_key, --target_key); "
-                f"it holds {held or 'nothing'}"
+                f"{path}: no key {key!r} (choose --cond_key, --target_key); "
+                f"it holds {reprlib.repr(list(content))}"
             )
         self.pieces = find_pieces(content[key], self.where)
         self.ends = np.cumsum([len(piece) for piece in self.pieces])
@@ -167,21 +159,21 @@ class Rows:
         if self.nbytes > path.stat().st_size:
             raise DataError(f"{self.where} repeats the same arrays: it is larger than the file")
         _, *shape, self.channels = self.pieces[0].shape
-        tokens = math.prod(shape)
-        self.n_cls = 0  # tokens to drop in front
-        if drop_cls and len(shape) == 1 and find_grid(tokens - 1, grid):
-            self.n_cls = 1
-        self.grid = tuple(shape) if len(shape) == 2 else find_grid(tokens - self.n_cls, grid)
+        self.n_cls, self.grid = find_grid(shape, grid, drop_cls)
+        self.tokens = math.prod(shape) - self.n_cls
         self.pool = pool
         if pool > 1:
-            if not self.grid or self.grid[0] % pool or self.grid[1] % pool:
+            height, width = self.grid or (0, 0)
+            self.grid = height // pool, width // pool
+            if math.prod(self.grid) * pool**2 != self.tokens:
                 raise DataError(
-                    f"{self.where}: --pool={pool} does not divide its grid, {self.grid}"
+                    f"{self.where}: {self.tokens} tokens are not a grid that --pool={pool} divides"
                 )
-            self.grid = self.grid[0] // pool, self.grid[1] // pool
-        self.tokens = (tokens - self.n_cls) // pool**2
-        self.dtype = FLOATS[self.pieces[0].dtype] if dtype == "source" else np.dtype(dtype)
-        self.layout = [self.tokens, self.channels, self.dtype.name]
+            self.tokens = math.prod(self.grid)
+        if dtype == "source":
+            dtype = FLOATS[dtype_name(self.pieces[0])]
+        self.dtype = dtype
+        self.layout = [self.tokens, self.channels, dtype]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -189,31 +181,26 @@ class Rows:
     def __getitem__(self, rows):
         """Samples (n, T, C) in C order, a view of the file where nothing has to be converted."""
         unpickle.drop_pages(self.pieces[0])  # which earlier slices have read
-        start, stop, _ = rows.indices(len(self))
-        first, last = np.searchsorted(self.ends, (start, stop - 1), "right")
-        parts = []
-        for i in range(first, last + 1):
-            offset = self.ends[i] - len(self.pieces[i])
-            parts.append(self.convert(self.pieces[i][max(start - offset, 0) : stop - offset]))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(self.pieces) == 1:
+            return self.convert(self.pieces[0][rows])
+        rows = range(len(self))[rows]
+        pieces = np.searchsorted(self.ends, rows, "right")
+        # a negative index: counted from the end of the piece
+        samples = [self.pieces[i][row - self.ends[i]] for i, row in zip(pieces, rows)]
+        return self.convert(np.stack(samples))
 
     def convert(self, x):
-        """Some samples of a piece -> (n, T, C). Raises DataError where a finite value overflows."""
+        """Some samples of a piece -> (n, T, C); values that are too large become Inf."""
         if x.dtype == unpickle.BFLOAT16:
             x = (x["bfloat16"].astype(np.uint32) << 16).view(np.float32)
         x = x.reshape(len(x), -1, self.channels)[:, self.n_cls :]  # (n, H * W, C)
         if self.pool > 1:
-            p, (height, width) = self.pool, self.grid
-            x = x.reshape(len(x), height, p, width, p, self.channels)
-            wide = np.promote_types(x.dtype, np.float32)
-            x = x.mean((2, 4), dtype=wide)  # (n, H, W, C)
+            p = self.pool
+            x = x.reshape(len(x), -1, p, self.grid[1], p, self.channels)  # (n, H, p, W, p, C)
+            x = x.mean((2, 4), dtype=np.promote_types(x.dtype, np.float32))  # (n, H, W, C)
             x = x.reshape(len(x), -1, self.channels)  # (n, T, C)
-        try:
-            with np.errstate(over="raise"):
-                return np.ascontiguousarray(x, self.dtype)
-        except FloatingPointError as e:
-            worst = np.abs(x[np.isfinite(x)]).max()
-            raise DataError(f"{self.where}: {worst:g} is too large for {self.dtype}") from e
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(x, self.dtype)
 
 
 def load_shard(paths, cond_key, target_key, **options):
@@ -221,24 +208,21 @@ def load_shard(paths, cond_key, target_key, **options):
 
     cond and target are Rows with these options; content is all that the pickle holds.
     """
-    content = load_pickle(paths[0])
     if len(paths) == 2:
-        arrays = [load_pickle(path).get("array") for path in paths]
-        content = dict(zip((cond_key, target_key), arrays))
-    cond = Rows(content, cond_key, paths[0], **options)
-    target = Rows(content, target_key, paths[-1], **options)
+        cond_key = target_key = "array"
+    contents = [load_pickle(path) for path in paths]
+    cond = Rows(contents[0], cond_key, paths[0], **options)
+    target = Rows(contents[-1], target_key, paths[-1], **options)
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
+    if not target.grid:
+        raise DataError(
+            f"{target.where}: {target.tokens} tokens are not {options['grid'] or 'a square'}; "
+            "say --grid=ROWSxCOLUMNS or --drop_cls=True"
+        )
     if cond.tokens == target.tokens and cond.grid != target.grid:
-        raise DataError(
-            f"{paths[0]}: a grid of {cond.grid} in a condition but {target.grid} in a target"
-        )
-    if options.get("drop_cls") and not cond.n_cls and not target.n_cls:
-        raise DataError(
-            f"{paths[0]}: --drop_cls=True, but {cond.tokens} and {target.tokens} tokens "
-            "are no grid and one more"
-        )
-    return dict(cond=cond, target=target, content=content)
+        raise DataError(f"{cond.where}: a grid of {cond.grid}, but {target.grid} of the targets")
+    return dict(cond=cond, target=target, content=contents[0])
 
 
 # ---------------------------------------------------------------- keys and captions
@@ -252,23 +236,15 @@ def items(content, n, path):
         if values is None:
             values = [None] * n
         if isinstance(values, np.ndarray) and values.shape == (n,):
-            try:
+            with contextlib.suppress(Exception):  # numpy does not take all bytes for text
                 values = values.tolist()
-            except Exception as e:  # numpy does not take all bytes for text
-                raise DataError(f"{path}: {name}: {e}") from e
-        if not isinstance(values, list) or len(values) != n:
+        fits = isinstance(values, list) and len(values) == n
+        if not fits or not set(map(type, values)) <= {str, int, type(None)}:
             raise DataError(f"{path}: {name} is not a list of {n} strings or integers")
+        if sum(len(str(value or "")) for value in values) > path.stat().st_size:
+            raise DataError(f"{path}: {name} repeat the same strings: more than the file has")
         columns.append(values)
-    room = path.stat().st_size
     for key, caption in zip(*columns):
-        for value in (key, caption):
-            if not isinstance(value, (str, int, type(None))):
-                raise DataError(
-                    f"{path}: a key or caption is a {type(value).__name__}, not a string"
-                )
-            room -= len(str(value or ""))
-        if room < 0:
-            raise DataError(f"{path}: its keys or captions repeat the same strings")
         yield {"key": key, "caption": caption}
 
 
@@ -281,36 +257,16 @@ def read_items(path):
 
 
 def read_conditions(path, key):
-    """The conditions in a .npy, .pkl or .pt file as Rows, and a function that lists their items."""
+    """The conditions in a .npy, .pkl or .pt file, and a function that lists their items.
+
+    A .npy may hold any real numbers and is returned as it is, the entry of another file as Rows.
+    """
     path = Path(path)
     content = load_pickle(path)
-    rows = Rows(content, "array" if path.suffix == ".npy" else key, path)
-    named = list(items(content, len(rows), path))
-    return rows, lambda: named
-
-
-# ---------------------------------------------------------------- looking
-
-
-def inspect(files):
-    """Print what the files hold, with the value range of the first samples, and convert nothing."""
-    for path in files:
-        content = load_pickle(path)
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-        for key, value in itertools.islice(content.items(), 100):
-            line = f"  {str(key)[:80]!r}: {describe(value)}"
-            with contextlib.suppress(DataError):  # which says that these are no embeddings
-                rows = Rows(content, key, path)
-                line += f"; {len(rows)} samples, {value_range(rows[:8])}"
-            print(line)
-
-
-def value_range(samples):
-    """The range of the values, in words."""
-    x = samples.astype(np.float64)
-    finite = x[np.isfinite(x)]
-    words = f"the first {len(x)}: "
-    if finite.size:
-        words += f"{finite.min():.4g} to {finite.max():.4g}, "
-        words += f"mean {finite.mean():.4g}, std {finite.std():.4g}, "
-    return words + f"{x.size - finite.size} not finite"
+    array = content.get("array")
+    if path.suffix == ".npy" and isinstance(array, np.ndarray):
+        conditions = np.atleast_1d(array)
+    else:
+        conditions = Rows(content, key, path)
+    named = list(items(content, len(conditions), path))
+    return conditions, lambda: named

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,9 @@ def convert(source, out, *args):
 def prepare_here(sources, out, **options):
     """The same in this process."""
     flags = [f"--{name}={value}" for name, value in options.items()]
-    command = [*map(str, sources), f"--out={out}", "--val_fraction=0.25", *flags]
-    prepare.prepare(prepare.parse_args(command))
+    flags = [f"--out={out}", "--val_fraction=0.25", *flags]
+    config = prepare.configure(vars(prepare), flags)
+    prepare.prepare(sources, config)
 
 
 def load(out):
@@ -129,12 +131,14 @@ def test_folder_of_shards_in_natural_order(tmp_path):
         [shards / "embeddings_shard_2.pkl", shards / "embeddings_shard_10.pkl"], tmp_path / "again"
     )
     assert np.array_equal(load(tmp_path / "again")[0]["train_cond"], data["train_cond"])
-    (shards / "embeddings_manifest.json").write_text('{"total_samples": 23, "total_shards": 3}')
-    assert "23 samples in 3 shards" in refused("prepare.py", shards, f"--out={tmp_path / 'bad'}")
-    (shards / "embeddings_manifest.json").write_text('{"total_samples": 24}')
-    assert "promises 24 samples in 2 shards, its pickles hold 23 in 2" in refused(
-        "prepare.py", shards, f"--out={tmp_path / 'bad'}"
-    )
+    for manifest, message in (
+        ('{"total_samples": 24}', "promises 24 samples, the files hold 23"),
+        ('{"samples": 23}', "no readable total_samples"),
+        ("[", "no readable total_samples"),
+    ):
+        (shards / "embeddings_manifest.json").write_text(manifest)
+        with pytest.raises(DataError, match=message):
+            prepare_here([shards], tmp_path / "bad")
 
 
 def test_a_dataset_is_overwritten_only_on_demand(tmp_path):
@@ -156,6 +160,15 @@ def test_a_dataset_is_overwritten_only_on_demand(tmp_path):
         "prepare.py", *pair, f"--out={tmp_path}/../{tmp_path.name}/out", "--overwrite=True"
     )
     assert "train_cond.npy is both a source and a file to be written" in line
+    (out / "meta.json").rename(tmp_path / "meta.json")
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    (tmp_path / "link.npy").symlink_to(out / "train_target.npy")
+    for pair in ((out / "train_cond.npy", out / "train_target.npy"),
+                 (tmp_path / "link.npy", tmp_path / "link.npy")):  # fmt: skip
+        with pytest.raises(DataError, match="both a source and a file to be written"):
+            prepare_here(pair, out)
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    (tmp_path / "meta.json").rename(out / "meta.json")
     assert load(out)[1]["val"][0]["key"].startswith("key 2.")
 
 
@@ -167,108 +180,111 @@ def test_a_home_folder_is_expanded(tmp_path):
 
 def test_other_token_counts(tmp_path):
     make_pickle(tmp_path / "e.pkl", **{COND: torch.randn(40, 9, 6)})
-    line = "9 condition tokens for 4 target tokens: the model will use cross-attention"
-    assert line + "\n" in convert(tmp_path / "e.pkl", tmp_path / "out").stdout
+    line = "9 condition tokens for 4 target tokens: the model will use cross-attention; "
+    assert line in convert(tmp_path / "e.pkl", tmp_path / "out").stdout
     data = open_dataset(tmp_path / "out")
     assert data["val_cond"].shape == (10, 9, 6) and data["val_target"].shape == (10, 4, 5)
     assert data["meta"]["grid"] == [2, 2]
     make_pickle(tmp_path / "e.pkl", **{COND: torch.randn(40, 5, 6)})
     out = convert(tmp_path / "e.pkl", tmp_path / "one more").stdout
-    assert "5 condition tokens for 4" in out and "--drop_cls=True drops the first" in out
+    assert "5 condition tokens for 4" in out and "--drop_cls=True aligns them" in out
     out = convert(tmp_path / "e.pkl", tmp_path / "aligned", "--drop_cls=True").stdout
     assert "cross-attention" not in out
     assert open_dataset(tmp_path / "aligned")["val_cond"].shape == (10, 4, 6)
 
 
+def refused_here(sources, out, **options):
+    """The error of sources that are no dataset; nothing of one is left."""
+    with pytest.raises(DataError) as e:
+        prepare_here(sources, out, **options)
+    assert not out.exists()
+    return str(e.value)
+
+
 def bad(tmp_path, **changes):
     make_pickle(tmp_path / "e.pkl", **changes)
-    out = tmp_path / "out"
-    line = refused("prepare.py", tmp_path / "e.pkl", f"--out={out}")
-    assert not out.exists()
-    return line
+    return refused_here([tmp_path / "e.pkl"], tmp_path / "out")
 
 
-def test_bad_input(tmp_path):
+def test_a_mistake_gets_one_line(tmp_path):
+    make_pickle(tmp_path / "e.pkl", **{TARGET: torch.randn(39, 4, 5)})
+    source, out = tmp_path / "e.pkl", f"--out={tmp_path / 'out'}"
+    assert "40 conditions but 39 targets" in refused("prepare.py", source, out)
+    assert "no such file" in refused("prepare.py", tmp_path / "nowhere.pkl", out)
+    assert "python prepare.py SRC" in refused("prepare.py", out)
+    assert "python prepare.py SRC" in refused("prepare.py", source)
+    assert "did you mean 'pool'" in refused("prepare.py", source, out, "--pol=2")
+    assert "write --key=value" in refused("prepare.py", source, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_values(tmp_path):
     nan = torch.randn(40, 4, 5)
     nan[3, 2, 1], nan[7, 0, 0] = float("nan"), float("inf")
-    assert (
-        "2 of 40 samples" in (line := bad(tmp_path, **{TARGET: nan}))
-        and "sample 3 (key 'key 0.3')" in line
-    )
-    assert "40 conditions but 39 targets" in bad(tmp_path, **{TARGET: torch.randn(39, 4, 5)})
-    assert "5 target tokens are not a square" in bad(
+    line = bad(tmp_path, **{TARGET: nan})
+    assert "in 2 of 40 samples" in line and "sample 3 (key 'key 0.3')" in line
+    assert "5 tokens are not a square" in bad(
         tmp_path, **{c: torch.randn(40, 5, 5) for c in (COND, TARGET)}
     )
     assert "int64" in bad(tmp_path, **{COND: torch.ones(40, 4, 5, dtype=torch.int64)})
     assert "complex64" in bad(tmp_path, **{TARGET: torch.ones(40, 4, 5, dtype=torch.complex64)})
     assert "(40, 0, 5)" in bad(tmp_path, **{COND: torch.ones(40, 0, 5)})
+    assert "list of 0; expected floats" in bad(tmp_path, **{COND: []})
+
+
+def test_bad_keys_and_captions(tmp_path):
     assert "keys is not a list of 40" in bad(tmp_path, keys=["a", "b"])
     hostile = np.frombuffer(b"\xff\xff\xff\x7f" * 40, "<U1")  # no such character
-    assert "e.pkl: keys: " in bad(tmp_path, keys=hostile)
-    line = bad(tmp_path, captions=["c" * 200 * 40] * 40)
-    assert "keys or captions repeat the same strings" in line
-    assert "a key or caption is a list" in bad(tmp_path, keys=[[1]] * 40)
+    for keys in (hostile, [[1]] * 40, [0.5] * 40, np.ones(40), "x" * 40):
+        assert "e.pkl: keys is not a list of 40" in bad(tmp_path, keys=keys)
+    assert "captions repeat the same strings" in bad(tmp_path, captions=["c" * 200 * 40] * 40)
     assert "'same' is there twice" in bad(tmp_path, keys=["same"] * 40)
+
+
+def test_keys_are_strings_integers_or_none(tmp_path):
+    mixed = ["a", 1, None] * 10
+    for i, keys in enumerate((np.arange(30), np.array([f"k{i}" for i in range(30)]), mixed)):
+        named = keys if isinstance(keys, list) else keys.tolist()
+        make_pickle(tmp_path / "e.pkl", n=30, keys=None, captions=keys)
+        prepare_here([tmp_path / "e.pkl"], tmp_path / f"{i}")
+        expected = [{"key": None, "caption": named[i]} for i in prepare.split(30, 0.25, 0)[1]]
+        assert load(tmp_path / f"{i}")[1]["val"] == expected
+
+
+def test_bad_files(tmp_path):
+    out = tmp_path / "out"
     line = bad(tmp_path, **{COND: None})
-    assert f"no key '{COND}'" in line and f"'{TARGET}': tensor (40, 4, 5) float32" in line
+    assert f"no key '{COND}'" in line and f"'{TARGET}'" in line
     make_pickle(tmp_path / "three.pkl", n=3)
-    assert "3 samples with val_fraction=0.1" in refused(
-        "prepare.py", tmp_path / "three.pkl", f"--out={tmp_path / 'out'}"
-    )
-    (tmp_path / "e.pkl").write_bytes((tmp_path / "three.pkl").read_bytes()[:-200])
-    assert "not a readable pickle" in refused(
-        "prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}"
-    )
-    (tmp_path / "e.pkl").write_bytes(pickle.dumps({}))
-    assert "it holds nothing" in refused(
-        "prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}"
-    )
-    (tmp_path / "e.pkl").write_bytes(pickle.dumps([1, 2]))
-    assert "holds a list, not a dict" in refused(
-        "prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'out'}"
-    )
-    assert "no such file" in refused(
-        "prepare.py", tmp_path / "nowhere.pkl", f"--out={tmp_path / 'out'}"
-    )
+    line = refused_here([tmp_path / "three.pkl"], out, val_fraction=0.1)
+    assert "3 samples with val_fraction=0.1" in line
+    for data, message in (
+        ((tmp_path / "three.pkl").read_bytes()[:-200], "not a readable pickle"),
+        (pickle.dumps({}), r"it holds \[\]"),
+        (pickle.dumps([1, 2]), "holds a list of 2, not a dict"),
+    ):
+        (tmp_path / "e.pkl").write_bytes(data)
+        assert re.search(message, refused_here([tmp_path / "e.pkl"], out))
     (tmp_path / "empty").mkdir()
-    assert "without .pkl" in refused("prepare.py", tmp_path / "empty", f"--out={tmp_path / 'out'}")
+    assert "no folder of .pkl or .pt" in refused_here([tmp_path / "empty"], out)
     make_pickle(tmp_path / "a.pkl", seed=1)
     make_pickle(tmp_path / "b.pkl", seed=2, grid=(3, 3))
-    assert "[9, 6, 'float32']" in refused(
-        "prepare.py", tmp_path / "a.pkl", tmp_path / "b.pkl", f"--out={tmp_path / 'out'}"
-    )
+    pair = [tmp_path / "a.pkl", tmp_path / "b.pkl"]
+    assert "[9, 6, 'float32']" in refused_here(pair, out)
     make_pickle(tmp_path / "b.pkl", seed=2, C=7)
-    assert "b.pkl" in refused(
-        "prepare.py", tmp_path / "a.pkl", tmp_path / "b.pkl", f"--out={tmp_path / 'out'}"
-    )
+    assert "b.pkl" in refused_here(pair, out)
+    assert "--dtype=bfloat16" in refused_here(pair[:1], out, dtype="bfloat16")
 
 
 def test_grid_of_tokens_that_are_not_a_square(tmp_path):
     make_pickle(tmp_path / "e.pkl", grid=(2, 3))
     convert(tmp_path / "e.pkl", tmp_path / "out", "--grid=2x3")
     assert load(tmp_path / "out")[0]["meta"]["grid"] == [2, 3]
-    assert "--grid=4x3" in refused(
-        "prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'o2'}", "--grid=4x3"
-    )
-
-
-def test_incomplete_and_damaged_datasets_are_refused(dataset, tmp_path):
-    with pytest.raises(ValueError, match="does not exist; make it with: python prepare.py"):
-        open_dataset(tmp_path / "nowhere")
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in dataset.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    (copy / "stats.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="damaged"):
-        open_dataset(copy)
-    (copy / "stats.npz").write_bytes((dataset / "stats.npz").read_bytes())
-    np.save(copy / "val_cond.npy", np.zeros((3, 4, 6), np.float32))
-    with pytest.raises(ValueError, match="damaged: val_cond.npy has shape"):
-        open_dataset(copy)
-    (copy / "meta.json").unlink()
-    with pytest.raises(ValueError, match="incomplete"):
-        open_dataset(copy)
+    out = tmp_path / "bad"
+    assert "6 tokens are not (4, 3)" in refused_here([tmp_path / "e.pkl"], out, grid="4x3")
+    for text in ("2", "2x", "0x6", "-2x-3", "2x3x1"):
+        line = refused_here([tmp_path / "e.pkl"], out, grid=text)
+        assert f"--grid={text} is not ROWSxCOLUMNS" in line
 
 
 # ---------------------------------------------------------------- layouts
@@ -306,13 +322,11 @@ def test_lists_of_samples_and_of_batches(tmp_path):
     objects = np.empty(12, object)
     objects[:] = list(cond)
     same(arrays({COND: objects, TARGET: tuple(target)}, tmp_path / "c")[0], cond, target)
-    with pytest.raises(
-        DataError, match=r"mixes array \(1, 3, 90\) float32 and array \(1, 4, 90\) float32"
-    ):
+    with pytest.raises(DataError, match=r"array of shape \(1, 3, 90\), float32; .* same in all"):
         arrays({COND: [cond[0], cond[0, :3]], TARGET: target[:2]}, tmp_path / "d")
     with pytest.raises(DataError, match="stack them"):
         arrays({COND: list(cond.reshape(12, 2, 2, 90)), TARGET: list(target)}, tmp_path / "grids")
-    with pytest.raises(DataError, match=r"a grid of \(4, 1\) in a condition but \(2, 2\)"):
+    with pytest.raises(DataError, match=r"a grid of \(4, 1\), but \(2, 2\)"):
         arrays({COND: cond[:, :, None], TARGET: target}, tmp_path / "two grids")
     with pytest.raises(DataError, match="repeats the same arrays"):
         arrays({COND: [cond] * 1000, TARGET: [target] * 1000}, tmp_path / "e")
@@ -345,15 +359,16 @@ def test_cls_tokens_are_dropped_and_grids_pooled(tmp_path):
         atol=1e-6,
     )
     for options, message in (
-        (dict(), "17 target tokens are not a square; say .* --drop_cls=True"),
-        (dict(drop_cls=True, pool=3), r"--pool=3 does not divide its grid, \(4, 4\)"),
+        (dict(), "17 tokens are not a square; say .* --drop_cls=True"),
+        (dict(drop_cls=True, pool=3), "16 tokens are not a grid that --pool=3 divides"),
+        (dict(pool=2), "17 tokens are not a grid that --pool=2 divides"),
         (dict(drop_cls=True, pool=0), "--pool=0"),
-        (dict(drop_cls=True, grid="2x9"), "--grid=2x9 is not ROWSxCOLUMNS of 16 tokens"),
+        (dict(drop_cls=True, grid="2x9"), r"17 tokens are not \(2, 9\)"),
     ):
         with pytest.raises(DataError, match=message):
             arrays([tmp_path / "a" / "e.pkl"], tmp_path / "d", **options)
-    with pytest.raises(DataError, match="16 and 16 tokens are no grid and one more"):
-        arrays({COND: x[:, 1:], TARGET: x[:, 1:]}, tmp_path / "e", drop_cls=True)
+    data, _ = arrays({COND: x[:, 1:], TARGET: x[:, 1:]}, tmp_path / "e", drop_cls=True)
+    same(data, x[:, 1:], x[:, 1:])  # there was none to drop
 
 
 def test_npy_pairs(tmp_path):
@@ -383,21 +398,20 @@ def test_output_dtype(tmp_path):
             )  # statistics are of what is stored
             assert np.allclose(data["stats"]["cond_std"], wide.std(0), rtol=1e-12)
     x[5, 3, 2] = -70000
-    with pytest.raises(DataError, match="eva_blip3o_embeddings: 70000 is too large for float16"):
+    with pytest.raises(DataError, match="too large values in 1 of 8 .* the cond of sample 5"):
         arrays({COND: x, TARGET: x}, tmp_path / "over", dtype="float16")
-    with pytest.raises(DataError, match="clip_blip3o_embeddings: 70144 is too large for float16"):
-        arrays(
-            {COND: 0 * x, TARGET: torch.tensor(x).bfloat16()}, tmp_path / "over16", dtype="float16"
-        )
+    wide = {COND: 0 * x, TARGET: torch.tensor(x).bfloat16()}
+    with pytest.raises(DataError, match="too large values in 1 of 8 .* the target of sample 5"):
+        arrays(wide, tmp_path / "over16", dtype="float16")
     x[5, 3, 2] = np.inf
     with pytest.raises(
         DataError,
-        match=r"NaN or Inf in 1 of 8 samples, the first in the cond of sample 5 \(key None",
+        match=r"in 1 of 8 samples, the first in the cond of sample 5 \(key None",
     ):
         arrays({COND: x, TARGET: x}, tmp_path / "inf", dtype="float16")
     huge = x.astype("f8")
     huge[5, 3, 2] = 1e200  # its square is Inf
-    with pytest.raises(DataError, match="NaN or Inf in 1 of 8 samples, the first in the target of"):
+    with pytest.raises(DataError, match="in 1 of 8 samples, the first in the target of"):
         arrays({COND: np.zeros_like(x), TARGET: huge}, tmp_path / "huge")
     x[5, 3, 2] = 1
     arrays({COND: x, TARGET: x}, tmp_path / "one")
@@ -558,20 +572,41 @@ def test_inspect_converts_nothing(tmp_path):
     before = sorted(tmp_path.iterdir())
     out = run("prepare.py", tmp_path / "e.pkl", "--inspect=True").stdout
     low, high = content[COND][:8].min(), content[COND][:8].max()
-    line = f"'{COND}': tensor (40, 4, 6) float32; 40 samples, the first 8: {low:.4g} to {high:.4g}"
-    assert line in out
-    assert "1 not finite" in out and "'grid_embeddings': array (1,) complex128\n" in out
-    assert (
-        'list of 40, first "key 0.0"' in out
-        and '{"eva_model": "test"}' in out
-        and sorted(tmp_path.iterdir()) == before
-    )
+    line = f"'{COND}': tensor of shape (40, 4, 6), float32; 40 samples, the first 8 from "
+    assert line + f"{low:.4g} to {high:.4g}\n" in out
+    line = f"'{TARGET}': tensor of shape (40, 4, 5), float32; 40 samples, the first 8 from "
+    assert line + "nan to nan\n" in out
+    assert "'grid_embeddings': array of shape (1,), complex128\n" in out
+    assert "'keys': list of 40\n" in out and "'config': dict of 1\n" in out
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_inspect_of_an_array(tmp_path):
     np.save(tmp_path / "one.npy", np.ones((3, 4, 5), "f4"))
     out = run("prepare.py", tmp_path / "one.npy", "--inspect=True").stdout
-    assert "'array': array (3, 4, 5) float32; 3 samples" in out
+    assert "'array': array of shape (3, 4, 5), float32; 3 samples, the first 3 from 1 to 1" in out
+
+
+def test_conditions_from_files(tmp_path):
+    """A .npy of any real numbers; of a pickle what can be converted."""
+    x = np.arange(24).reshape(2, 3, 4)
+    for dtype in ("i8", "u1", ">f4", "longdouble"):
+        np.save(tmp_path / "c.npy", x.astype(dtype))
+        conditions, get_items = sources.read_conditions(tmp_path / "c.npy", "c")
+        assert len(conditions) == 2 and np.array_equal(conditions[1:], x[1:])
+        assert get_items() == sources.no_items(2)
+    batches = {
+        "c": [torch.tensor(x[:1]).bfloat16(), torch.tensor(x[1:]).bfloat16()],
+        "keys": [1, 2],
+    }
+    (tmp_path / "c.pkl").write_bytes(pickle.dumps(batches))
+    conditions, get_items = sources.read_conditions(tmp_path / "c.pkl", "c")
+    assert len(conditions) == 2 and np.array_equal(conditions[:], x)
+    assert [item["key"] for item in get_items()] == [1, 2]
+    np.save(tmp_path / "scalar.npy", 1.0)
+    assert sources.read_conditions(tmp_path / "scalar.npy", "c")[0].shape == (1,)
+    (tmp_path / "renamed.npy").write_bytes((tmp_path / "c.pkl").read_bytes())
+    assert len(sources.read_conditions(tmp_path / "renamed.npy", "c")[0]) == 2
 
 
 def test_rows_of_a_file_are_sliced(tmp_path):

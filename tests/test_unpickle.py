@@ -312,7 +312,8 @@ def test_bombs_do_not_go_off(tmp_path):
     for i, (data, _) in enumerate(BOMBS.values()):
         (tmp_path / f"{i}.pkl").write_bytes(data)
     script = """if True:
-        import sys, time, re; sys.path.insert(0, sys.argv[1]); import sources
+        import sys, time, re; sys.path.insert(0, sys.argv[1])
+        from plumbing import sources
         for i in range(int(sys.argv[3])):
             start = time.perf_counter()
             try:

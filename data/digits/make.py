@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from prepare import split  # noqa: E402
+import prepare  # noqa: E402
 
 HERE = Path(__file__).parent
-SEED, VAL_FRACTION = 0, 0.1  # prepare.py's defaults: the decoder must not see validation images
-BLUR, NOISE = 0.9, 0.12  # standard deviations, in pixels and of the image's range [0, 1]
+BLUR = 0.9  # standard deviation, in pixels
+NOISE = 0.12  # standard deviation; an image's range is [0, 1]
 
 
 def degrade(images, generator):
@@ -63,7 +63,8 @@ def main():
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     views = degrade(images, torch.Generator().manual_seed(1))
     cond, target = encode(views, width=48, seed=2), encode(images, width=32, seed=3)
-    train, val = split(len(images), VAL_FRACTION, SEED)
+    # prepare.py's split by its defaults: the decoder must not see validation images
+    train, val = prepare.split(len(images), prepare.val_fraction, prepare.seed)
     decoder = dict(
         target=fit_decoder(target[train], images[train]),
         cond=fit_decoder(cond[train], views[train]),
