@@ -151,7 +151,7 @@ def read_weights(path, key):
         yield {name: ckpt[key][name] for name in names}
 
 
-# what a run cannot change; the other settings of the model are caught by the weights' shapes
+# what a run cannot change
 FIXED = "optimizer normalize path prediction sigma_min sigma_max n_layer n_head n_kv_head dim"
 FIXED += " norm_eps qk_norm conditioning conv rope prior"
 
@@ -175,10 +175,7 @@ def restore(path, config, stats, models, scaler):
             if not torch.equal(value, ckpt["stats"][name]):
                 raise ValueError(f"{path} was trained on other data: its statistics differ")
         for key, model in models.items():
-            if model.state_dict().keys() != ckpt[key].keys():
-                raise KeyError(f"{key} has other parameters than this model")
-            for part in read_weights(path, key):
-                model.load_state_dict(part, strict=False)
+            model.load_state_dict(ckpt[key])
         if ckpt["scaler"]:  # empty unless it was float16
             scaler.load_state_dict(ckpt["scaler"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
