@@ -196,7 +196,8 @@ flow_config = FlowConfig(**settings)
 settings = {name: globals()[name] for name in NextDiTConfig.__dataclass_fields__ if name in config}
 model_config = NextDiTConfig(grid, target_dim=D, cond_dim=C, **settings)
 config |= asdict(flow_config) | settings | {"learning_rate": learning_rate}  # what was decided
-config |= {"init_from": "scratch" if init_from == "auto" else init_from, "overwrite": False}
+config["init_from"] = "scratch" if init_from == "auto" else init_from
+config |= {"overwrite": False, "time_limit": None}  # which belong to this start, not to the run
 torch.manual_seed(seed)
 with torch.device("meta" if weights else "cpu"):
     raw_model = NextDiT(model_config)
