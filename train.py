@@ -67,12 +67,10 @@ multiple_of = 256  # the feed-forward width, 8/3 dim, is rounded up to a multipl
 ffn_dim_multiplier: float | None = None  # scales that width
 norm_eps = 1e-5
 qk_norm = True
-conditioning = "auto"  # aligned (added token by token) | cross (attention) | auto (either)
+conditioning = "auto"  # aligned (token by token) | cross (attention) | auto: by token counts
 conv = True  # a depthwise 3x3 convolution before each block
 rope = "grid"  # RoPE frequencies: grid (for some ten rows and columns) | lumina (as for text)
-prior: bool | None = (
-    None  # start from the best linear denoiser; None: if the data is wider than dim
-)
+prior: bool | None = None  # add the exact linear solution; None: if data is wider than dim
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, slower
 # ---- flow
 path = "linear"  # linear | cosine
@@ -83,7 +81,7 @@ loss_space = "native"  # measure the error of the prediction itself (native) or 
 t_sampling = "uniform"  # uniform | logit_normal
 t_mean = 0.0  # of logit(t), for logit_normal
 t_std = 1.0
-t_shift: float | None = None  # > 1 trains more near noise; None: sqrt(tokens * channels / 4096)
+t_shift: float | None = None  # > 1 trains more near noise; None: by number of dimensions
 cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
 l2_weight = 0.0  # weight of mean(output^2) in the loss
 # ---- optimizer
@@ -92,7 +90,7 @@ optimizer_in_backward = False  # update each parameter when its gradient is ther
 max_iters = 100_000
 num_epochs: float | None = None  # instead of max_iters
 learning_rate: float | None = None  # None: 1.6 / dim
-min_lr = 0.0  # where the cosine ends
+min_lr = 0.0  # at max_iters
 warmup_iters = 1000
 weight_decay = 0.05  # of matrices only, not of norms, biases and gates
 beta1 = 0.9
@@ -156,8 +154,8 @@ T, D = data["train_target"].shape[1:]  # and of a target
 batching = batch_size, gradient_accumulation_steps, subset_size, seed
 loader = Loader(data, *batching, pin_memory=device_type == "cuda")
 stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
-cond_space = Normalizer(normalize, stats["cond_mean"], stats["cond_std"], device)
-target_space = Normalizer(normalize, stats["target_mean"], stats["target_std"], device)
+cond_normalizer = Normalizer(normalize, stats["cond_mean"], stats["cond_std"], device)
+target_normalizer = Normalizer(normalize, stats["target_mean"], stats["target_std"], device)
 samples_per_iter = batch_size * gradient_accumulation_steps
 if num_epochs is not None:
     max_iters = math.ceil(num_epochs * loader.n_train / samples_per_iter)
@@ -166,7 +164,7 @@ if num_epochs is not None:
 def encode(target, cond):
     """A raw batch, (B, T, D) and (B, S, C), on the device and normalized."""
     target, cond = (x.to(device, non_blocking=True) for x in (target, cond))
-    return target_space.encode(target), cond_space.encode(cond)
+    return target_normalizer.encode(target), cond_normalizer.encode(cond)
 
 
 # ---------------------------------------------------------------- model and optimizer
@@ -195,7 +193,8 @@ settings = {name: globals()[name] for name in FlowConfig.__dataclass_fields__}
 flow_config = FlowConfig(**settings)
 settings = {name: globals()[name] for name in NextDiTConfig.__dataclass_fields__ if name in config}
 model_config = NextDiTConfig(grid, target_dim=D, cond_dim=C, **settings)
-config |= asdict(flow_config) | settings | {"learning_rate": learning_rate}  # what was decided
+# config.py and the checkpoints have the settings as they were decided
+config |= asdict(flow_config) | settings | {"learning_rate": learning_rate}
 config["init_from"] = "scratch" if init_from == "auto" else init_from
 config |= {"overwrite": False, "time_limit": None}  # which belong to this start, not to the run
 torch.manual_seed(seed)
@@ -207,7 +206,7 @@ if prior and not resume:
     count = min(loader.n_train, math.ceil(65536 / T))  # samples, evenly spaced
     rows = np.linspace(0, loader.n_train - 1, count).astype(int)
     tokens = torch.from_numpy(data["train_target"][rows]).to(device)
-    raw_model.prior.fit(target_space.encode(tokens).flatten(0, 1))
+    raw_model.prior.fit(target_normalizer.encode(tokens).flatten(0, 1))
 # without dropout nothing trains the null condition, and DDP would wait for its gradient
 raw_model.null_cond.requires_grad_(cond_dropout > 0)
 ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
@@ -254,7 +253,7 @@ def get_lr(iteration):
 
 
 # ---------------------------------------------------------------- evaluation
-T_BINS = 4  # of t, from noise to data
+TIME_BINS = 4  # of t, from noise to data
 SAMPLED = ("token_cosine", "retrieval_r1", "frechet")  # metrics of score.py
 standardize = score.standardizer(stats["target_mean"], stats["target_std"])
 eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
@@ -274,7 +273,7 @@ def evaluate_loss(net):
     n = min(eval_size, loader.n_val)
     with autocast:
         values = distributed.map_rows(losses, n, eval_batch_size, device, interrupts)  # (n,)
-    bins = (eval_t[:n] * T_BINS).long()
+    bins = (eval_t[:n] * TIME_BINS).long()
     results = {"val_loss": values.mean().item()}
     for i in bins.unique().tolist():
         results[f"val_loss_t{i}"] = values[bins == i].mean().item()
@@ -289,13 +288,14 @@ def evaluate_samples(net):
         _, cond = encode(*loader.read("val", rows))
         x_0 = flow.sample_noise(rows, (T, D), seed=0, draw=1).to(device)
         velocity = flow.guided_velocity(net, cond, flow_config)
-        return target_space.decode(flow.integrate(velocity, sigma_max * x_0, eval_sample_steps))
+        return target_normalizer.decode(
+            flow.integrate(velocity, sigma_max * x_0, eval_sample_steps)
+        )
 
     n = min(eval_samples, loader.n_val)
     with autocast:
-        generated = distributed.map_rows(
-            samples, n, eval_batch_size, device, interrupts
-        )  # (n, T, D)
+        # (n, T, D), raw, on the CPU, the same in all processes
+        generated = distributed.map_rows(samples, n, eval_batch_size, device, interrupts)
     metrics = dict.fromkeys(SAMPLED, math.nan)
     if generated.isfinite().all():
         metrics = score.metrics(standardize(generated), standardize(data["val_target"][:n]))
@@ -310,6 +310,7 @@ def evaluate():
         results |= {name.replace("loss", "loss_raw"): value for name, value in raw.items()}
     if eval_samples:
         results |= evaluate_samples(ema_model)
+    results = {name: float(value) for name, value in results.items()}
     values = " ".join(f"{name}={value:.4g}" for name, value in results.items())
     print0(textwrap.fill(f"iter {iteration} | {values}", 110, subsequent_indent="    "))
     return results
@@ -362,6 +363,8 @@ print0(f"{loader.n_train} samples, {samples_per_iter} per iteration, {epochs}")
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 # the place of a micro-batch in the global batch decides its data and its noise
 micros = range(rank * micro_steps, (rank + 1) * micro_steps)
+# Endless pairs (target, cond), raw, on the CPU, one per micro-batch of this process. For a torch
+# DataLoader, let its batch_sampler be loader.rows(i, micro) for all iterations i and these micros.
 batches = loader.stream(iteration, micros)
 generator = torch.Generator(device)
 
@@ -425,7 +428,7 @@ while not stop:
         except distributed.Interrupted:
             stop = True
             break
-        if iteration > 0 and record["val_loss"] < best_val_loss:
+        if iteration > 0 and record["val_loss"] < best_val_loss:  # never the untrained model
             previous, best_val_loss = best_val_loss, record["val_loss"]
             if not save(best):
                 best_val_loss = previous
