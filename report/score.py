@@ -24,13 +24,13 @@ With several draws per condition, it also measures whether they vary as the trut
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from plumbing.configurator import user_errors_in_one_line
 from plumbing.dataset import open_dataset
 
 METRICS = (
@@ -67,11 +67,10 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace)
 
 
-def retrieval_hits(pooled, rows, target):
-    """(B,) for pooled samples (B, D): whether the nearest by cosine of all pooled targets (N, D) is
-    the sample's own, in row rows[i]. Of several that are equally near, the first counts."""
-    similarity = pooled @ F.normalize(target, dim=-1).T  # (B, N)
-    return similarity.argmax(1) == torch.as_tensor(rows)
+def most_similar(x, candidates):
+    """(B,) for x (B, D): which of the candidates (N, D) is nearest by cosine. Of several that are
+    equally near, the first."""
+    return (x @ F.normalize(candidates, dim=-1).T).argmax(1)
 
 
 def chunks(rows, size=256):
@@ -87,6 +86,11 @@ def evenly(rows, n):
 def shuffled(rows, n):
     """The rows whose samples are scored against the truth of `rows`, all below n: the next ones."""
     return (rows + 1) % n
+
+
+def pooled(samples, rows):
+    """(N, D): means over the tokens of samples(rows) -> (B, T, D)."""
+    return torch.cat([samples(part).mean(1) for part in chunks(rows)])
 
 
 def add_up(measure, rows):
@@ -142,26 +146,29 @@ def figures(sums):
     values["snr_db"] = 10 * (sums["power"] / sums["error"].clamp(min=1e-12)).log10()
     if "variance" in sums:
         values["spread_ratio"] = (sums["variance"] / sums["error_of_mean"].clamp(min=1e-12)).sqrt()
-    return values
+    return {name: float(value) for name, value in values.items()}
 
 
-def estimate(groups, confidence):
-    """figures() of the sums over all groups, and half the widths of their 95% confidence intervals;
-    {} without `confidence`, or for a single group.
+def total(groups):
+    return {name: sum(group[name] for group in groups) for name in groups[0]}
+
+
+def confidence(groups):
+    """Half the widths of the 95% confidence intervals of figures(); {} for a single group.
 
     groups: [{name: sum over a group of samples}]
-    The widths are 1.96 times the standard error by the jackknife, which leaves out one group after
-    the other (Efron and Tibshirani 1993, chapter 11).
+    They are 1.96 times the standard error by the jackknife, which leaves out one group after the
+    other (Efron and Tibshirani 1993, chapter 11).
     """
-    whole = {name: sum(group[name] for group in groups) for name in groups[0]}
-    result = {name: float(value) for name, value in figures(whole).items()}
+    if len(groups) == 1:
+        return {}
+    whole = total(groups)
+    left = [figures({name: whole[name] - group[name] for name in whole}) for group in groups]
     widths = {}
-    if confidence and len(groups) > 1:
-        left = [figures({name: whole[name] - group[name] for name in whole}) for group in groups]
-        for name in result:
-            variance = (len(groups) - 1) * np.var([float(values[name]) for values in left])
-            widths[name] = float(1.96 * variance**0.5)
-    return result, widths
+    for name in left[0]:
+        variance = (len(groups) - 1) * np.var([values[name] for values in left])
+        widths[name] = float(1.96 * variance**0.5)
+    return widths
 
 
 class Scorer:
@@ -174,15 +181,15 @@ class Scorer:
         rows = np.arange(n)
         self.truth = truth
         self.groups = np.array_split(rows, min(groups, n))
-        self.pooled = torch.cat([truth(part).mean(1) for part in chunks(rows)])  # (N, D)
-        self.true_sums = self.add_up(lambda rows: {"true_moments": moments(truth(rows))})
+        self.pooled = pooled(truth, rows)  # (N, D)
+        self.true_moments = self.add_up(lambda rows: {"true_moments": moments(truth(rows))})
 
     def add_up(self, measure):
         return [add_up(measure, rows) for rows in self.groups]
 
-    def __call__(self, samples, confidence=False):
-        """METRICS of samples(rows) -> (B, T, D); or -> (B, M, T, D), several draws, METRICS of the
-        first and SPREAD. With `confidence` also the half-widths of their 95% intervals, else {}."""
+    def sums(self, samples):
+        """[{name: sum over a group}] of samples(rows) -> (B, T, D); or -> (B, M, T, D), several
+        draws, of which METRICS are those of the first."""
 
         def measure(rows):
             x = samples(rows)
@@ -191,13 +198,13 @@ class Scorer:
             if x.ndim == 4:
                 values = spread(x, y)
                 x = x[:, 0]  # (B, T, D)
-            pooled = x.mean(1)  # (B, D)
+            mean = x.mean(1)  # (B, D)
             return values | {
                 "moments": moments(x),
                 "samples": torch.ones(len(rows)),  # (B,), as all below
                 "token_cosine": cosine(x, y).mean(1),
-                "pooled_cosine": cosine(pooled, self.pooled[rows]),
-                "retrieval_r1": retrieval_hits(pooled, rows, self.pooled),
+                "pooled_cosine": cosine(mean, self.pooled[rows]),
+                "retrieval_r1": most_similar(mean, self.pooled) == torch.as_tensor(rows),
                 "l2": (x - y).norm(dim=-1).mean(1),
                 "norm": x.norm(dim=-1).sum(1),
                 "true_norm": y.norm(dim=-1).sum(1),
@@ -205,8 +212,11 @@ class Scorer:
                 "error": (x - y).square().sum((1, 2)),
             }
 
-        groups = [true | sums for true, sums in zip(self.true_sums, self.add_up(measure))]
-        return estimate(groups, confidence)
+        return [true | sums for true, sums in zip(self.true_moments, self.add_up(measure))]
+
+    def __call__(self, samples):
+        """METRICS and, of several draws, SPREAD, as floats."""
+        return figures(total(self.sums(samples)))
 
 
 def metrics(generated, target):
@@ -214,7 +224,7 @@ def metrics(generated, target):
     if generated.shape != target.shape:
         shapes = f"generated {tuple(generated.shape)} and true {tuple(target.shape)}"
         raise ValueError(f"{shapes} embeddings differ in shape")
-    return Scorer(target.__getitem__, len(target), groups=1)(generated.__getitem__)[0]
+    return Scorer(target.__getitem__, len(target), groups=1)(generated.__getitem__)
 
 
 class Ridge:
@@ -231,20 +241,23 @@ class Ridge:
         self.encode_cond = encode_cond
         self.tokens = target.shape[1]
 
-        def products(rows):
-            x = self.features(cond[rows]).flatten(0, 1).double()  # (B * T, C + 1)
-            y = encode_target(target[rows]).flatten(0, 1).double()  # (B * T, D)
-            return {"xx": (x.T @ x)[None], "xy": (x.T @ y)[None]}
+        def measure(rows):
+            x = self.features(cond[rows])  # (B, T, C)
+            y = encode_target(target[rows])  # (B, T, D)
+            return {"moments": moments(torch.cat([x, y], -1))}
+
+        def split(moments):
+            n = 1 + cond.shape[2]
+            return moments[:n, :n], moments[:n, n:]  # (1 + C, 1 + C), (1 + C, D)
 
         def solve(xx, xy, penalty):
-            penalty = penalty * torch.eye(len(xx), dtype=xx.dtype)
-            return torch.linalg.solve(xx + penalty, xy)  # (C + 1, D)
+            return torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=xx.dtype), xy)
 
         rows = evenly(np.arange(len(cond)), min(len(cond), -(-max_tokens // self.tokens)))
         held_out = rows[::10]
         fit = np.setdiff1d(rows, held_out) if len(rows) > 1 else rows
-        xx, xy = add_up(products, fit).values()
-        held_xx, held_xy = add_up(products, held_out).values()
+        xx, xy = split(add_up(measure, fit)["moments"])
+        held_xx, held_xy = split(add_up(measure, held_out)["moments"])
         penalties = np.logspace(-6, 1, 15) * torch.linalg.eigvalsh(xx)[-1].item()
         errors = []
         for penalty in penalties:
@@ -253,17 +266,17 @@ class Ridge:
             errors.append((weight * (held_xx @ weight - 2 * held_xy)).sum().item())
         # once the penalty is chosen, every sample counts
         weight = solve(xx + held_xx, xy + held_xy, penalties[np.argmin(errors)])
-        self.weight = weight.float()
+        self.bias, self.weight = weight[0].float(), weight[1:].float()
 
     def features(self, cond):
         x = self.encode_cond(cond)  # (B, S, C)
         if x.shape[1] != self.tokens:
             x = x.mean(1, keepdim=True).expand(-1, self.tokens, -1)  # (B, T, C)
-        return F.pad(x, (0, 1), value=1.0)  # (B, T, C + 1)
+        return x
 
     def __call__(self, cond):
         """(B, S, C) raw conditions -> (B, T, D) standardized predictions, on the CPU."""
-        return self.features(cond) @ self.weight
+        return self.features(cond) @ self.weight + self.bias
 
 
 def standardizer(mean, std):
@@ -277,14 +290,9 @@ def standardizer(mean, std):
 def nearest(train_cond, rows, cond, encode):
     """(N,) for conditions (N, S, C): which of the training samples `rows` has the nearest
     condition, by the cosine of the means over tokens."""
-
-    def pooled(array, rows):
-        return encode(array[rows]).mean(1)
-
-    train = torch.cat([pooled(train_cond, part) for part in chunks(rows)])
-    train = F.normalize(train, dim=-1)
-    found = [(pooled(cond, part) @ train.T).argmax(1) for part in chunks(np.arange(len(cond)))]
-    return rows[torch.cat(found).numpy()]
+    train = pooled(lambda part: encode(train_cond[part]), rows)
+    means = pooled(lambda part: encode(cond[part]), np.arange(len(cond)))
+    return rows[torch.cat([most_similar(part, train) for part in means.split(256)])]
 
 
 def baselines(data, split, n):
@@ -315,45 +323,46 @@ def baselines(data, split, n):
     return result
 
 
-def report(generated, data, split="val", references=None):
+def report(generated, data, split="val"):
     """Score raw `generated` (N, T, D), or (N, draws, T, D), against the first N samples of a split.
 
-    references: from baselines(), if they are there already
-    Returns a dict and the text that shows it. The dict has the METRICS of the first draw, `samples`
-    (N), `confidence` {name: half-width of the 95% interval}, `baselines` {name: metrics} and, for
-    several draws, `mean_of_draws` (metrics) and `spread` (SPREAD).
+    Returns a dict, the text that shows it, and the baselines. The dict has the METRICS of the first
+    draw, `samples` (N), `confidence` {name: half-width of the 95% interval}, `baselines`
+    {name: metrics} and, for several draws, `mean_of_draws` (metrics) and `spread` (SPREAD).
     """
     n = len(generated)
     draws = generated if generated.ndim == 4 else generated[:, None]
     M = draws.shape[1]
-    references = dict(references or baselines(data, split, n))
     encode = standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
-    scorer = Scorer(references.pop("truth"), n)
 
     def every(rows):
         return encode(draws[rows])
 
     def first(rows):
-        return every(rows)[:, 0]
+        return encode(draws[rows, 0])
 
-    scores, widths = scorer(every if M > 1 else first, confidence=True)
+    references = baselines(data, split, n)
+    scorer = Scorer(references["truth"], n)
+    groups = scorer.sums(every if M > 1 else first)
+    scores = figures(total(groups))
+    spread = {name: scores.pop(name) for name in SPREAD if name in scores}
+    widths = confidence(groups)
+    others = {name: scorer(samples) for name, samples in references.items() if name != "truth"}
+    if n > 1:
+        others["shuffled"] = scorer(lambda rows: first(shuffled(rows, n)))
+    result = scores | {"samples": n, "confidence": widths, "baselines": others}
     lines = {"generated": scores, "+- (95%)": widths}
     if M > 1:
-        lines[f"mean of {M}"], _ = scorer(lambda rows: every(rows).mean(1))
-    if n > 1:
-        references["shuffled"] = lambda rows: first(shuffled(rows, n))
-    others = {name: scorer(samples)[0] for name, samples in references.items()}
-    text = table(lines | others)
-    spread = {name: scores.pop(name) for name in SPREAD if name in scores}
-    result = scores | {"samples": n, "confidence": widths, "baselines": others}
-    if M > 1:
-        result["mean_of_draws"] = {"draws": M} | lines[f"mean of {M}"]
+        mean = scorer(lambda rows: every(rows).mean(1))
+        result["mean_of_draws"] = {"draws": M} | mean
         result["spread"] = {"draws": M} | spread
+        lines[f"mean of {M}"] = mean
+    text = table(lines | others)
+    if M > 1:
         text += f"\n{M} draws per condition:"
     for name, value in spread.items():
-        width = widths.get(name, math.nan)
-        text += f"\n  {name:<14}{value:8.4f} +- {width:.4f}  ({SPREAD[name]})"
-    return result, text
+        text += f"\n  {name:<14}{value:8.4f} +- {widths.get(name, math.nan):.4f}  ({SPREAD[name]})"
+    return result, text, references
 
 
 def table(rows):
@@ -372,15 +381,13 @@ def read_generated(path, target, limit=None):
 
     Raises ValueError where it does not hold them, or where they are not finite.
     """
-    N, T, D = target.shape
-    n = min(N, LIMIT) if limit is None else limit
-    needed = N if limit is None else limit
-    generated = np.load(path, mmap_mode="r")
-    shape = getattr(generated, "shape", ())
-    fits = len(shape) in (3, 4) and 0 not in shape and shape[-2:] == (T, D)
-    if not fits or not 1 <= needed <= shape[0] <= N or generated.dtype.kind not in "fiu":
-        of_these = "" if limit is None else f", limit={limit}"
-        raise ValueError(f"{path} holds {shape}; the targets are {(N, T, D)}{of_these}")
+    n = limit or min(len(target), LIMIT)
+    generated = np.lib.format.open_memmap(path, mode="r")
+    shape = generated.shape
+    fits = len(shape) in (3, 4) and shape[-2:] == target.shape[1:] and generated.size > 0
+    if not fits or not n <= len(generated) <= len(target) or generated.dtype.kind not in "fiu":
+        wanted = f"the targets are {target.shape}, of which the first {n} are scored"
+        raise ValueError(f"{path} holds {shape}; {wanted}")
     for rows in chunks(np.arange(n)):
         largest = np.abs(generated[rows].astype(np.float64)).max()
         if not largest < 1e15:  # beyond, squares overflow in float32
@@ -388,38 +395,31 @@ def read_generated(path, target, limit=None):
     return generated[:n]
 
 
-def add_arguments(parser):
-    """The arguments that say which samples to look at, here and in report/plot.py."""
+def open_samples(parser):
+    """Parse a command line that says which samples to look at, here and in report/plot.py.
+
+    Returns the arguments, the dataset and the samples.
+    """
     option = parser.add_argument
     option("file", type=Path, help=".npy of raw (N, T, D) or (N, draws, T, D), in a split's order")
     option("--data_dir", required=True, help="dataset that prepare.py wrote")
     option("--split", default="val", choices=["train", "val"])
-    option("--limit", type=int, help="the first so many samples, all that the file need hold "
-           f"(default: all, of which {LIMIT} count)")  # fmt: skip
-
-
-def open_samples(args):
-    """The dataset and the samples that these arguments name."""
+    option("--limit", type=int, help=f"only the first so many samples (default: {LIMIT})")
+    args = parser.parse_args()
     data = open_dataset(args.data_dir)
-    return data, read_generated(args.file, data[f"{args.split}_target"], args.limit)
+    return args, data, read_generated(args.file, data[f"{args.split}_target"], args.limit)
 
 
 def main():
+    user_errors_in_one_line()
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_arguments(parser)
     parser.add_argument("--save", type=Path, help=".json to write the scores to")
-    args = parser.parse_args()
-    try:
-        data, generated = open_samples(args)
-        if args.save:
-            args.save.touch()  # fails now, not after scoring
-    except (OSError, ValueError, EOFError) as e:
-        sys.exit(f"error: {e}")
-    result, text = report(generated, data, args.split)
+    args, data, generated = open_samples(parser)
+    result, text, _ = report(generated, data, args.split)
     print(text)
     if args.save:
         args.save.write_text(json.dumps(result, indent=1))
