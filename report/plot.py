@@ -9,7 +9,6 @@ Token grids are shown as images: decoded to pixels where the dataset has a decod
 digits do), and with the first three principal components of the tokens as red, green and blue.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -101,7 +100,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
             ax.spines[:].set_visible(False)
     for fig_below in below:
         top.colorbar(drawn, ax=axes, shrink=0.2, aspect=15, pad=0.01, anchor=(0, 0))
-        draw_scores(fig_below, samples, encode, references)
+        draw_scores(fig_below, samples, encode, *references)
     fig.savefig(path)
 
 
@@ -113,37 +112,33 @@ def grid_of(tokens, grid):
     return (side, side) if side**2 == tokens else (1, tokens)
 
 
-def token_cosines(samples, encode, references, n):
+def token_cosines(samples, encode, truth, references, n):
     """{name: (n,)}: the mean token cosine with the truth of the first n samples, of the mean of
     their draws, and of baselines."""
     rows = np.arange(n)
-    others = score.shuffled(rows, min(len(samples), score.LIMIT))
-    compared = {"samples": encode(samples[rows, 0])}
-    if samples.shape[1] > 1:
-        compared[f"mean of {samples.shape[1]}"] = encode(samples[rows]).mean(1)
-    for name in ("ridge", "nearest"):
-        if name in references:
-            compared[name] = references[name](rows)
-    compared["shuffled"] = encode(samples[others, 0])
-    truth = references["truth"](rows)
-    return {name: score.cosine(x, truth).mean(1).numpy() for name, x in compared.items()}
+    sets = score.compared(samples[: score.LIMIT], encode, references)
+    sets["generated"] = lambda rows: encode(samples[rows, 0])
+    y = truth(rows)  # (n, T, D)
+    names = sets.keys() - {"mean", "floor"}  # of which one is zero, and the other like `shuffled`
+    return {
+        name: score.cosine(sets[name](rows), y).mean(1).numpy() for name in sets if name in names
+    }
 
 
-def draw_scores(fig, samples, encode, references, shown=40):
+def draw_scores(fig, samples, encode, truth, references, shown=40):
     """The pooled cosines of the first samples with all their truths, and the histogram of token
     cosines beside the baselines."""
     n = min(COMPARED, len(samples))
-    rows = np.arange(n)
     pooled = encode(samples[:n, 0]).mean(1)  # (n, D)
-    true_pooled = references["truth"](rows).mean(1)
-    hits = (score.most_similar(pooled, true_pooled).numpy() == rows).mean()
+    true_pooled = truth(np.arange(n)).mean(1)
+    hits = (score.most_similar(pooled, true_pooled).numpy() == np.arange(n)).mean()
     left, right = fig.subplots(1, 2, width_ratios=[1, 1.9])
     matrix = left.imshow(score.cosine(pooled[:shown, None], true_pooled[None, :shown]))
     left.set_title(f"pooled cosine (R@1 {hits:.0%} of {n})", fontsize=11)
     left.set(xlabel="truth", ylabel="sample")
     fig.colorbar(matrix, ax=left, shrink=0.85)
 
-    cosines = token_cosines(samples, encode, references, n)
+    cosines = token_cosines(samples, encode, truth, references, n)
     bins = np.histogram_bin_edges(np.concatenate(list(cosines.values())), 40)
     for i, (name, values) in enumerate(cosines.items()):
         label = f"{name} ({values.mean():.3f})"
@@ -200,12 +195,12 @@ def draw_curves(path, out_dirs):
             if i == 0:
                 style["label"] = f"t {low:.2g} to {high:.2g}"
             curves[key] = (by_t, style)
-        for key in curves.keys() & run.keys():
-            ax, style = curves[key]
-            iterations, values = run[key]
-            if key == "loss":
-                values = smooth(values, max(1, len(values) // 50))
-            ax.plot(iterations, values, color=f"C{i}", **style)
+        if "loss" in run:
+            iterations, values = run["loss"]
+            run["loss"] = iterations, smooth(values, max(1, len(values) // 50))
+        for key, (ax, style) in curves.items():
+            if key in run:
+                ax.plot(*run[key], color=f"C{i}", **style)
     titles = {
         losses: "loss (faint: training; solid: validation; dotted: validation, raw weights)",
         by_t: "validation loss by t, from noise (0) to data (1)",
@@ -231,26 +226,21 @@ def draw_curves(path, out_dirs):
 
 def main():
     user_errors_in_one_line()
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--save", type=Path, help=".png to write (default: see above)")
+    parser = score.make_parser(__doc__, ".png to write (default: see above)")
     if sys.argv[1:2] == ["samples"]:
         parser.add_argument("samples")
         args, data, samples = score.open_samples(parser)
         path = args.save or args.file.with_suffix(".png")
-        samples = samples if samples.ndim == 4 else samples[:, None]
-        references = score.baselines(data, args.split, min(len(samples), COMPARED))
         cond, truth = data[f"{args.split}_cond"], data[f"{args.split}_target"]
-        given = (samples, data["meta"]["grid"], data["stats"], args.data_dir, references)
-        draw_samples(path, cond, truth, *given)
+        references = score.baselines(data, args.split, min(len(samples), COMPARED))
+        given = (data["meta"]["grid"], data["stats"], args.data_dir, references)
+        draw_samples(path, cond, truth, samples, *given)
     else:
         parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
         args = parser.parse_args()
-        folder = args.runs[0] if len(args.runs) == 1 else Path()
-        path = args.save or folder / "curves.png"
+        path = args.save or Path("curves.png")
+        if len(args.runs) == 1 and not args.save:
+            path = args.runs[0] / "curves.png"
         draw_curves(path, args.runs)
     print(f"wrote {path}")
 

@@ -94,16 +94,16 @@ def test_cosines_of_the_histogram(dataset):
     data = open_dataset(dataset)
     stats = data["stats"]
     encode = score.standardizer(stats["target_mean"], stats["target_std"])
-    references = score.baselines(data, "val", 10)
+    truth, references = score.baselines(data, "val", 10)
     samples = np.random.default_rng(0).standard_normal((10, 3, 4, 5)).astype(np.float32)
-    ours = token_cosines(samples, encode, references, 10)
+    ours = token_cosines(samples, encode, truth, references, 10)
     x, y = encode(samples), encode(data["val_target"])
-    by_hand = {"samples": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
+    by_hand = {"generated": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
     assert ours.keys() == by_hand.keys() | {"ridge", "nearest"}
     for name, z in by_hand.items():
         expected = torch.cosine_similarity(z, y, -1).mean(1).numpy()
         assert ours[name] == pytest.approx(expected, abs=1e-5)
-        first = token_cosines(samples, encode, references, 8)[name]
+        first = token_cosines(samples, encode, truth, references, 8)[name]
         assert first == pytest.approx(expected[:8], abs=1e-5)
     table, _, _ = score.report(samples, data)
     for name in ("ridge", "nearest", "shuffled"):

@@ -4,14 +4,13 @@ import pickle
 import shutil
 import signal
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import sample
-from conftest import ROOT, TORCHRUN, make_pickle, refused, run, start
+from conftest import ROOT, TORCHRUN, make_pickle, refused, run
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
 from plumbing.checkpoint import read_checkpoint, read_weights, save
@@ -239,15 +238,18 @@ def refuse(monkeypatch, capsys):
     def refuse(*args):
         precision = torch.get_float32_matmul_precision()
         monkeypatch.setattr(sys, "argv", ["sample.py", *args])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises((SystemExit, ValueError, OSError)) as end:
             sample.main()
         torch.set_float32_matmul_precision(precision)
-        printed = (
-            capsys.readouterr().err or end.value.code
-        )  # a text is printed by Python, which then ends with code 1
+        if not isinstance(end.value, SystemExit):
+            sys.excepthook(end.type, end.value, None)
+        printed = capsys.readouterr().err
+        if isinstance(end.value, SystemExit) and end.value.code != 1:
+            printed += end.value.code  # a text, which Python prints before it ends with code 1
         lines = [line for line in printed.splitlines() if line.strip() and "batch/s" not in line]
-        assert end.value.code in (1, printed) and len(lines) == 1 and lines[0].startswith("error: ")
+        assert len(lines) == 1 and lines[0].startswith("error: ")
         return lines[0]
 
     return refuse
@@ -281,7 +283,10 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     assert "interval 0.5 to 0.2" in refuse(*args, "--guidance=2.0", "--guidance_interval=0.5,0.2")
     assert "shape (3, 6)" in refuse(*args, f"--cond={tmp_path}/flat.npy")
     assert "device='tpu'" in refuse(*args, "--device=tpu")
-    assert "0 conditions" in refuse(*args, f"--cond={tmp_path}/none.npy")
+    assert "shape (0, 4, 6)" in refuse(*args, f"--cond={tmp_path}/none.npy")
+    assert "subset_size=0" in refuse(*args, "--subset_size=0")
+    assert "batch_size=0" in refuse(*args, "--batch_size=0")
+    assert "draws=0" in refuse(*args, "--draws=0")
     assert "No such file" in refuse(*args, f"--cond={tmp_path}/nowhere.npy")
     assert "method='rk5'" in refuse(*args, "--method=rk5")
     assert "steps=0" in refuse(*args, "--steps=0")
@@ -314,48 +319,63 @@ def batches_written(folder):
     return sum(note.stat().st_size for note in folder.glob("process_*"))
 
 
-def interrupt(process, number):
-    """Python ignores a KeyboardInterrupt in a finalizer: as a user would, press again."""
-    while process.poll() is None:
-        process.send_signal(number)
-        time.sleep(0.7)
-    assert process.wait() != 0
+@pytest.fixture
+def stop_after(tmp_path):
+    """A script that runs sample.py until its last process has written some batches and then gets a
+    signal: stop_after(batches, signal)."""
+
+    def stop_after(batches, number):
+        script = tmp_path / f"stop_after_{batches}.py"
+        script.write_text(f"""import os, runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from plumbing import checkpoint
+write = checkpoint.Output.write
+def write_and_stop(self, first, arrays):
+    write(self, first, arrays)
+    is_last = checkpoint.RANK == checkpoint.WORLD_SIZE - 1
+    if is_last and self.note.tell() == {batches}:
+        while (self.folder / "process_0").stat().st_size == 0:
+            time.sleep(0.01)  # the first process has a batch as well
+        os.kill(os.getpid(), {int(number)})
+checkpoint.Output.write = write_and_stop
+runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")""")
+        return script
+
+    return stop_after
 
 
-def test_an_interrupted_run_goes_on(run_dir, conditions, tmp_path):
-    args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}", "--subset_size=200"]
+def test_an_interrupted_run_goes_on(run_dir, conditions, tmp_path, stop_after):
+    args = [f"--out_dir={run_dir}", f"--cond={conditions}", "--subset_size=60"]
     args += ["--batch_size=5", "--draws=2", "--save_draws=True"]
-    run(*args, f"--save={tmp_path}/whole.npy")
-    for number, n in ((signal.SIGKILL, 3), (signal.SIGINT, 12)):
-        process = start(*args, f"--save={tmp_path}/cut.npy")
-        while batches_written(tmp_path / "cut.npy.partial") < n:
-            assert process.poll() is None
-        interrupt(process, number)
+    run("sample.py", *args, f"--save={tmp_path}/whole.npy")
+    for number, batches in ((signal.SIGKILL, 3), (signal.SIGINT, 7)):
+        done = run(stop_after(batches, number), *args, f"--save={tmp_path}/cut.npy", check=False)
+        assert done.returncode != 0
+        assert batches_written(tmp_path / "cut.npy.partial") == batches
         assert not (tmp_path / "cut.npy").exists()
-    done = run(*args, f"--save={tmp_path}/cut.npy").stdout
-    assert 12 <= cut(done, "dtype=auto\n", " of 40 batches were there") < 40
+    assert "error: interrupted: the same command goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("sample.py", *args, f"--save={tmp_path}/cut.npy").stdout
+    assert "7 of 12 batches were there" in done
     for name in ("", "_draws"):
         whole = (tmp_path / f"whole{name}.npy").read_bytes()
         assert (tmp_path / f"cut{name}.npy").read_bytes() == whole
     assert sorted(path.name for path in tmp_path.glob("cut*")) == ["cut.npy", "cut_draws.npy"]
 
 
-def test_several_interrupted_processes_go_on(run_dir, conditions, tmp_path):
+def test_several_interrupted_processes_go_on(run_dir, conditions, tmp_path, stop_after):
     """Each from its own note; another number of processes starts anew."""
     launch = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
-    args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}"]
-    args += ["--subset_size=400", "--batch_size=5"]
-    run(*args, f"--save={tmp_path}/whole.npy")
-    process = start(*launch, *args, f"--save={tmp_path}/cut.npy")
-    while batches_written(tmp_path / "cut.npy.partial") < 4:
-        assert process.poll() is None
-    process.terminate()  # torchrun, which ends the others
-    assert process.wait() != 0
+    args = [f"--out_dir={run_dir}", f"--cond={conditions}", "--subset_size=80", "--batch_size=10"]
+    run("sample.py", *args, f"--save={tmp_path}/whole.npy")
+    script = stop_after(2, signal.SIGKILL)
+    assert run(*launch, script, *args, f"--save={tmp_path}/cut.npy", check=False).returncode != 0
+    assert (tmp_path / "cut.npy.partial" / "process_1").stat().st_size == 2
     shutil.copytree(tmp_path / "cut.npy.partial", tmp_path / "again.npy.partial")
     (tmp_path / "again.npy.partial" / "cut.npy").rename(tmp_path / "again.npy.partial/again.npy")
-    done = run(*launch, *args, f"--save={tmp_path}/cut.npy").stdout
-    assert " of 40 batches were there" in done
-    done = run(*args, f"--save={tmp_path}/again.npy").stdout
+    done = run(*launch, "sample.py", *args, f"--save={tmp_path}/cut.npy")
+    assert "of 4 batches were there" in done.stdout
+    done = run("sample.py", *args, f"--save={tmp_path}/again.npy").stdout
     assert "starting anew" in done and "were there" not in done
     for name in ("cut", "again"):
         assert (tmp_path / f"{name}.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
@@ -526,10 +546,10 @@ def test_a_full_disk_is_an_error_that_one_goes_on_from(run_dir, conditions, tmp_
 sys.path.insert(0, ".")
 from plumbing import checkpoint
 calls = []
-def full(path, mode):
-    if mode == "r+b":
+def full(path, mode, **options):
+    if mode == "r+b" and path.name == "a.npy":
         calls.append(path)
-    return open("/dev/full" if len(calls) > 2 else path, mode)
+    return open("/dev/full" if len(calls) > 2 else path, mode, **options)
 checkpoint.open = full
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
