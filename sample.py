@@ -119,9 +119,8 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     try:
         if files and not best.exists():  # a diffusers model, which takes embeddings as they are
             sizes, state = exchange.from_diffusers(path, grid, cast)
-            stats = {"cond_mean": 0.0, "cond_std": 1.0, "target_mean": 0.0, "target_std": 1.0}
             ckpt = {
-                "stats": stats,
+                "stats": {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1},
                 "normalize": "none",
                 "flow": {},
                 "cond_tokens": None,
