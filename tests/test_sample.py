@@ -326,7 +326,7 @@ def stop_after(tmp_path):
 
     def stop_after(batches, number):
         script = tmp_path / f"stop_after_{batches}.py"
-        script.write_text(f"""import os, runpy, sys, time
+        script.write_text(f"""import runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from plumbing import checkpoint
 write = checkpoint.Output.write
@@ -336,7 +336,7 @@ def write_and_stop(self, first, arrays):
     if is_last and self.note.tell() == {batches}:
         while (self.folder / "process_0").stat().st_size == 0:
             time.sleep(0.01)  # the first process has a batch as well
-        os.kill(os.getpid(), {int(number)})
+        signal.raise_signal({int(number)})  # here and now, not at some later point
 checkpoint.Output.write = write_and_stop
 runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")""")
         return script
