@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.distributed import print0
+from plumbing.distributed import RANK, WORLD_SIZE, print0
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,60 +55,55 @@ class Output:
     """.npy files that several processes write together, a batch of rows at a time, and that an
     interrupted run goes on with.
 
-    They lie in the folder <first file>.partial until publish() gives them their names. Beside them
-    each process keeps a note: a line that says what the files are made with, then a mark per batch
-    that it has written. The same command finds the notes and goes on; anything else that they are
-    made with, another number of processes included, starts anew.
+    They lie in a folder until publish() gives them their names. A line in the folder says what they
+    are made with, and a note per process has a mark for every batch that it has written. The same
+    command finds them and goes on; anything else that the files are made with, another number of
+    processes included, starts anew.
 
-    files: {path: shape}; made_with: all that decides the content, plain values
-    barrier: function that waits until all processes have come to it
+    files: {path: shape}, a path in the folder for a file that goes with it
+    made_with: all that decides the content, plain values
 
     Rows are written, not memory-mapped: a full disk is then an OSError, not a SIGBUS.
     """
 
-    def __init__(self, files, made_with, rank, world_size, barrier):
+    def __init__(self, folder, files, made_with):
+        self.folder = folder
         self.files = files
-        self.barrier = barrier
-        self.is_main = rank == 0
-        first = next(iter(files))
-        self.folder = first.with_name(f"{first.name}.partial")
-        notes = [self.folder / f"process_{i}" for i in range(world_size)]
-        heading = json.dumps([made_with, world_size, *files.values()]).encode() + b"\n"
-        if self.is_main:
-            found = all(path.is_file() for path in (*notes, *map(self.locate, files)))
-            if not found or not all(note.read_bytes().startswith(heading) for note in notes):
-                if self.folder.exists():
-                    print(f"{self.folder} was made with something else: starting anew")
-                    shutil.rmtree(self.folder)
-                self.folder.mkdir()
-                for path, shape in files.items():  # a header, then a hole
-                    np.lib.format.open_memmap(self.folder / path.name, "w+", np.float32, shape)
-                for note in notes:
-                    note.write_bytes(heading)
-        barrier()
-        self.note = notes[rank]
-        self.done = self.note.stat().st_size - len(heading)  # batches of this process
+        heading = folder / "made_with.json"
+        line = json.dumps([made_with, WORLD_SIZE, *files.values()])
+        if RANK == 0 and not (heading.exists() and heading.read_text() == line):
+            if folder.exists():
+                print(f"{folder} was made with something else: starting anew")
+                shutil.rmtree(folder)
+            folder.mkdir()
+            for path, shape in files.items():  # a header, then a hole
+                np.lib.format.open_memmap(folder / path.name, "w+", np.float32, shape)
+            heading.write_text(line)
+        self.wait_for_all()
+        self.note = open(folder / f"process_{RANK}", "ab", buffering=0)
+        self.done = self.note.tell()  # batches of this process
 
-    def locate(self, path):
-        """Where the file is now."""
-        partial = self.folder / path.name
-        return partial if partial.exists() else path
+    def wait_for_all(self):
+        if WORLD_SIZE > 1:
+            torch.distributed.barrier()
 
     def write(self, first, arrays):
-        """Write rows from `first` on of each file, {path: rows}; then note that a batch is done."""
-        for path, rows in arrays.items():
+        """Write {path: rows}, from row `first` on, to those that are among the files, as far as
+        they reach; then note that a batch is done."""
+        for path, shape in self.files.items():
+            rows = arrays[path]
             with open(self.folder / path.name, "r+b") as f:
-                f.seek((first - self.files[path][0]) * rows[0].nbytes, os.SEEK_END)
-                f.write(np.ascontiguousarray(rows))
-        with open(self.note, "ab") as f:
-            f.write(b".")
+                f.seek((first - shape[0]) * rows[0].nbytes, os.SEEK_END)
+                f.write(np.ascontiguousarray(rows[: max(shape[0] - first, 0)]))
+        self.note.write(b".")
 
-    def publish(self, paths):
-        """Once all processes have written everything, give these files their names."""
-        self.barrier()
-        if self.is_main:
-            for path in paths:
-                os.replace(self.locate(path), path)
+    def publish(self):
+        """Once all processes have written everything, give the files their names."""
+        self.wait_for_all()
+        for path in self.files:
+            made = self.folder / path.name
+            if RANK == 0 and made.exists():  # not yet done
+                os.replace(made, path)
 
     def finish(self):
         """All that was to be done with the files is done: forget how they were made."""

@@ -24,13 +24,13 @@ With several draws per condition, it also measures whether they vary as the trut
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from plumbing.configurator import user_errors_in_one_line
 from plumbing.dataset import open_dataset
 
 METRICS = (
@@ -67,11 +67,10 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace)
 
 
-def retrieval_hits(pooled, rows, target):
-    """(B,) for pooled samples (B, D): whether the nearest by cosine of all pooled targets (N, D) is
-    the sample's own, in row rows[i]. Of several that are equally near, the first counts."""
-    similarity = pooled @ F.normalize(target, dim=-1).T  # (B, N)
-    return similarity.argmax(1) == torch.as_tensor(rows)
+def most_similar(x, candidates):
+    """(B,) for x (B, D): which of the candidates (N, D) is nearest by cosine. Of several that are
+    equally near, the first."""
+    return (x @ F.normalize(candidates, dim=-1).T).argmax(1)
 
 
 def chunks(rows, size=256):
@@ -84,24 +83,15 @@ def evenly(rows, n):
     return rows[np.linspace(0, len(rows) - 1, n).astype(int)]
 
 
-def shuffled(rows, n):
-    """The rows whose samples are scored against the truth of `rows`, all below n: the next ones."""
-    return (rows + 1) % n
-
-
-def add_up(measure, rows):
-    """{name: sum}: the sums in float64, over the first axis, of measure(rows) -> {name: values}."""
-    sums = {}
-    for part in chunks(rows):
-        for name, values in measure(part).items():
-            sums[name] = sums.get(name, 0) + values.sum(0, dtype=torch.float64)
-    return sums
+def pooled(samples, rows):
+    """(N, D): means over the tokens of samples(rows) -> (B, T, D)."""
+    return torch.cat([samples(part).mean(1) for part in chunks(rows)])
 
 
 def moments(x):
-    """(1, D + 1, D + 1) for tokens (B, T, D): their number, sum, and sum of outer products."""
+    """(1 + D, 1 + D) for tokens (B, T, D): their number, sum, and sum of outer products."""
     tokens = F.pad(x.flatten(0, 1).double(), (1, 0), value=1.0)  # (B * T, 1 + D)
-    return (tokens.T @ tokens)[None]
+    return tokens.T @ tokens
 
 
 def gaussian(moments):
@@ -130,8 +120,62 @@ def spread(x, y):
     }
 
 
+def measure(x, y, rows, true_pooled):
+    """{name: sum} over samples x (B, T, D) of what makes up METRICS; or over several draws
+    x (B, M, T, D), SPREAD too, and METRICS of the first.
+
+    y: (B, T, D) their truth; true_pooled: (N, D) of all, theirs in these rows
+    """
+    values = {}
+    if x.ndim == 4:
+        values = spread(x, y)
+        x = x[:, 0]  # (B, T, D)
+    mean = x.mean(1)  # (B, D)
+    values |= {  # each (B,)
+        "samples": torch.ones(len(rows)),
+        "token_cosine": cosine(x, y).mean(1),
+        "pooled_cosine": cosine(mean, true_pooled[rows]),
+        "retrieval_r1": most_similar(mean, true_pooled) == torch.as_tensor(rows),
+        "l2": (x - y).norm(dim=-1).mean(1),
+        "norm": x.norm(dim=-1).sum(1),
+        "true_norm": y.norm(dim=-1).sum(1),
+        "power": y.square().sum((1, 2)),
+        "error": (x - y).square().sum((1, 2)),
+    }
+    sums = {name: value.sum(dtype=torch.float64) for name, value in values.items()}
+    return sums | {"moments": moments(x)}
+
+
+def add(sums, more):
+    """Add {name: value} to {name: sum}."""
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0) + value
+
+
+def add_up(sets, truth, n):
+    """({name: sums}, [sums of a group of samples]) of measure() for sets {name: function of rows ->
+    samples}; groups are those of the first set.
+
+    truth: function of rows -> standardized (B, T, D), of n samples
+    """
+    true_pooled = pooled(truth, np.arange(n))  # (N, D)
+    sums = {name: {} for name in sets}
+    groups = []
+    for group in np.array_split(np.arange(n), min(GROUPS, n)):
+        groups.append({})
+        for rows in chunks(group):
+            y = truth(rows)
+            true_moments = {"true_moments": moments(y)}  # costs most, and serves all sets
+            for i, (name, samples) in enumerate(sets.items()):
+                more = true_moments | measure(samples(rows), y, rows, true_pooled)
+                add(sums[name], more)
+                if i == 0:
+                    add(groups[-1], more)
+    return sums, groups
+
+
 def figures(sums):
-    """METRICS and, of several draws, SPREAD from the sums that a Scorer makes."""
+    """METRICS and, of several draws, SPREAD from the sums of measure(), as floats."""
     mean, cov = gaussian(sums["moments"])
     true_mean, true_cov = gaussian(sums["true_moments"])
     means = ("token_cosine", "pooled_cosine", "retrieval_r1", "l2", "energy_score")
@@ -142,79 +186,30 @@ def figures(sums):
     values["snr_db"] = 10 * (sums["power"] / sums["error"].clamp(min=1e-12)).log10()
     if "variance" in sums:
         values["spread_ratio"] = (sums["variance"] / sums["error_of_mean"].clamp(min=1e-12)).sqrt()
-    return values
+    return {name: float(value) for name, value in values.items()}
 
 
-def estimate(groups, confidence):
-    """figures() of the sums over all groups, and half the widths of their 95% confidence intervals;
-    {} without `confidence`, or for a single group.
+def confidence(whole, groups):
+    """Half the widths of the 95% confidence intervals of figures(); {} for a single group.
 
-    groups: [{name: sum over a group of samples}]
-    The widths are 1.96 times the standard error by the jackknife, which leaves out one group after
-    the other (Efron and Tibshirani 1993, chapter 11).
+    whole: {name: sum over all samples}; groups: [{name: sum over a group}]
+    They are 1.96 times the standard error by the jackknife, which leaves out one group after the
+    other (Efron and Tibshirani 1993, chapter 11).
     """
-    whole = {name: sum(group[name] for group in groups) for name in groups[0]}
-    result = {name: float(value) for name, value in figures(whole).items()}
+    if len(groups) == 1:
+        return {}
+    left = [figures({name: whole[name] - group[name] for name in whole}) for group in groups]
     widths = {}
-    if confidence and len(groups) > 1:
-        left = [figures({name: whole[name] - group[name] for name in whole}) for group in groups]
-        for name in result:
-            variance = (len(groups) - 1) * np.var([float(values[name]) for values in left])
-            widths[name] = float(1.96 * variance**0.5)
-    return result, widths
-
-
-class Scorer:
-    """METRICS of sets of samples against one truth.
-
-    truth: function of rows -> standardized (B, T, D); n: how many samples it has
-    """
-
-    def __init__(self, truth, n, groups=GROUPS):
-        rows = np.arange(n)
-        self.truth = truth
-        self.groups = np.array_split(rows, min(groups, n))
-        self.pooled = torch.cat([truth(part).mean(1) for part in chunks(rows)])  # (N, D)
-        self.true_sums = self.add_up(lambda rows: {"true_moments": moments(truth(rows))})
-
-    def add_up(self, measure):
-        return [add_up(measure, rows) for rows in self.groups]
-
-    def __call__(self, samples, confidence=False):
-        """METRICS of samples(rows) -> (B, T, D); or -> (B, M, T, D), several draws, METRICS of the
-        first and SPREAD. With `confidence` also the half-widths of their 95% intervals, else {}."""
-
-        def measure(rows):
-            x = samples(rows)
-            y = self.truth(rows)
-            values = {}
-            if x.ndim == 4:
-                values = spread(x, y)
-                x = x[:, 0]  # (B, T, D)
-            pooled = x.mean(1)  # (B, D)
-            return values | {
-                "moments": moments(x),
-                "samples": torch.ones(len(rows)),  # (B,), as all below
-                "token_cosine": cosine(x, y).mean(1),
-                "pooled_cosine": cosine(pooled, self.pooled[rows]),
-                "retrieval_r1": retrieval_hits(pooled, rows, self.pooled),
-                "l2": (x - y).norm(dim=-1).mean(1),
-                "norm": x.norm(dim=-1).sum(1),
-                "true_norm": y.norm(dim=-1).sum(1),
-                "power": y.square().sum((1, 2)),
-                "error": (x - y).square().sum((1, 2)),
-            }
-
-        groups = [true | sums for true, sums in zip(self.true_sums, self.add_up(measure))]
-        return estimate(groups, confidence)
+    for name in left[0]:
+        variance = (len(groups) - 1) * np.var([values[name] for values in left])
+        widths[name] = float(1.96 * variance**0.5)
+    return widths
 
 
 def metrics(generated, target):
     """METRICS, as floats, of two standardized float tensors (N, T, D)."""
-    if generated.shape != target.shape:
-        shapes = f"generated {tuple(generated.shape)} and true {tuple(target.shape)}"
-        raise ValueError(f"{shapes} embeddings differ in shape")
-    return Scorer(target.__getitem__, len(target), groups=1)(generated.__getitem__)[0]
+    sums, _ = add_up({"generated": generated.__getitem__}, target.__getitem__, len(target))
+    return figures(sums["generated"])
 
 
 class Ridge:
@@ -232,38 +227,38 @@ class Ridge:
         self.tokens = target.shape[1]
 
         def products(rows):
-            x = self.features(cond[rows]).flatten(0, 1).double()  # (B * T, C + 1)
-            y = encode_target(target[rows]).flatten(0, 1).double()  # (B * T, D)
-            return {"xx": (x.T @ x)[None], "xy": (x.T @ y)[None]}
+            x, y = self.features(cond[rows]), encode_target(target[rows])
+            return moments(torch.cat([x, y], -1))  # (1 + C + D, 1 + C + D)
 
-        def solve(xx, xy, penalty):
-            penalty = penalty * torch.eye(len(xx), dtype=xx.dtype)
-            return torch.linalg.solve(xx + penalty, xy)  # (C + 1, D)
+        def solve(moments, penalty):
+            xx, xy = moments[:n, :n], moments[:n, n:]  # (1 + C, 1 + C), (1 + C, D)
+            return torch.linalg.solve(xx + penalty * torch.eye(n, dtype=xx.dtype), xy)
 
+        n = 1 + cond.shape[2]
         rows = evenly(np.arange(len(cond)), min(len(cond), -(-max_tokens // self.tokens)))
-        held_out = rows[::10]
-        fit = np.setdiff1d(rows, held_out) if len(rows) > 1 else rows
-        xx, xy = add_up(products, fit).values()
-        held_xx, held_xy = add_up(products, held_out).values()
-        penalties = np.logspace(-6, 1, 15) * torch.linalg.eigvalsh(xx)[-1].item()
+        everything = sum(products(part) for part in chunks(rows))
+        held = sum(products(part) for part in chunks(rows[::10]))
+        fitted = everything - held
+        top = max(torch.linalg.eigvalsh(fitted[:n, :n])[-1].item(), 1e-6)
+        penalties = top * np.logspace(-6, 1, 15)
         errors = []
         for penalty in penalties:
-            weight = solve(xx, xy, penalty)
+            weight = solve(fitted, penalty)  # (1 + C, D)
             # |x weight - y|^2 over the held-out tokens, without |y|^2
-            errors.append((weight * (held_xx @ weight - 2 * held_xy)).sum().item())
+            errors.append((weight * (held[:n, :n] @ weight - 2 * held[:n, n:])).sum().item())
         # once the penalty is chosen, every sample counts
-        weight = solve(xx + held_xx, xy + held_xy, penalties[np.argmin(errors)])
-        self.weight = weight.float()
+        weight = solve(everything, penalties[np.argmin(errors)])
+        self.bias, self.weight = weight[0].float(), weight[1:].float()
 
     def features(self, cond):
         x = self.encode_cond(cond)  # (B, S, C)
         if x.shape[1] != self.tokens:
             x = x.mean(1, keepdim=True).expand(-1, self.tokens, -1)  # (B, T, C)
-        return F.pad(x, (0, 1), value=1.0)  # (B, T, C + 1)
+        return x
 
     def __call__(self, cond):
         """(B, S, C) raw conditions -> (B, T, D) standardized predictions, on the CPU."""
-        return self.features(cond) @ self.weight
+        return self.features(cond) @ self.weight + self.bias
 
 
 def standardizer(mean, std):
@@ -277,19 +272,14 @@ def standardizer(mean, std):
 def nearest(train_cond, rows, cond, encode):
     """(N,) for conditions (N, S, C): which of the training samples `rows` has the nearest
     condition, by the cosine of the means over tokens."""
-
-    def pooled(array, rows):
-        return encode(array[rows]).mean(1)
-
-    train = torch.cat([pooled(train_cond, part) for part in chunks(rows)])
-    train = F.normalize(train, dim=-1)
-    found = [(pooled(cond, part) @ train.T).argmax(1) for part in chunks(np.arange(len(cond)))]
-    return rows[torch.cat(found).numpy()]
+    train = pooled(lambda part: encode(train_cond[part]), rows)
+    means = pooled(lambda part: encode(cond[part]), np.arange(len(cond)))
+    return rows[torch.cat([most_similar(part, train) for part in means.split(256)])]
 
 
 def baselines(data, split, n):
-    """{name: function of rows -> standardized (B, T, D)} for the first n samples of a split: the
-    truth, and what to read generated samples against.
+    """What to read the first n samples of a split against: their truth, a function of rows ->
+    standardized (B, T, D), and {name: such a function}.
 
     data: from open_dataset
     In the training split, `ridge` has seen the samples; the other baselines have not.
@@ -301,7 +291,6 @@ def baselines(data, split, n):
     cond, target = data[f"{split}_cond"], data[f"{split}_target"]
     ridge = Ridge(train_cond, train_target, encode_cond, encode)
     result = {
-        "truth": lambda rows: encode(target[rows]),
         "mean": lambda rows: torch.zeros(len(rows), *target.shape[1:]),
         "ridge": lambda rows: ridge(cond[rows]),
     }
@@ -312,48 +301,54 @@ def baselines(data, split, n):
         drawn = evenly(others, n)
         result["nearest"] = lambda rows: encode(train_target[neighbours[rows]])
         result["floor"] = lambda rows: encode(train_target[drawn[rows]])
-    return result
+    return (lambda rows: encode(target[rows])), result
 
 
-def report(generated, data, split="val", references=None):
-    """Score raw `generated` (N, T, D), or (N, draws, T, D), against the first N samples of a split.
+def compared(draws, encode, references):
+    """{name: function of rows -> standardized samples} of raw draws (N, M, T, D) and of what they
+    are read against. `generated` gives (B, M, T, D) if there are several draws, the others
+    (B, T, D)."""
+    n, M = draws.shape[:2]
 
-    references: from baselines(), if they are there already
-    Returns a dict and the text that shows it. The dict has the METRICS of the first draw, `samples`
-    (N), `confidence` {name: half-width of the 95% interval}, `baselines` {name: metrics} and, for
-    several draws, `mean_of_draws` (metrics) and `spread` (SPREAD).
-    """
-    n = len(generated)
-    draws = generated if generated.ndim == 4 else generated[:, None]
-    M = draws.shape[1]
-    references = dict(references or baselines(data, split, n))
-    encode = standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
-    scorer = Scorer(references.pop("truth"), n)
+    def first(rows):
+        return encode(draws[rows, 0])
 
     def every(rows):
         return encode(draws[rows])
 
-    def first(rows):
-        return every(rows)[:, 0]
-
-    scores, widths = scorer(every if M > 1 else first, confidence=True)
-    lines = {"generated": scores, "+- (95%)": widths}
+    sets = {"generated": first}
     if M > 1:
-        lines[f"mean of {M}"], _ = scorer(lambda rows: every(rows).mean(1))
+        sets = {"generated": every, f"mean of {M}": lambda rows: every(rows).mean(1)}
+    sets |= references
     if n > 1:
-        references["shuffled"] = lambda rows: first(shuffled(rows, n))
-    others = {name: scorer(samples)[0] for name, samples in references.items()}
-    text = table(lines | others)
+        sets["shuffled"] = lambda rows: first((rows + 1) % n)
+    return sets
+
+
+def report(draws, data, split="val"):
+    """Score raw `draws` (N, draws, T, D) against the first N samples of a split.
+
+    Returns a dict, the text that shows it, and baselines(). The dict has the METRICS of the first
+    draw, `samples` (N), `confidence` {name: half-width of the 95% interval}, `baselines`
+    {name: metrics} and, for several draws, `mean_of_draws` (metrics) and `spread` (SPREAD).
+    """
+    n, M = draws.shape[:2]
+    encode = standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
+    truth, references = baselines(data, split, n)
+    sums, groups = add_up(compared(draws, encode, references), truth, n)
+    others = {name: figures(of_samples) for name, of_samples in sums.items()}
+    widths = confidence(sums["generated"], groups)
+    scores = others.pop("generated")
     spread = {name: scores.pop(name) for name in SPREAD if name in scores}
+    text = table({"generated": scores, "+- (95%)": widths} | others)
     result = scores | {"samples": n, "confidence": widths, "baselines": others}
     if M > 1:
-        result["mean_of_draws"] = {"draws": M} | lines[f"mean of {M}"]
+        result["mean_of_draws"] = {"draws": M} | others.pop(f"mean of {M}")
         result["spread"] = {"draws": M} | spread
         text += f"\n{M} draws per condition:"
     for name, value in spread.items():
-        width = widths.get(name, math.nan)
-        text += f"\n  {name:<14}{value:8.4f} +- {width:.4f}  ({SPREAD[name]})"
-    return result, text
+        text += f"\n  {name:<14}{value:8.4f} +- {widths.get(name, math.nan):.4f}  ({SPREAD[name]})"
+    return result, text, (truth, references)
 
 
 def table(rows):
@@ -367,59 +362,53 @@ def table(rows):
 
 
 def read_generated(path, target, limit=None):
-    """The embeddings in a .npy, (N, T, D) or (N, draws, T, D), of the samples of `target`
-    (N, T, D): the first LIMIT, or the first `limit`, which are all that the file need hold.
+    """The embeddings (N, draws, T, D) in a .npy of (N, T, D) or (N, draws, T, D), of the samples of
+    `target` (N, T, D): the first LIMIT, or the first `limit`, which are all that it need hold.
 
     Raises ValueError where it does not hold them, or where they are not finite.
     """
-    N, T, D = target.shape
-    n = min(N, LIMIT) if limit is None else limit
-    needed = N if limit is None else limit
-    generated = np.load(path, mmap_mode="r")
-    shape = getattr(generated, "shape", ())
-    fits = len(shape) in (3, 4) and 0 not in shape and shape[-2:] == (T, D)
-    if not fits or not 1 <= needed <= shape[0] <= N or generated.dtype.kind not in "fiu":
-        of_these = "" if limit is None else f", limit={limit}"
-        raise ValueError(f"{path} holds {shape}; the targets are {(N, T, D)}{of_these}")
+    n = limit or min(len(target), LIMIT)
+    generated = np.lib.format.open_memmap(path, mode="r")
+    shape = generated.shape
+    fits = len(shape) in (3, 4) and shape[-2:] == target.shape[1:]
+    if not fits or not n <= len(generated) <= len(target):
+        wanted = f"the targets are {target.shape}, of which the first {n} are scored"
+        raise ValueError(f"{path} holds {shape}; {wanted}")
     for rows in chunks(np.arange(n)):
         largest = np.abs(generated[rows].astype(np.float64)).max()
         if not largest < 1e15:  # beyond, squares overflow in float32
             raise ValueError(f"{path} holds NaN, Inf or numbers above 1e15")
-    return generated[:n]
+    return generated[:n].reshape(n, -1, *target.shape[1:])
 
 
-def add_arguments(parser):
-    """The arguments that say which samples to look at, here and in report/plot.py."""
+def make_parser(doc, saved):
+    """A command line that --help describes with `doc`, and its --save with `saved`."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--save", type=Path, help=saved)
+    return parser
+
+
+def open_samples(parser):
+    """Parse a command line that says which samples to look at, here and in report/plot.py.
+
+    Returns the arguments, the dataset and the samples.
+    """
     option = parser.add_argument
     option("file", type=Path, help=".npy of raw (N, T, D) or (N, draws, T, D), in a split's order")
     option("--data_dir", required=True, help="dataset that prepare.py wrote")
     option("--split", default="val", choices=["train", "val"])
-    option("--limit", type=int, help="the first so many samples, all that the file need hold "
-           f"(default: all, of which {LIMIT} count)")  # fmt: skip
-
-
-def open_samples(args):
-    """The dataset and the samples that these arguments name."""
+    option("--limit", type=int, help=f"only the first so many samples (default: {LIMIT})")
+    args = parser.parse_args()
     data = open_dataset(args.data_dir)
-    return data, read_generated(args.file, data[f"{args.split}_target"], args.limit)
+    return args, data, read_generated(args.file, data[f"{args.split}_target"], args.limit)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_arguments(parser)
-    parser.add_argument("--save", type=Path, help=".json to write the scores to")
-    args = parser.parse_args()
-    try:
-        data, generated = open_samples(args)
-        if args.save:
-            args.save.touch()  # fails now, not after scoring
-    except (OSError, ValueError, EOFError) as e:
-        sys.exit(f"error: {e}")
-    result, text = report(generated, data, args.split)
+    user_errors_in_one_line()
+    parser = make_parser(__doc__, ".json to write the scores to")
+    args, data, draws = open_samples(parser)
+    result, text, _ = report(draws, data, args.split)
     print(text)
     if args.save:
         args.save.write_text(json.dumps(result, indent=1))

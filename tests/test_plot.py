@@ -48,7 +48,7 @@ def test_colours_are_principal_components():
     components = PCA(3).fit_transform(((tokens - mean) / std).reshape(-1, 8))
     low, high = np.percentile(components, [1, 99], axis=0)
     expected = np.clip((components - low) / (high - low), 0, 1).reshape(50, 6, 3)
-    colours = principal_colours(tokens, mean, std)(tokens)
+    colours = principal_colours(tokens, score.standardizer(mean, std))(tokens)
     for i in range(3):
         errors = [
             np.abs(colours[..., i] - x).max() for x in (expected[..., i], 1 - expected[..., i])
@@ -94,18 +94,18 @@ def test_cosines_of_the_histogram(dataset):
     data = open_dataset(dataset)
     stats = data["stats"]
     encode = score.standardizer(stats["target_mean"], stats["target_std"])
-    references = score.baselines(data, "val", 10)
+    truth, references = score.baselines(data, "val", 10)
     samples = np.random.default_rng(0).standard_normal((10, 3, 4, 5)).astype(np.float32)
-    ours = token_cosines(samples, encode, references, 10)
+    ours = token_cosines(samples, encode, truth, references, 10)
     x, y = encode(samples), encode(data["val_target"])
-    by_hand = {"samples": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
+    by_hand = {"generated": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
     assert ours.keys() == by_hand.keys() | {"ridge", "nearest"}
     for name, z in by_hand.items():
         expected = torch.cosine_similarity(z, y, -1).mean(1).numpy()
         assert ours[name] == pytest.approx(expected, abs=1e-5)
-        first = token_cosines(samples, encode, references, 8)[name]
+        first = token_cosines(samples, encode, truth, references, 8)[name]
         assert first == pytest.approx(expected[:8], abs=1e-5)
-    table, _ = score.report(samples, data)
+    table, _, _ = score.report(samples, data)
     for name in ("ridge", "nearest", "shuffled"):
         assert ours[name].mean() == pytest.approx(table["baselines"][name]["token_cosine"])
 
@@ -113,5 +113,5 @@ def test_cosines_of_the_histogram(dataset):
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_colours_of_few_channels(channels):
     tokens = np.random.default_rng(0).standard_normal((20, 4, channels)).astype(np.float32)
-    colours = principal_colours(tokens, np.zeros(channels), np.ones(channels))(tokens)
+    colours = principal_colours(tokens, torch.from_numpy)(tokens)
     assert colours.shape == (20, 4, 3) and colours.min() == 0 and colours.max() == 1

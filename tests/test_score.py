@@ -125,9 +125,12 @@ def test_metrics_equal_other_peoples():
         "snr_db": 10 * np.log10((y**2).mean() / ((x - y) ** 2).mean()),
     }
     assert ours == pytest.approx(expected, rel=1e-6) and 0.03 < ours["retrieval_r1"] < 0.9
-    assert score.Scorer(torch.from_numpy(y).__getitem__, 300)(torch.from_numpy(x).__getitem__)[
-        0
-    ] == pytest.approx(ours)
+
+
+def with_widths(truth, samples):
+    """The metrics of samples, and half the widths of their confidence intervals."""
+    sums, groups = score.add_up({"x": samples.__getitem__}, truth.__getitem__, len(truth))
+    return score.figures(sums["x"]), score.confidence(sums["x"], groups)
 
 
 def test_confidence_intervals(one_thread):
@@ -138,7 +141,7 @@ def test_confidence_intervals(one_thread):
     held = []
     for _ in range(100):
         x = torch.from_numpy(rng.exponential(size=(150, 1, 1))).float()  # of mean l2 1
-        values, widths = score.Scorer(truth.__getitem__, 150)(x.__getitem__, confidence=True)
+        values, widths = with_widths(truth, x)
         held.append(abs(values["l2"] - 1) < widths["l2"])
     assert 0.88 < np.mean(held) <= 0.99
 
@@ -149,7 +152,7 @@ def test_confidence_intervals(one_thread):
             y = torch.randn(100, 4, D, generator=g)
             x = 1.3 * torch.randn(100, 3, 4, D, generator=g)
             x += y[:, None] / 2
-            results.append(score.Scorer(y.__getitem__, 100)(x.__getitem__, confidence=True))
+            results.append(with_widths(y, x))
         for name in (*score.METRICS, *score.SPREAD):
             values = [values[name] for values, _ in results]
             if np.std(values) > 1e-3:  # else all samples are nearest to their own truth
@@ -170,7 +173,7 @@ def posterior(scale, draws=4, n=500, D=3):
 @pytest.mark.parametrize("draws", [2, 8])
 def test_spread_of_a_known_posterior(scale, draws):
     truth, x = posterior(scale, draws)
-    values, width = score.Scorer(truth.__getitem__, 500)(x.__getitem__, confidence=True)
+    values, width = with_widths(truth, x)
     exact = (
         (1 + 1 / draws) * scale**2 / (1 + scale**2 / draws)
     ) ** 0.5  # of variances, by the law of large numbers
@@ -187,19 +190,17 @@ def test_energy_score():
     from scipy.spatial.distance import cdist, pdist
 
     truth, x = posterior(1.0)
-    ours = score.Scorer(truth.__getitem__, 500)(x.__getitem__)[0]["energy_score"]
+    ours = with_widths(truth, x)[0]["energy_score"]
     pairs = [(x[i, :, t].numpy(), truth[i, None, t].numpy()) for i in range(500) for t in range(4)]
     assert ours == pytest.approx(
         np.mean([cdist(a, b).mean() - pdist(a).mean() / 2 for a, b in pairs]), rel=1e-5
     )
     for scale in (0.5, 2.0):
         truth, wrong = posterior(scale)
-        assert (
-            score.Scorer(truth.__getitem__, 500)(wrong.__getitem__)[0]["energy_score"] > 1.02 * ours
-        )
+        assert with_widths(truth, wrong)[0]["energy_score"] > 1.02 * ours
     g = torch.Generator().manual_seed(0)
     y, x = torch.randn(2000, 4, 1, generator=g), torch.randn(2000, 4, 4, 1, generator=g)
-    normal = score.Scorer(y.__getitem__, 2000)(x.__getitem__)[0]["energy_score"]
+    normal = with_widths(y, x)[0]["energy_score"]
     assert normal == pytest.approx(np.pi**-0.5, rel=0.03)  # E|X - Y| / 2
 
 
@@ -224,17 +225,19 @@ def test_baselines(dataset):
     """Perfect samples of no condition are at the floor; in the training split no sample is its own
     baseline."""
     data = open_dataset(dataset)
-    result, _ = score.report(data["val_target"], data)
+    result, _, _ = score.report(data["val_target"][:, None], data)
     assert result["samples"] == 10 and result["token_cosine"] == pytest.approx(1)
     assert result["baselines"].keys() == {"mean", "ridge", "nearest", "floor", "shuffled"}
     standardize = score.standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
     rows = np.linspace(0, 29, 10).astype(int)
     floor = score.metrics(standardize(data["train_target"][rows]), standardize(data["val_target"]))
     assert result["baselines"]["floor"] == pytest.approx(floor)
-    result, _ = score.report(data["train_target"][:20], data, "train")
+    result, _, _ = score.report(data["train_target"][:20, None], data, "train")
     assert result["samples"] == 20 and result["baselines"]["floor"]["token_cosine"] < 0.5
     assert result["baselines"]["nearest"]["token_cosine"] < 0.99
-    result, _ = score.report(data["train_target"], data, "train")  # none is left to compare with
+    result, _, _ = score.report(
+        data["train_target"][:, None], data, "train"
+    )  # none is left to compare with
     assert result["baselines"].keys() == {"mean", "ridge", "shuffled"}
 
 
@@ -272,7 +275,7 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     assert "(3, 4, 5)" in refused(
         "-m", "report.score", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4"
     )
-    assert "limit=11" in refused(
+    assert "the first 11" in refused(
         "-m", "report.score", tmp_path / "truth.npy", f"--data_dir={dataset}", "--limit=11"
     )
     assert "No such file" in refused(
