@@ -156,31 +156,40 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         raise ValueError(unreadable(path, e)) from e
 
 
+def generate(loaded, cond, first=0, same_noise=False, batch_size=32, **settings):
+    """Generate target embeddings for raw conditions.
+
+    loaded: from load(); cond: (B, S, C) array or tensor, raw (not normalized)
+    first, same_noise: sample i starts from noise that is a function of (seed, first + i, draw)
+        alone, or all from that of (seed, first, draw); so neither the batch size nor the number of
+        conditions changes a sample
+    batch_size: how many conditions at a time
+    settings: steps=10, method, shift, trajectory: see flow.integrate; guidance=1.0 and
+        guidance_interval=(0.0, 1.0): see flow.guided_velocity; seed=0, draw=0
+    Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
+    Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
+    """
+    batches = []
+    for i in range(0, len(cond), batch_size):
+        number = first if same_noise else first + i
+        c = cond[i : i + batch_size]
+        batches.append(generate_batch(loaded, c, number, same_noise, **settings))
+    return torch.cat(batches, -3)
+
+
 @torch.no_grad()
-def generate(
+def generate_batch(
     loaded,
     cond,
+    first,
+    same_noise,
     steps=10,
     guidance=1.0,
     guidance_interval=(0.0, 1.0),
     seed=0,
     draw=0,
-    first=0,
-    same_noise=False,
     **solver,
 ):
-    """Generate target embeddings for raw conditions.
-
-    loaded: from load(); cond: (B, S, C) array or tensor, raw (not normalized), in one batch
-    steps, and in `solver` method, shift, trajectory: see flow.integrate
-    guidance, guidance_interval: scale of classifier-free guidance, 1 is none, and from which t to
-        which it acts
-    seed, draw, first: sample i starts from noise that is a function of (seed, first + i, draw)
-        alone, so neither the batch size nor the number of conditions changes a sample
-    same_noise: all start from the noise of (seed, first, draw)
-    Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
-    Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
-    """
     cond = as_tensor(cond)
     B, S, C = cond.shape
     expected = (loaded.cond_tokens or S, loaded.model.config.cond_dim)
