@@ -347,9 +347,9 @@ def main():
     n_cond, n_target = (meta["layout"][kind][0] for kind in ("cond", "target"))
     if n_cond != n_target:
         print(
-            f"{n_cond} condition tokens for {n_target} target tokens: the model will use "
-            "cross-attention; where a class token makes the difference, --drop_cls=True aligns them"
+            f"{n_cond} condition and {n_target} target tokens: the model will use cross-attention;"
         )
+        print("if a class token makes the difference, --drop_cls=True aligns them")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,6 @@ if init_from in ("resume", "auto") and Path(out_dir, "config.py").exists():
 if debug:
     subset_size, max_iters, num_epochs = 64, 10, None
     eval_interval, log_interval, wandb_log = 5, 1, False
-    config = {name: globals()[name] for name in config}
 positive = "batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size"
 positive += " eval_sample_steps eval_interval save_interval log_interval max_iters num_epochs"
 positive += " ffn_dim_multiplier norm_eps max_bad_steps dist_timeout"
@@ -130,7 +129,8 @@ if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
     needs = "one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16"
     raise ValueError(f"optimizer_in_backward=True needs {needs}")
 if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
-    raise ValueError("fsdp=True needs several processes, float32 or bfloat16, and adamw")
+    needs = "several processes, float32 or bfloat16, and adamw"
+    raise ValueError(f"fsdp=True needs {needs}; without: --fsdp=False")
 if gradient_accumulation_steps % world_size:
     raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {world_size} processes")
 last, best = Path(out_dir) / "ckpt_last.pt", Path(out_dir) / "ckpt_best.pt"
@@ -196,7 +196,8 @@ model_config = NextDiTConfig(grid, target_dim=D, cond_dim=C, **settings)
 # config.py and the checkpoints have the settings as they were decided
 config |= asdict(flow_config) | settings | {"learning_rate": learning_rate}
 config["init_from"] = "scratch" if init_from == "auto" else init_from
-config |= {"overwrite": False, "time_limit": None}  # which belong to this start, not to the run
+# these belong to this start, not to the run
+config |= {"overwrite": False, "time_limit": None, "debug": False}
 torch.manual_seed(seed)
 with torch.device("meta" if weights else "cpu"):
     raw_model = NextDiT(model_config)
@@ -240,7 +241,7 @@ if compile and (optimizer_in_backward or fsdp):  # parameters come and go during
 elif compile:
     model = torch.compile(raw_model)
 if world_size > 1 and not fsdp:
-    model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    model = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def get_lr(iteration):
@@ -347,12 +348,14 @@ def write_log(record):
 is_main = rank == 0 and not (eval_only or dry_run)  # the process that writes
 wandb_log = wandb_log and is_main
 if is_main:
-    checkpoint.open_run(out_dir, config, version, iteration, resume or overwrite)
-if wandb_log:
+    checkpoint.claim_folder(out_dir, resume or overwrite)
+if wandb_log:  # before anything of an earlier run is replaced, since it can fail
     import wandb
 
     names = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
     wandb_id = wandb.init(config=config, dir=out_dir, **names).id
+if is_main:
+    checkpoint.open_run(out_dir, config, version, iteration, resume)
 
 # ---------------------------------------------------------------- training loop
 print0(describe(config, __file__))
@@ -467,7 +470,7 @@ while not stop:
         left = pace * (max_iters - iteration - 1)
         record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, mfu=mfu)
         record |= dict(ms=1000 * pace, samples_per_s=rate, seconds_left=left, bad_steps=bad_steps)
-        state = f"output norm {output_norm:.2f} | grad norm {grad_norm:.3f} | lr {lr:.2e}"
+        state = f"out {output_norm:.2f} | grad {grad_norm:.3f} | lr {lr:.2e}"
         left = datetime.timedelta(seconds=round(left))
         speed = f"{rate:.1f} samples/s | mfu {mfu:.0%} | {left} left"
         print0(f"iter {iteration} | loss {loss:.4f} | {state} | {speed}")

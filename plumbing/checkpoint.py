@@ -229,28 +229,35 @@ def hash_files(paths):
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
 
-def open_run(out_dir, config, version, iteration, replace):
-    """Make out_dir the folder of a run that begins at an iteration: write config.py, and keep of
-    log.jsonl what came before. Raises ValueError, also where there is a run not to be replaced."""
+def claim_folder(out_dir, replace):
+    """Make out_dir if it is missing. Raises ValueError if it holds a run, unless that may be
+    replaced or gone on with."""
     folder = Path(out_dir)
-    log = folder / "log.jsonl"
     checkpoints = [folder / "ckpt_last.pt", folder / "ckpt_best.pt"]
     if any(path.exists() for path in checkpoints) and not replace:
         ways = "--init_from=auto goes on with it, --overwrite=True replaces it"
         raise ValueError(f"{out_dir} already holds a run: {ways}, or choose another --out_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def open_run(out_dir, config, version, iteration, resume):
+    """Begin a run at an iteration, or go on: write config.py, and keep of log.jsonl what came
+    before. Raises ValueError."""
+    folder = Path(out_dir)
+    log = folder / "log.jsonl"
     settings = [f"{key} = {value!r}" for key, value in config.items()]
     text = "\n".join([f"# The settings of this run, for the code at {version}.", *settings, ""])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "config.py", lambda f: f.write(text.encode()))
-        lines = log.read_text().splitlines(keepends=True) if iteration and log.exists() else []
+        lines = log.read_text().splitlines(keepends=True) if resume and log.exists() else []
         lines = [
             line for line in lines if line.endswith("}\n")
         ]  # a kill can cut the last one short
         kept = [line for line in lines if json.loads(line)["iter"] < iteration]
+        replace_file(folder / "config.py", lambda f: f.write(text.encode()))
         replace_file(log, lambda f: f.write("".join(kept).encode()))
-        for path in checkpoints if iteration == 0 else []:  # those of the run that is replaced
-            path.unlink(missing_ok=True)
+        if not resume:
+            (folder / "ckpt_last.pt").unlink(missing_ok=True)  # of the run that is replaced
+            (folder / "ckpt_best.pt").unlink(missing_ok=True)
     except OSError as e:
         raise ValueError(f"out_dir={out_dir!r} cannot be written: {e}") from e
     except (ValueError, KeyError, TypeError) as e:

@@ -11,6 +11,7 @@ A key that the script does not know, or a value of another type, ends the run wi
 
 import ast
 import difflib
+import math
 import os
 import sys
 import textwrap
@@ -113,6 +114,8 @@ def check(key, value, defaults, origin, from_text=False):
         value = parse(value, kinds)
     if type(value) is int and "int" not in kinds and "float" in kinds:
         value = float(value)
+    if value == "" and defaults[key]["value"] != "":
+        sys.exit(f"error: {key} is empty (in {origin!r})")
     kind = "None" if value is None else type(value).__name__
     if kind not in kinds:
         wanted = " or ".join({"bool": "True or False"}.get(kind, kind) for kind in kinds)
@@ -121,9 +124,13 @@ def check(key, value, defaults, origin, from_text=False):
 
 
 def check_numbers(config, positive, any_sign):
-    """Exit with one line where a number is negative, or 0 where it must be positive."""
+    """Exit with one line where a number is not finite, negative, or 0 where it must be positive."""
     for name, value in config.items():
-        if not isinstance(value, (int, float)) or name in any_sign:
+        if not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            sys.exit(f"error: {name}={value} must be finite")
+        if name in any_sign:
             continue
         if name in positive and value <= 0:
             sys.exit(f"error: {name}={value} must be above 0")
@@ -136,7 +143,9 @@ def user_errors_in_one_line():
     with a line instead of a traceback."""
 
     def hook(kind, error, traceback):
-        if isinstance(error, (ValueError, OSError)) or kind.__module__.startswith("wandb"):
+        if isinstance(error, (ValueError, OSError, ImportError)) or kind.__module__.startswith(
+            "wandb"
+        ):
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)

@@ -61,6 +61,7 @@ def test_files_and_flags_apply_in_order(script, tmp_path, monkeypatch):
         (["--flag=1"], ["flag takes True or False"]),
         (["--count=None"], ["count takes int"]),
         (["--hidden=1"], ["unknown setting"]),
+        (["--out_dir="], ["out_dir is empty"]),
         (["--count", "3"], ["--key=value"]),
         (["-count=3"], ["--key=value"]),
         (["nowhere.py"], ["no config file 'nowhere.py'"]),

@@ -214,6 +214,10 @@ def test_what_is_in_the_folder_is_not_lost(dataset, tmp_path, trained):
     assert "--overwrite=True" in words
     for path in trained.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
+    overwrite = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--overwrite=True"]
+    home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": "online"}
+    assert "wandb login" in refused(*overwrite, "--wandb_log=True", **home)  # first of all
+    assert same(checkpoint(out), checkpoint(trained)) and log(out) == log(trained)
     train(dataset, out, "--max_iters=2", "--overwrite=True")
     assert checkpoint(out)["iter"] == 2
     assert log(out)[-1]["iter"] == 2

@@ -249,6 +249,8 @@ def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
     assert not (tmp_path / "dry").exists()
     train(dataset, tmp_path / "debug", "--debug=True", "--max_iters=1000", "--wandb_log=True")
     assert log(tmp_path / "debug")[-1]["iter"] == 10
+    settings = (tmp_path / "debug" / "config.py").read_text()
+    assert "debug = False" in settings and "max_iters = 1000" in settings  # for a run that goes on
 
 
 def test_compile(dataset, tmp_path, trained):
@@ -282,6 +284,7 @@ NOWHERE = "dataset 'nowhere' does not exist; make it with: python prepare.py"
         (["--n_kv_head=0"], "n_kv_head=0"),
         (["--eval_only=True"], "--init_from=resume"),
         (["--dtype=int8"], "dtype='int8'"),
+        (["--grad_clip=1e999"], "grad_clip=inf must be finite"),
         (["--device=tpu"], "device='tpu'"),
     ],
 )
