@@ -297,8 +297,6 @@ def run(config):
     target = Path(save or Path(out_dir, f"{name}{suffix}.npy"))
     if target.suffix != ".npy":
         raise ValueError(f"save={save!r} must end in .npy")
-    if save_pickle and not save_pickle.endswith(".pkl"):
-        raise ValueError(f"save_pickle={save_pickle!r} must end in .pkl")
     metrics_path = Path(out_dir, f"metrics{suffix}.json")
     picture_path = target.with_suffix(".png")
     if not save and not interpolate:

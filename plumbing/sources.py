@@ -265,7 +265,9 @@ def read_conditions(path, key):
     content = load_pickle(path)
     array = content.get("array")
     if path.suffix == ".npy" and isinstance(array, np.ndarray):
-        conditions = np.atleast_1d(array)
+        conditions = array
+        if array.ndim != 3 or 0 in array.shape:
+            raise DataError(f"{path}: shape {array.shape} is not that of conditions, (B, S, C)")
     else:
         conditions = Rows(content, key, path)
     named = list(items(content, len(conditions), path))
