@@ -156,7 +156,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         raise ValueError(unreadable(path, e)) from e
 
 
-def generate(loaded, cond, first=0, same_noise=False, batch_size=32, **settings):
+def generate(loaded, cond, steps=10, first=0, same_noise=False, batch_size=32, **settings):
     """Generate target embeddings for raw conditions.
 
     loaded: from load(); cond: (B, S, C) array or tensor, raw (not normalized)
@@ -164,7 +164,7 @@ def generate(loaded, cond, first=0, same_noise=False, batch_size=32, **settings)
         alone, or all from that of (seed, first, draw); so neither the batch size nor the number of
         conditions changes a sample
     batch_size: how many conditions at a time
-    settings: steps=10, method, shift, trajectory: see flow.integrate; guidance=1.0 and
+    steps, and of the settings method, shift, trajectory: see flow.integrate; guidance=1.0 and
         guidance_interval=(0.0, 1.0): see flow.guided_velocity; seed=0, draw=0
     Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
     Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
@@ -173,7 +173,7 @@ def generate(loaded, cond, first=0, same_noise=False, batch_size=32, **settings)
     for i in range(0, len(cond), batch_size):
         number = first if same_noise else first + i
         c = cond[i : i + batch_size]
-        batches.append(generate_batch(loaded, c, number, same_noise, **settings))
+        batches.append(generate_batch(loaded, c, steps, number, same_noise, **settings))
     return torch.cat(batches, -3)
 
 
@@ -181,9 +181,9 @@ def generate(loaded, cond, first=0, same_noise=False, batch_size=32, **settings)
 def generate_batch(
     loaded,
     cond,
+    steps,
     first,
     same_noise,
-    steps=10,
     guidance=1.0,
     guidance_interval=(0.0, 1.0),
     seed=0,
