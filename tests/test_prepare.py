@@ -180,14 +180,14 @@ def test_a_home_folder_is_expanded(tmp_path):
 
 def test_other_token_counts(tmp_path):
     make_pickle(tmp_path / "e.pkl", **{COND: torch.randn(40, 9, 6)})
-    line = "9 condition tokens for 4 target tokens: the model will use cross-attention; "
+    line = "9 condition and 4 target tokens: the model will use cross-attention;"
     assert line in convert(tmp_path / "e.pkl", tmp_path / "out").stdout
     data = open_dataset(tmp_path / "out")
     assert data["val_cond"].shape == (10, 9, 6) and data["val_target"].shape == (10, 4, 5)
     assert data["meta"]["grid"] == [2, 2]
     make_pickle(tmp_path / "e.pkl", **{COND: torch.randn(40, 5, 6)})
     out = convert(tmp_path / "e.pkl", tmp_path / "one more").stdout
-    assert "5 condition tokens for 4" in out and "--drop_cls=True aligns them" in out
+    assert "5 condition and 4 target tokens" in out and "--drop_cls=True aligns them" in out
     out = convert(tmp_path / "e.pkl", tmp_path / "aligned", "--drop_cls=True").stdout
     assert "cross-attention" not in out
     assert open_dataset(tmp_path / "aligned")["val_cond"].shape == (10, 4, 6)
@@ -604,7 +604,8 @@ def test_conditions_from_files(tmp_path):
     assert len(conditions) == 2 and np.array_equal(conditions[:], x)
     assert [item["key"] for item in get_items()] == [1, 2]
     np.save(tmp_path / "scalar.npy", 1.0)
-    assert sources.read_conditions(tmp_path / "scalar.npy", "c")[0].shape == (1,)
+    with pytest.raises(sources.DataError, match=r"shape \(\) is not that of conditions"):
+        sources.read_conditions(tmp_path / "scalar.npy", "c")
     (tmp_path / "renamed.npy").write_bytes((tmp_path / "c.pkl").read_bytes())
     assert len(sources.read_conditions(tmp_path / "renamed.npy", "c")[0]) == 2
 
