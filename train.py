@@ -384,7 +384,8 @@ def forward_backward(micro):
     with autocast:
         losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
     loss = losses.mean() / micro_steps
-    if loss.isfinite() or not optimizer_in_backward:  # that cannot skip the update afterwards
+    # stepping in the backward pass cannot skip the update later; only there is the device asked
+    if not optimizer_in_backward or loss.isfinite():
         scaler.scale(loss).backward()
     output_norm = output.detach().norm(dim=-1).mean()  # over tokens
     return torch.stack([loss.detach(), output_norm / micro_steps])
