@@ -105,6 +105,7 @@ compile: bool | None = None  # torch.compile; None: on cuda only (on a CPU it ta
 fsdp = False  # shard weights, gradients and optimizer over the processes (large models)
 dist_timeout = 10.0  # minutes that the processes wait for one that hangs
 seed = 0
+# ----
 
 user_errors_in_one_line()  # until the training loop
 config = configure(globals())

@@ -36,7 +36,7 @@ BYTES_ON_DISK = 16  # all of these but the gradient
 
 def default_settings():
     defaults = read_defaults((ROOT / "train.py").read_text())
-    return {name: default["value"] for name, default in defaults.items()}
+    return {name: value for name, (value, _) in defaults.items()}
 
 
 def model_config(settings, grid, cond_tokens, cond_dim, target_dim):

@@ -4,15 +4,17 @@ Override a script's defaults from python files and --key=value flags.
     python train.py config/train_digits.py --batch_size=32 --learning_rate=1e-3
     python train.py --help
 
-A script keeps its defaults as plain assignments under `# ---- group` headings and then calls
-`config = configure(globals())`. Files and flags apply in the order given; the last one wins.
-A key that the script does not know, or a value of another type, ends the run with one line.
+A script keeps its defaults as plain assignments under `# ---- group` headings, up to a line
+`# ----`, and then calls `config = configure(globals())`. Files and flags apply in the order given;
+the last one wins. A key that the script does not know, or a value of another type, ends the run
+with one line.
 """
 
 import ast
 import difflib
 import math
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -27,12 +29,15 @@ def configure(namespace, argv=None):
     Exits with one line and code 1 on an unknown key, a wrong type or an unreadable file.
     """
     script = Path(namespace["__file__"]).resolve()
-    defaults = read_defaults(script.read_text())
-    config = {key: default["value"] for key, default in defaults.items()}
+    source = script.read_text()
+    defaults = read_defaults(source)
+    config = {key: value for key, (value, _) in defaults.items()}
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(namespace.get("__doc__") or "", defaults))
-        sys.exit(0)
+        print(namespace["__doc__"].strip())
+        print("\nSettings, each with its default; --key=value changes one:\n")
+        print(settings_block(source))
+        sys.exit()
     for arg in argv:
         if not arg.startswith("-"):
             for key, value in read_file(arg, script.parent).items():
@@ -46,35 +51,23 @@ def configure(namespace, argv=None):
     return config
 
 
-def read_defaults(source):
-    """{key: {value, kinds, group, comment}} of the block of defaults in a script's source.
+def settings_block(source):
+    """The block of defaults in a script's source."""
+    return re.search(r"^# ---- .*?(?=^# ----$)", source, re.MULTILINE | re.DOTALL)[0].strip()
 
-    The block starts at the first `# ---- group` line and ends at the first statement that
-    is not `name = literal`. A default of None needs its type: `n: int | None = None`.
+
+def read_defaults(source):
+    """{key: (value, names of the types that it may have)} of a script's settings.
+
+    Each is `name = literal`. A default of None needs its type: `n: int | None = None`.
     """
-    lines = source.splitlines()
-    headings = {n: line for n, line in enumerate(lines, 1) if line.startswith("# ---- ")}
     defaults = {}
-    for node in ast.parse(source).body:
-        above = [n for n in headings if n < node.lineno]
-        if not above:
-            continue
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
-            break
-        try:
-            value = ast.literal_eval(node.value)
-        except ValueError:
-            break
+    for node in ast.parse(settings_block(source)).body:
+        value = ast.literal_eval(node.value)
         if isinstance(node, ast.AnnAssign):
-            name, kinds = node.target.id, ast.unparse(node.annotation).split(" | ")
+            defaults[node.target.id] = value, ast.unparse(node.annotation).split(" | ")
         else:
-            name, kinds = node.targets[0].id, [type(value).__name__]
-        defaults[name] = {
-            "value": value,
-            "kinds": kinds,
-            "group": headings[above[-1]].strip("#- "),
-            "comment": lines[node.lineno - 1].partition("  # ")[2],
-        }
+            defaults[node.targets[0].id] = value, [type(value).__name__]
     return defaults
 
 
@@ -109,12 +102,12 @@ def check(key, value, defaults, origin, from_text=False):
     if key not in defaults:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
         sys.exit(f"error: unknown setting {key!r} in {origin!r}; did you mean {nearest!r}?")
-    kinds = defaults[key]["kinds"]
+    default, kinds = defaults[key]
     if from_text:
         value = parse(value, kinds)
     if type(value) is int and "int" not in kinds and "float" in kinds:
         value = float(value)
-    if value == "" and defaults[key]["value"] != "":
+    if value == "" and default != "":
         sys.exit(f"error: {key} is empty (in {origin!r})")
     kind = "None" if value is None else type(value).__name__
     if kind not in kinds:
@@ -156,18 +149,6 @@ def user_errors_in_one_line():
 def describe(config, script):
     """The settings that differ from the script's defaults, as flags, in lines of text."""
     defaults = read_defaults(Path(script).read_text())
-    changed = {key: value for key, value in config.items() if value != defaults[key]["value"]}
-    flags = " ".join(f"--{key}={value}" for key, value in changed.items())
-    return textwrap.fill(flags or "all settings are the defaults", 110, break_on_hyphens=False)
-
-
-def help_text(doc, defaults):
-    lines = [doc.strip()]
-    group = None
-    for key, default in defaults.items():
-        if default["group"] != group:
-            group = default["group"]
-            lines += ["", f"{group}:"]
-        setting = f"{key}={default['value']}"
-        lines.append(f"  --{setting:<38} {default['comment']}".rstrip())
-    return "\n".join(lines)
+    flags = [f"--{key}={value}" for key, value in config.items() if value != defaults[key][0]]
+    text = " ".join(flags) or "all settings are the defaults"
+    return textwrap.fill(text, 110, break_on_hyphens=False)
