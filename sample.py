@@ -19,6 +19,7 @@ From Python:
 
 import json
 import pickle
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,6 @@ from plumbing.checkpoint import (
     read_checkpoint,
     read_weights,
     replace_file,
-    unreadable,
 )
 from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
 from plumbing.dataset import open_dataset
@@ -116,101 +116,91 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
 
     best = path / "ckpt_best.pt"
     files = sorted(path.glob("*.safetensors"))
-    try:
-        if files and not best.exists():  # a diffusers model, which takes embeddings as they are
-            sizes, state = exchange.from_diffusers(path, grid, cast)
-            ckpt = {
-                "stats": {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1},
-                "normalize": "none",
-                "flow": {},
-                "cond_tokens": None,
-                "config": {"data_dir": None},
-            }
-        else:
-            path = best if path.is_dir() else path
-            files = [path]
-            ckpt = read_checkpoint(path)
-            sizes = ckpt["model_args"] | {"gradient_checkpointing": False}
-            state = {}
-            for block in read_weights(path, weights):
-                state |= {name: cast(parameter) for name, parameter in block.items()}
-        config = NextDiTConfig(**sizes)
-        with torch.device("meta"):  # allocates nothing
-            model = NextDiT(config)
-        model.load_state_dict(state, assign=True)  # the tensors, not copies of them
-        stats = ckpt["stats"]
-        return SimpleNamespace(
-            model=model.eval().requires_grad_(False),
-            shape=(config.grid[0] * config.grid[1], config.target_dim),
-            flow=FlowConfig(**ckpt["flow"]),
-            cond=Normalizer(ckpt["normalize"], stats["cond_mean"], stats["cond_std"], device),
-            target=Normalizer(ckpt["normalize"], stats["target_mean"], stats["target_std"], device),
-            stats=stats,
-            data_dir=ckpt["config"]["data_dir"],
-            cond_tokens=ckpt["cond_tokens"],
-            files=files,
-            device=device,
-            dtype=dtype,
-        )
-    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(unreadable(path, e)) from e
-
-
-def generate(loaded, cond, steps=10, first=0, same_noise=False, batch_size=32, **settings):
-    """Generate target embeddings for raw conditions.
-
-    loaded: from load(); cond: (B, S, C) array or tensor, raw (not normalized)
-    first, same_noise: sample i starts from noise that is a function of (seed, first + i, draw)
-        alone, or all from that of (seed, first, draw); so neither the batch size nor the number of
-        conditions changes a sample
-    batch_size: how many conditions at a time
-    steps, and of the settings method, shift, trajectory: see flow.integrate; guidance=1.0 and
-        guidance_interval=(0.0, 1.0): see flow.guided_velocity; seed=0, draw=0
-    Returns raw targets (B, T, D), float32 on the CPU; with trajectory (steps + 1, B, T, D).
-    Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
-    """
-    batches = []
-    for i in range(0, len(cond), batch_size):
-        number = first if same_noise else first + i
-        c = cond[i : i + batch_size]
-        batches.append(generate_batch(loaded, c, steps, number, same_noise, **settings))
-    return torch.cat(batches, -3)
+    if files and not best.exists():  # a diffusers model, which takes embeddings as they are
+        sizes, state = exchange.from_diffusers(path, grid, cast)
+        ckpt = {
+            "stats": {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1},
+            "normalize": "none",
+            "flow": {},
+            "cond_tokens": None,
+            "config": {"data_dir": None},
+        }
+    else:
+        path = best if path.is_dir() else path
+        files = [path]
+        ckpt = read_checkpoint(path)
+        sizes = ckpt["model_args"] | {"gradient_checkpointing": False}
+        state = {name: cast(parameter) for name, parameter in read_weights(path, weights)}
+    config = NextDiTConfig(**sizes)
+    with torch.device("meta"):  # allocates nothing
+        model = NextDiT(config)
+    model.load_state_dict(state, assign=True)  # the tensors, not copies of them
+    stats = ckpt["stats"]
+    return SimpleNamespace(
+        model=model.eval().requires_grad_(False),
+        shape=(config.grid[0] * config.grid[1], config.target_dim),
+        flow=FlowConfig(**ckpt["flow"]),
+        cond=Normalizer(ckpt["normalize"], stats["cond_mean"], stats["cond_std"], device),
+        target=Normalizer(ckpt["normalize"], stats["target_mean"], stats["target_std"], device),
+        stats=stats,
+        data_dir=ckpt["config"]["data_dir"],
+        cond_tokens=ckpt["cond_tokens"],
+        files=files,
+        device=device,
+        dtype=dtype,
+    )
 
 
 @torch.no_grad()
-def generate_batch(
+def generate(
     loaded,
     cond,
-    steps,
-    first,
-    same_noise,
+    steps=10,
+    first=0,
+    same_noise=False,
+    batch_size=32,
     guidance=1.0,
     guidance_interval=(0.0, 1.0),
     seed=0,
     draw=0,
     **solver,
 ):
-    cond = as_tensor(cond)
-    B, S, C = cond.shape
+    """Generate target embeddings for raw conditions.
+
+    loaded: from load(); cond: (N, S, C) array or tensor, raw (not normalized)
+    first, same_noise: sample i starts from noise that is a function of (seed, first + i, draw)
+        alone, or all from that of (seed, first, draw); so neither the batch size nor the number of
+        conditions changes a sample
+    batch_size: how many conditions at a time
+    guidance, guidance_interval: see flow.guided_velocity
+    steps, and in `solver` method, shift, trajectory: see flow.integrate
+    Returns raw targets (N, T, D), float32 on the CPU; with trajectory (steps + 1, N, T, D).
+    Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
+    """
+    N, S, C = cond.shape
     expected = (loaded.cond_tokens or S, loaded.model.config.cond_dim)
     if (S, C) != expected:
         raise ValueError(f"conditions of shape {(S, C)}; this model takes {expected}")
-    bad = [i for i, c in enumerate(cond, first) if not c.isfinite().all()]
-    if bad:
-        raise ValueError(f"NaN or Inf in {len(bad)} of {B} conditions, first number {bad[0]}")
-
-    numbers = [first] * B if same_noise else range(first, first + B)
-    noise = flow.sample_noise(numbers, loaded.shape, seed, draw).to(loaded.device)  # (B, T, D)
-    precision = torch.autocast(
-        loaded.device.split(":")[0], getattr(torch, loaded.dtype), loaded.dtype != "float32"
-    )
-    with precision:
-        cond = loaded.cond.encode(cond.to(loaded.device))
-        velocity = flow.guided_velocity(
-            loaded.model, cond, loaded.flow, guidance, guidance_interval
-        )
-        x = flow.integrate(velocity, loaded.flow.sigma_max * noise, steps, **solver)
-    x = loaded.target.decode(x).cpu()  # (B, T, D), or (steps + 1, B, T, D)
+    numbers = [first] * N if same_noise else range(first, first + N)
+    device_type = loaded.device.split(":")[0]
+    half = loaded.dtype != "float32"
+    autocast = torch.autocast(device_type, getattr(torch, loaded.dtype), enabled=half)
+    batches = []
+    for i in range(0, N, batch_size):
+        c = as_tensor(cond[i : i + batch_size])  # (B, S, C)
+        bad = (~c.isfinite()).flatten(1).any(1).nonzero()
+        if len(bad):
+            raise ValueError(f"NaN or Inf in condition number {first + i + bad[0].item()}")
+        x_0 = flow.sample_noise(numbers[i : i + batch_size], loaded.shape, seed, draw)
+        x_0 = loaded.flow.sigma_max * x_0.to(loaded.device)  # (B, T, D)
+        c = loaded.cond.encode(c.to(loaded.device))
+        with autocast:
+            velocity = flow.guided_velocity(
+                loaded.model, c, loaded.flow, guidance, guidance_interval
+            )
+            x = flow.integrate(velocity, x_0, steps, **solver)
+        batches.append(loaded.target.decode(x).cpu())  # (B, T, D) or (steps + 1, B, T, D)
+    x = torch.cat(batches, -3)
     if not x.isfinite().all():
         raise ValueError(f"the samples are not finite, with guidance={guidance}")
     return x
@@ -224,9 +214,9 @@ def interpolate_embeddings(loaded, cond_a, cond_b, n=8, **settings):
 
 def as_tensor(x):
     """An array or tensor of any real type as a float32 tensor on the CPU."""
-    if not torch.is_tensor(x):
-        x = torch.from_numpy(np.array(x, np.float32, order="C"))
-    return x.cpu().float()
+    if torch.is_tensor(x):
+        return x.cpu().float()
+    return torch.from_numpy(np.array(x, np.float32))
 
 
 def line(a, b, n):
@@ -247,7 +237,7 @@ def main():
     try:
         run(config)
     except KeyboardInterrupt:
-        exit_process("interrupted: the same command goes on from here")
+        sys.exit("error: interrupted: the same command goes on from here")
     exit_process()
 
 
@@ -321,8 +311,9 @@ def run(config):
     output = Output(partial_folder, files, made_with)
 
     # ---- samples
-    names = "steps method shift guidance guidance_interval seed trajectory"
+    names = "batch_size steps method shift guidance guidance_interval seed trajectory"
     settings = {name: config[name] for name in names.split()}
+    settings["same_noise"] = bool(interpolate)
     batches = range(RANK, -(-n // batch_size), WORLD_SIZE)  # those of this process
     if output.done:
         print0(f"{output.done} of {len(batches)} batches were there")
@@ -332,9 +323,7 @@ def run(config):
         c = conditions[first : first + batch_size]  # (B, S, C)
         states = []
         for draw in range(n_draws if first < n_several else 1):
-            x = generate(
-                loaded, c, draw=draw, first=number, same_noise=bool(interpolate), **settings
-            )
+            x = generate(loaded, c, first=number, draw=draw, **settings)
             states.append(x.reshape(-1, len(c), *shape))  # (1 or steps + 1, B, T, D)
         samples = torch.stack([x[-1] for x in states], 1)  # (B, draws, T, D)
         arrays = {target: samples[:, 0], draws_path: samples, states_path: states[0].swapaxes(0, 1)}

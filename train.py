@@ -4,19 +4,18 @@ Train a NextDiT with flow matching on a dataset that prepare.py made.
     python train.py config/train_digits.py                                # one process
     torchrun --standalone --nproc_per_node=8 train.py --data_dir=data/mine --out_dir=out-mine
     python train.py --out_dir=out-mine --init_from=resume                 # go on with a run
-    python train.py --help
 
 Writes ckpt_last.pt, ckpt_best.pt, log.jsonl, and config.py, which repeats the run, into out_dir.
 """
 
 import copy
-import datetime
 import math
 import resource
 import sys
 import textwrap
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, flops_per_sample
 from plumbing import checkpoint, distributed, exchange
 from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
-from plumbing.dataset import Loader, open_dataset
+from plumbing.dataset import Loader, map_rows, open_dataset
 from plumbing.distributed import all_reduce_sum, print0
 from plumbing.optim import make_optimizer, step_in_backward
 from report import score
@@ -130,17 +129,14 @@ if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
     needs = "one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16"
     raise ValueError(f"optimizer_in_backward=True needs {needs}")
 if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
-    needs = "several processes, float32 or bfloat16, and adamw"
-    raise ValueError(f"fsdp=True needs {needs}; without: --fsdp=False")
+    raise ValueError("fsdp=True needs several processes, float32 or bfloat16, and adamw")
 if gradient_accumulation_steps % world_size:
     raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {world_size} processes")
-last, best = Path(out_dir) / "ckpt_last.pt", Path(out_dir) / "ckpt_best.pt"
+last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
 resume = init_from == "resume" or (init_from == "auto" and last.exists())
-if eval_only and not resume:
-    raise ValueError("eval_only=True needs a checkpoint: --init_from=resume")
 if world_size > 1:
     device = distributed.init_distributed(device, dist_timeout)
-interrupts = distributed.Interrupts(time_limit)
+interrupts = distributed.Interrupts(time_limit, device)
 # TF32 on cuda. On a CPU oneDNN, up to twice as fast as MKL, and float32 too unless there is AMX.
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once per pass, and its casts would be a second copy of the model
@@ -207,8 +203,8 @@ if weights:
 if prior and not resume:
     count = min(loader.n_train, math.ceil(65536 / T))  # samples, evenly spaced
     rows = np.linspace(0, loader.n_train - 1, count).astype(int)
-    tokens = torch.from_numpy(data["train_target"][rows]).to(device)
-    raw_model.prior.fit(target_normalizer.encode(tokens).flatten(0, 1))
+    x_1, _ = encode(*loader.read("train", rows))
+    raw_model.prior.fit(x_1.flatten(0, 1))
 # without dropout nothing trains the null condition, and DDP would wait for its gradient
 raw_model.null_cond.requires_grad_(cond_dropout > 0)
 ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
@@ -227,7 +223,8 @@ for net in dict.fromkeys([raw_model, ema_model]):
     net.to(device)
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
-    checkpoint.restore_optimizer(last, opt)
+    checkpoint.restore_optimizer(ckpt, opt)
+    del ckpt
 if all_reduce_sum(torch.tensor([iteration], device=device)).item() != world_size * iteration:
     raise ValueError(f"the processes see different files {last}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
@@ -261,58 +258,47 @@ standardize = score.standardizer(stats["target_mean"], stats["target_std"])
 eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
 # a t for each validation sample: multiples of the golden ratio cover [0, 1] evenly
 eval_t = torch.from_numpy((np.arange(loader.n_val) + 0.5) * 0.6180339887498949 % 1).float()
+evaluated = {"val_loss": ema_model}
+if ema_decay:
+    evaluated["val_loss_raw"] = raw_model
 
 
-def evaluate_loss(net):
-    """{val_loss, val_loss_t0, ...}: the mean over validation samples, and by bins of t. Noise and t
-    are functions of a sample's row, so that values compare between runs."""
+def evaluate():
+    """Mean losses over the validation samples, also by bins of t, of the averaged weights and of
+    the raw ones; and metrics of a sample for each of the first eval_samples conditions.
 
-    def losses(rows):
+    Noise and t are functions of a sample's row, so that values compare between runs.
+    """
+
+    def losses(net, rows):
         x_1, cond = encode(*loader.read("val", rows))
         x_0 = flow.sample_noise(rows, (T, D), seed=0).to(device)
-        return flow.loss(net, x_1, cond, eval_flow, x_0=x_0, t=eval_t[rows].to(device))[0]
-
-    n = min(eval_size, loader.n_val)
-    with autocast:
-        values = distributed.map_rows(losses, n, eval_batch_size, device, interrupts)  # (n,)
-    bins = (eval_t[:n] * TIME_BINS).long()
-    results = {"val_loss": values.mean().item()}
-    for i in bins.unique().tolist():
-        results[f"val_loss_t{i}"] = values[bins == i].mean().item()
-    return results
-
-
-def evaluate_samples(net):
-    """{val_token_cosine, ...}: metrics of one sample for each of the first eval_samples
-    validation conditions."""
+        with autocast:
+            return flow.loss(net, x_1, cond, eval_flow, x_0=x_0, t=eval_t[rows].to(device))[0]
 
     def samples(rows):
         _, cond = encode(*loader.read("val", rows))
         x_0 = flow.sample_noise(rows, (T, D), seed=0, draw=1).to(device)
-        velocity = flow.guided_velocity(net, cond, flow_config)
-        return target_normalizer.decode(
-            flow.integrate(velocity, sigma_max * x_0, eval_sample_steps)
-        )
+        with autocast:
+            velocity = flow.guided_velocity(ema_model, cond, flow_config)
+            x_1 = flow.integrate(velocity, sigma_max * x_0, eval_sample_steps)
+        return target_normalizer.decode(x_1)
 
-    n = min(eval_samples, loader.n_val)
-    with autocast:
-        # (n, T, D), raw, on the CPU, the same in all processes
-        generated = distributed.map_rows(samples, n, eval_batch_size, device, interrupts)
-    metrics = dict.fromkeys(SAMPLED, math.nan)
-    if generated.isfinite().all():
-        metrics = score.metrics(standardize(generated), standardize(data["val_target"][:n]))
-    return {f"val_{name}": metrics[name] for name in SAMPLED}
-
-
-def evaluate():
-    """Losses and samples of the averaged weights, and losses of the raw ones."""
-    results = evaluate_loss(ema_model)
-    if ema_decay:
-        raw = evaluate_loss(raw_model)
-        results |= {name.replace("loss", "loss_raw"): value for name, value in raw.items()}
+    results = {}
+    n = min(eval_size, loader.n_val)
+    bins = (eval_t[:n] * TIME_BINS).long()
+    for name, net in evaluated.items():
+        values = map_rows(partial(losses, net), n, eval_batch_size, interrupts)  # (n,)
+        results[name] = values.mean().item()
+        for i in bins.unique().tolist():
+            results[f"{name}_t{i}"] = values[bins == i].mean().item()
     if eval_samples:
-        results |= evaluate_samples(ema_model)
-    results = {name: float(value) for name, value in results.items()}
+        n = min(eval_samples, loader.n_val)
+        generated = map_rows(samples, n, eval_batch_size, interrupts)  # (n, T, D), raw
+        metrics = dict.fromkeys(SAMPLED, math.nan)
+        if generated.isfinite().all():
+            metrics = score.metrics(standardize(generated), standardize(data["val_target"][:n]))
+        results |= {f"val_{name}": float(metrics[name]) for name in SAMPLED}
     values = " ".join(f"{name}={value:.4g}" for name, value in results.items())
     print0(textwrap.fill(f"iter {iteration} | {values}", 110, subsequent_indent="    "))
     return results
@@ -322,21 +308,18 @@ def evaluate():
 version = checkpoint.code_version()
 
 
-def save(path):
+def save(path, best_val_loss):
     """Write a checkpoint, all processes together. Returns whether that worked: if not, training
     goes on without."""
     state = dict(
-        model=raw_model.state_dict(), optimizer=opt.state_dict(), scaler=scaler.state_dict(),
-        iter=iteration, best_val_loss=best_val_loss, bad_steps=bad_steps, wandb_id=wandb_id,
-        config=config, code=version, model_args=asdict(model_config), flow=asdict(flow_config),
-        normalize=normalize, stats=stats, cond_tokens=S,
+        model=raw_model.state_dict(), ema=ema_model.state_dict(), optimizer=opt.state_dict(),
+        scaler=scaler.state_dict(), iter=iteration, best_val_loss=best_val_loss,
+        bad_steps=bad_steps, wandb_id=wandb_id, config=config, code=version,
+        model_args=asdict(model_config), flow=asdict(flow_config), normalize=normalize,
+        stats=stats, cond_tokens=S,
     )  # fmt: skip
-    if ema_decay:
-        state["ema"] = ema_model.state_dict()
-    state = distributed.gather_state_dict(state)
-    state.setdefault("ema", state["model"])  # the same tensors, which the file holds once
-    saved = rank > 0 or checkpoint.save(path, state)
-    return all_reduce_sum(torch.tensor([float(saved)], device=device)).item() == world_size
+    saved = torch.tensor([float(checkpoint.save(path, state))], device=device)
+    return all_reduce_sum(saved).item() == world_size
 
 
 def write_log(record):
@@ -430,25 +413,24 @@ while not stop:
         start = time.perf_counter()
         try:
             record |= evaluate()
-        except distributed.Interrupted:
+        except InterruptedError:
             stop = True
             break
         if iteration > 0 and record["val_loss"] < best_val_loss:  # never the untrained model
-            previous, best_val_loss = best_val_loss, record["val_loss"]
-            if not save(best):
-                best_val_loss = previous
+            if save(best, record["val_loss"]):
+                best_val_loss = record["val_loss"]
         clock += time.perf_counter() - start
     if iteration >= max_iters:
         write_log(record)
         break
     # not while updates are skipped: the last good checkpoint is where to go on from
     if iteration > 0 and iteration % save_interval == 0 and bad_in_a_row == 0:
-        saved = save(last)
+        saved = save(last, best_val_loss)
 
     loss, output_norm = sum(forward_backward(micro) for micro in micros)
     grad_norm = clip_gradients()
     # the only time in an iteration that this process waits for the device
-    sums = torch.stack([loss, output_norm, grad_norm, interrupts.flag(device)])
+    sums = torch.stack([loss, output_norm, grad_norm, interrupts.flag()])
     loss, output_norm, grad_norm, stop = (all_reduce_sum(sums) / world_size).tolist()
 
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -473,19 +455,18 @@ while not stop:
         record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, mfu=mfu)
         record |= dict(ms=1000 * pace, samples_per_s=rate, seconds_left=left, bad_steps=bad_steps)
         state = f"out {output_norm:.2f} | grad {grad_norm:.3f} | lr {lr:.2e}"
-        left = datetime.timedelta(seconds=round(left))
-        speed = f"{rate:.1f} samples/s | mfu {mfu:.0%} | {left} left"
+        speed = f"{rate:.1f} samples/s | mfu {mfu:.0%} | {left / 60:.1f} minutes left"
         print0(f"iter {iteration} | loss {loss:.4f} | {state} | {speed}")
     if len(record) > 1:
         write_log(record)
     if bad_in_a_row >= max_bad_steps:
         words = f"no finite loss and gradient in {bad_in_a_row} iterations in a row"
-        distributed.exit_process(f"{words}; lower {learning_rate=}")
+        sys.exit(f"error: {words}; lower {learning_rate=}")
     iteration += 1
 
 # ---------------------------------------------------------------- the end
 if not stop or bad_in_a_row == 0:
-    saved = save(last)
+    saved = save(last, best_val_loss)
 if stop:
     print0(f"stopped before iteration {iteration} by {interrupts.reason or 'another process'}")
 else:
@@ -493,6 +474,6 @@ else:
 if wandb_log:
     wandb.finish()
 if not saved:
-    distributed.exit_process(f"{last} could not be written at the end: it is an older one")
+    sys.exit(f"error: {last} could not be written at the end: it is an older one")
 if world_size > 1:
     distributed.exit_process()

@@ -6,6 +6,7 @@ config.py and its log; and samples, written as they come.
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -23,13 +24,29 @@ ROOT = Path(__file__).parents[1]
 
 
 def save(path, state):
-    """Write a checkpoint; returns whether that worked. If not, the previous one is untouched."""
+    """Write a checkpoint, all processes together; the first one gathers what is sharded.
+
+    Returns whether that worked. If not, the previous one is untouched.
+    """
+    state = gather(state)
+    if RANK > 0:
+        return True
     try:
         replace_file(path, lambda f: torch.save(state, f))
         return True
     except OSError as e:
-        print(f"WARNING: {path} not written ({e}); the previous one is untouched", flush=True)
+        print(f"WARNING: {e}; the previous one is untouched", flush=True)
         return False
+
+
+def gather(state):
+    """A state dict with its sharded tensors gathered on the CPU of the first process."""
+    if isinstance(state, dict):
+        return {name: gather(value) for name, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if RANK == 0 else None
 
 
 def replace_file(path, write):
@@ -47,8 +64,7 @@ def replace_file(path, write):
     except (OSError, RuntimeError) as e:
         partial.unlink(missing_ok=True)
         # torch.save raises a RuntimeError while it handles the OSError that says what happened
-        cause = e.__context__ if isinstance(e.__context__, OSError) else e
-        raise OSError(str(cause).partition("\n")[0]) from e
+        raise OSError(f"{path} not written: {e.__context__ or e}") from e
 
 
 class Output:
@@ -114,41 +130,31 @@ def read_checkpoint(path):
     """What save() wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as e:
-        raise ValueError(f"there is no checkpoint {path}") from e
     except Exception as e:  # a truncated or foreign file can raise anything
-        raise ValueError(unreadable(path, e)) from e
-    if not isinstance(state, dict):
-        words = f"it holds a {type(state).__name__}"
-        raise ValueError(f"{path} cannot be read as a checkpoint: {words}")
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from e
+    if not isinstance(state, dict) or "model_args" not in state:
+        raise ValueError(f"{path} is no checkpoint of train.py")
     return state
 
 
-def unreadable(path, e):
-    reason = " ".join(str(e).split())
-    return f"{path} cannot be read as a checkpoint: {type(e).__name__}: {reason}"
-
-
-def read_in_parts(path, items):
-    """Yield (sixteen of the items, the checkpoint), each time through a new memory map: the pages
-    that were read stay in memory for as long as their map is open."""
-    first = read_checkpoint(path)["iter"]
-    for i in range(0, len(items), 16):
-        ckpt = read_checkpoint(path)
-        if ckpt["iter"] != first:
-            raise ValueError(f"{path} was replaced while it was read; try again")
-        yield items[i : i + 16], ckpt
-
-
 def read_weights(path, key):
-    """Yield the state dict at `key` in parts, so that there are never two copies in memory."""
-    for names, ckpt in read_in_parts(path, list(read_checkpoint(path)[key])):
-        yield {name: ckpt[key][name] for name in names}
+    """Yield (name, tensor) of the state dict at `key`, through a new memory map for every sixteen:
+    what was read stays in memory for as long as its map is open. Raises ValueError."""
+    first = read_checkpoint(path)
+    if key not in first:
+        raise ValueError(f"{path} has no weights {key!r}; they are ema and model")
+    names = list(first[key])
+    for i in range(0, len(names), 16):
+        ckpt = read_checkpoint(path)
+        if ckpt["iter"] != first["iter"]:
+            raise ValueError(f"{path} was replaced while it was read; try again")
+        yield from ((name, ckpt[key][name]) for name in names[i : i + 16])
 
 
 # what a run cannot change
 FIXED = "optimizer normalize path prediction sigma_min sigma_max n_layer n_head n_kv_head dim"
-FIXED += " norm_eps qk_norm conditioning conv rope prior"
+FIXED += " multiple_of ffn_dim_multiplier norm_eps qk_norm conditioning conv rope prior"
 
 
 def restore(path, config, stats, models, scaler):
@@ -156,72 +162,51 @@ def restore(path, config, stats, models, scaler):
 
     config: the run's settings and stats: the data's {name: tensor}, which must be those of the
     checkpoint; models: {"model": module, "ema": module}
-    Prints the settings that have changed. Returns the checkpoint, whose optimizer state is left to
-    restore_optimizer. Raises ValueError.
+    Prints the settings that have changed. Returns the checkpoint. Raises ValueError.
     """
     ckpt = read_checkpoint(path)
-    try:
-        old = ckpt["config"]
-        for name in FIXED.split():
-            if config[name] != old[name]:
-                words = f"was trained with {name}={old[name]}, not {config[name]}"
-                raise ValueError(f"{path} {words}")
-        for name, value in stats.items():
-            if not torch.equal(value, ckpt["stats"][name]):
-                raise ValueError(f"{path} was trained on other data: its statistics differ")
-        for key, model in models.items():
-            model.load_state_dict(ckpt[key])
-        if ckpt["scaler"]:  # empty unless it was float16
-            scaler.load_state_dict(ckpt["scaler"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(unreadable(path, e)) from e
-    changed = [name for name in config if config[name] != old.get(name) and name != "init_from"]
-    for name in changed:
-        print0(f"changed since the checkpoint: {name} {old.get(name)} -> {config[name]}")
+    old = ckpt["config"]
+    for name, value in config.items():
+        if value == old.get(name) or name == "init_from":
+            continue
+        if name in FIXED.split():
+            raise ValueError(f"{path} was trained with {name}={old[name]}, not {value}")
+        print0(f"changed since the checkpoint: {name} {old.get(name)} -> {value}")
+    for name, value in stats.items():
+        if not torch.equal(value, ckpt["stats"][name]):
+            raise ValueError(f"{path} was trained on other data: its statistics differ")
+    for key, model in models.items():
+        model.load_state_dict(ckpt[key])
+    if ckpt["scaler"]:  # empty unless it was float16
+        scaler.load_state_dict(ckpt["scaler"])
     return ckpt
 
 
-def restore_optimizer(path, opt):
-    """Load the optimizer state at `path` in parts, so that there are never two copies in memory. A
-    sharded parameter gets its process's part of it.
+def restore_optimizer(ckpt, opt):
+    """Load the state of a checkpoint's optimizer, sharded as its parameters are.
 
-    Learning rate, weight decay and betas stay those of `opt`. Raises ValueError.
+    On a CPU it stays a view of the checkpoint's memory map until it changes, so there are never
+    two copies in memory. Learning rate, weight decay and betas stay those of `opt`.
     """
-    params = [p for group in opt.param_groups for p in group["params"]]
-    try:
-        for part, ckpt in read_in_parts(path, list(enumerate(params))):
-            state = ckpt["optimizer"]["state"]
-            if ckpt["iter"] and not state:
-                raise KeyError("it has no state of the optimizer")
-            for i, p in part:
-                if i in state:  # a frozen parameter has none
-                    opt.state[p] = {name: like(p, name, x) for name, x in state[i].items()}
-    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(unreadable(path, e)) from e
-
-
-def like(p, name, value):
-    """A tensor of the optimizer's state, on the device of its parameter and sharded as it is."""
     from torch.distributed.tensor import DTensor, distribute_tensor  # slow to import
 
-    if name in ("step", "row_var", "col_var"):  # not of the parameter's shape, and never sharded
-        return value.to(p.device, copy=True)
-    if value.shape != p.shape:
-        shapes = f"{tuple(value.shape)}, not {tuple(p.shape)}"
-        raise RuntimeError(f"{name} of the optimizer has shape {shapes}")
-    if isinstance(p, DTensor):
-        value = value.to(p.device_mesh.device_type)
-        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-    return value.to(p.device, copy=True)
+    state = ckpt["optimizer"]["state"]
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for i, p in enumerate(params):
+        for name, x in state.get(i, {}).items():
+            if isinstance(p, DTensor) and name != "step":
+                x = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+                state[i][name] = x
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 
 def code_version():
     """The git commit of this code, "-dirty" if files differ from it; without git, their hash."""
-    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return hash_files(sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]))
+    git = f"git -C '{ROOT}' describe --always --dirty --abbrev=12"
+    status, commit = subprocess.getstatusoutput(git)
+    if status == 0:
+        return commit
+    return hash_files(sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]))
 
 
 def hash_files(paths):
@@ -233,8 +218,7 @@ def claim_folder(out_dir, replace):
     """Make out_dir if it is missing. Raises ValueError if it holds a run, unless that may be
     replaced or gone on with."""
     folder = Path(out_dir)
-    checkpoints = [folder / "ckpt_last.pt", folder / "ckpt_best.pt"]
-    if any(path.exists() for path in checkpoints) and not replace:
+    if list(folder.glob("ckpt_*.pt")) and not replace:
         ways = "--init_from=auto goes on with it, --overwrite=True replaces it"
         raise ValueError(f"{out_dir} already holds a run: {ways}, or choose another --out_dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,37 +226,34 @@ def claim_folder(out_dir, replace):
 
 def open_run(out_dir, config, version, iteration, resume):
     """Begin a run at an iteration, or go on: write config.py, and keep of log.jsonl what came
-    before. Raises ValueError."""
+    before. Raises OSError."""
     folder = Path(out_dir)
     log = folder / "log.jsonl"
     settings = [f"{key} = {value!r}" for key, value in config.items()]
     text = "\n".join([f"# The settings of this run, for the code at {version}.", *settings, ""])
-    try:
-        lines = log.read_text().splitlines(keepends=True) if resume and log.exists() else []
-        lines = [
-            line for line in lines if line.endswith("}\n")
-        ]  # a kill can cut the last one short
-        kept = [line for line in lines if json.loads(line)["iter"] < iteration]
-        replace_file(folder / "config.py", lambda f: f.write(text.encode()))
-        replace_file(log, lambda f: f.write("".join(kept).encode()))
-        if not resume:
-            (folder / "ckpt_last.pt").unlink(missing_ok=True)  # of the run that is replaced
-            (folder / "ckpt_best.pt").unlink(missing_ok=True)
-    except OSError as e:
-        raise ValueError(f"out_dir={out_dir!r} cannot be written: {e}") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{log} is not the log of a run: {type(e).__name__}: {e}") from e
+    records = read_log(out_dir) if resume and log.exists() else []
+    kept = [json.dumps(record) + "\n" for record in records if record["iter"] < iteration]
+    replace_file(folder / "config.py", lambda f: f.write(text.encode()))
+    replace_file(log, lambda f: f.write("".join(kept).encode()))
+    if not resume:
+        for path in folder.glob("ckpt_*.pt"):  # of the run that is replaced
+            path.unlink()
+
+
+def read_log(out_dir):
+    """The records of a run's log.jsonl. A line that a kill or a full disk cut short is left out."""
+    records = []
+    for line in Path(out_dir, "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def append_log(out_dir, record):
     """Add a line to a run's log.jsonl, or a warning to the console where that fails."""
-    log = Path(out_dir) / "log.jsonl"
     record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
-    size = log.stat().st_size if log.exists() else 0
     try:
-        with open(log, "a") as f:
+        with open(Path(out_dir, "log.jsonl"), "a") as f:
             f.write(json.dumps(record) + "\n")
     except OSError as e:
-        print(f"WARNING: {log} not written ({e})", flush=True)
-        if log.exists():
-            os.truncate(log, size)  # leave no half a line
+        print(f"WARNING: log.jsonl not written ({e})", flush=True)

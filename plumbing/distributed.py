@@ -1,18 +1,16 @@
 """
-Devices, and what the processes of a run do together: start, add up, share rows, stop, shard, end.
+Devices, and what the processes of a run do together: start, add up, stop, shard, end.
 
     device = init_distributed(pick_device("auto"), timeout=10)    # under torchrun, "cuda:3" say
-    total = all_reduce_sum(torch.stack([loss, interrupts.flag(device)]))
+    total = all_reduce_sum(torch.stack([loss, interrupts.flag()]))
 """
 
 import datetime
-import math
 import os
 import signal
 import sys
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -33,16 +31,14 @@ def pick_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device={name!r}: {str(e).partition(chr(10))[0]}") from e
+        raise ValueError(f"device={name!r} is not there; --device=auto takes what is") from e
     return name
 
 
 def pick_dtype(name, device):
-    """'auto' as bfloat16 on cuda, or float16 where that is missing, else float32."""
+    """'auto' as bfloat16 on cuda, else float32."""
     if name == "auto":
-        if not device.startswith("cuda"):
-            return "float32"
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return "bfloat16" if device.startswith("cuda") else "float32"
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={name!r} is unknown: auto, float32, bfloat16 or float16")
     return name
@@ -59,15 +55,14 @@ def init_distributed(device, timeout):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+    # where torchrun is killed, its processes stop and save
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     dist.barrier()  # nobody ends because of an error of its own before all have come
     return device
 
 
-def exit_process(error=None):
-    """End this process: with a line and code 1 after an error, else together with the others."""
-    if error is not None:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+def exit_process():
+    """End this process together with the others."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -81,59 +76,33 @@ def all_reduce_sum(x):
     return x.cpu()
 
 
-@torch.no_grad()
-def map_rows(function, n, batch_size, device, interrupts):
-    """function(rows) -> (rows, ...) for rows 0 to n - 1, in batches dealt out to the processes.
-
-    Each process gets as many batches of one size, as FSDP needs: repeated rows fill them.
-    Returns (n, ...) on the CPU, in all processes. Raises Interrupted.
-    """
-    size = min(batch_size, math.ceil(n / WORLD_SIZE))
-    results = None
-    for first in range(0, n, WORLD_SIZE * size):
-        interrupts.check(device)
-        rows = first + RANK * size + np.arange(size)
-        values = function(rows % n)
-        if results is None:
-            results = torch.zeros(n, *values.shape[1:], device=device)
-        results[rows[rows < n]] = values[torch.from_numpy(rows < n)]
-    return all_reduce_sum(results)  # a row is zero in all processes but one
-
-
-class Interrupted(ValueError):
-    """A signal or the time limit came during an evaluation."""
-
-
 class Interrupts:
-    """Notes SIGINT, SIGTERM and the end of `time_limit` minutes (or None), for the loop to stop."""
+    """Notes SIGINT, SIGTERM and the end of `time_limit` minutes (or None), for the loop to stop.
 
-    def __init__(self, time_limit):
-        self.end = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
+    device: where flag() is, so that it can be added up with others that are there
+    """
+
+    def __init__(self, time_limit, device):
+        self.device = device
         self.reason = None
-        self.parent = os.getppid()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, self.note)
+        if time_limit is not None:
+            signal.setitimer(signal.ITIMER_REAL, 60 * time_limit or 1e-6)  # 0 would be never
 
     def note(self, number, frame):
-        self.reason = signal.Signals(number).name
-        if number == signal.SIGINT and not dist.is_initialized():
+        self.reason = signal.Signals(number).name if number != signal.SIGALRM else "the time limit"
+        if number == signal.SIGINT and WORLD_SIZE == 1:
             signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
-    def should_stop(self):
-        if time.monotonic() > self.end:
-            self.reason = self.reason or "the time limit"
-        if dist.is_initialized() and os.getppid() != self.parent:
-            self.reason = self.reason or "the end of torchrun"
-        return self.reason is not None
-
-    def flag(self, device):
+    def flag(self):
         """1 if this process should stop, else 0, to be summed over the processes."""
-        return torch.tensor(float(self.should_stop()), device=device)
+        return torch.tensor(float(self.reason is not None), device=self.device)
 
-    def check(self, device):
-        """Raise Interrupted in all processes if one should stop."""
-        if all_reduce_sum(self.flag(device)).item():
-            raise Interrupted("the evaluation was broken off")
+    def check(self):
+        """Raise InterruptedError in all processes if one should stop."""
+        if all_reduce_sum(self.flag()).item():
+            raise InterruptedError("the evaluation was broken off")
 
 
 def shard_model(model, dtype):
@@ -154,24 +123,13 @@ def shard_model(model, dtype):
         fsdp.register_fsdp_forward_method(module, "context")
 
 
-def gather_state_dict(state):
-    """A state dict with its sharded tensors gathered on the CPU of the first process; all processes
-    must call this."""
-    if isinstance(state, dict):
-        return {name: gather_state_dict(value) for name, value in state.items()}
-    if not hasattr(state, "full_tensor"):
-        return state
-    tensor = state.full_tensor()
-    return tensor.cpu() if RANK == 0 else None
-
-
-def matmul_rate(device, dtype, repeats=10):
+def matmul_rate(device, dtype):
     """Floating point operations per second of a product of two large matrices on a device."""
-    n = 4096 if device.startswith("cuda") else 512
+    n = 8192 if device.startswith("cuda") else 512
     x = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
-    (x @ x)[0, 0].item()  # warm up, and wait for the device
-    start = time.perf_counter()
-    for _ in range(repeats):
-        y = x @ x
-    y[0, 0].item()
-    return repeats * 2 * n**3 / (time.perf_counter() - start)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)

@@ -85,7 +85,7 @@ def test_help_prints_the_block(script, capsys):
     text = capsys.readouterr().out
     assert not e.value.code
     assert text.startswith("Run me.")
-    assert "# ---- first group\nout_dir = \"out\"  # where to write" in text
+    assert '# ---- first group\nout_dir = "out"  # where to write' in text
     assert text.rstrip().endswith("limit: int | None = None  # optional")
 
 

@@ -101,7 +101,7 @@ def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
     before = (out / "ckpt_last.pt").read_bytes()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     done = patched(limit, dataset, out, "--init_from=resume", check=False)
-    assert "ckpt_last.pt not written ([Errno 27] File too large)" in done.stdout
+    assert "ckpt_last.pt not written: [Errno 27] File too large" in done.stdout
     assert "done: 6 iterations" in done.stdout
     assert done.returncode == 1
     assert "could not be written at the end" in done.stderr
@@ -170,44 +170,46 @@ def test_wandb_goes_on_with_its_run(dataset, tmp_path):
 
 
 def test_restoring_holds_one_copy_of_the_optimizer(tmp_path):
-    """The peak of memory is little more than what the restored state takes, though the checkpoint
-    holds weights as well."""
+    """The peak of memory after a change of all of the restored state is little more than it takes,
+    though the checkpoint holds weights as well."""
     n, size = 40, 1 << 20
     params = [torch.nn.Parameter(torch.zeros(1024, 1024)) for _ in range(n)]
     opt = torch.optim.AdamW(params, fused=True)
     for p in params:
         p.grad = torch.ones_like(p)
     opt.step()
-    state = {"optimizer": opt.state_dict(), "model": dict(enumerate(params)), "iter": 1}
+    state = {"optimizer": opt.state_dict(), "model": dict(enumerate(params)), "model_args": {}}
     save(tmp_path / "ckpt.pt", state)
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
-from plumbing.checkpoint import restore_optimizer
+from plumbing.checkpoint import read_checkpoint, restore_optimizer
 from torch.distributed.tensor import distribute_tensor
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 params = [torch.nn.Parameter(torch.empty(1024, 1024)) for _ in range({n})]
 opt, before = torch.optim.AdamW(params, fused=True), peak()
-restore_optimizer({str(tmp_path / "ckpt.pt")!r}, opt)
+restore_optimizer(read_checkpoint({str(tmp_path / "ckpt.pt")!r}), opt)
+for state in opt.state.values():
+    for x in state.values():
+        x += 1
 print(peak() - before, len(opt.state))
 """
     done = run("-c", script, MALLOC_MMAP_THRESHOLD_="1048576")
     grown, count = map(float, done.stdout.split())
     megabytes = 2 * n * size * 4 / 2**20  # of the state
     assert count == n
-    assert megabytes < grown < 1.6 * megabytes  # with 16 parameters' pages of the file
-    state = opt.state_dict()["state"]
-    assert read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["state"].keys() == state.keys()
+    assert megabytes < grown < 1.2 * megabytes
+    ckpt = read_checkpoint(tmp_path / "ckpt.pt")
     params = [torch.nn.Parameter(torch.empty(1024, 1024)) for _ in range(n)]
-    other = torch.optim.AdamW(params, fused=True)
-    restore_optimizer(tmp_path / "ckpt.pt", other)
-    assert same(state, other.state_dict()["state"])
+    other = torch.optim.AdamW(params, lr=0.5, fused=True)
+    restore_optimizer(ckpt, other)
+    assert same(opt.state_dict()["state"], other.state_dict()["state"])
+    assert other.param_groups[0]["lr"] == 0.5
 
 
 def test_what_is_in_the_folder_is_not_lost(dataset, tmp_path, trained):
-    """A new run does not replace an old one unasked; a full disk, a broken log or a foreign
-    optimizer leave all as it is."""
+    """A new run does not replace an old one unasked; a full disk leaves all as it is."""
     out = shutil.copytree(trained, tmp_path / "out")
     words = refused("train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}")
     assert "already holds a run: --init_from=auto" in words
@@ -222,22 +224,12 @@ def test_what_is_in_the_folder_is_not_lost(dataset, tmp_path, trained):
     assert checkpoint(out)["iter"] == 2
     assert log(out)[-1]["iter"] == 2
     assert "overwrite = False" in (out / "config.py").read_text()
-    args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume"]
     before = (out / "log.jsonl").read_bytes()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
     done = patched(limit, dataset, out, "--init_from=resume", check=False)
     assert done.returncode == 1
-    assert "cannot be written: [Errno 27]" in done.stderr
+    assert "config.py not written: [Errno 27]" in done.stderr
     assert (out / "log.jsonl").read_bytes() == before
-    (out / "log.jsonl").write_text('{"a": 1}\n')
-    assert "is not the log of a run" in refused(*args)
-    ckpt = checkpoint(out)
-    ckpt["optimizer"]["state"][3]["exp_avg"] = torch.zeros(3)
-    save(out / "ckpt_last.pt", ckpt)
-    assert "exp_avg of the optimizer has shape (3,), not" in refused(*args)
-    ckpt["optimizer"]["state"] = {}
-    save(out / "ckpt_last.pt", ckpt)
-    assert "it has no state of the optimizer" in refused(*args)
 
 
 def test_dry_run_and_evaluation_alone_write_nothing(dataset, tmp_path, trained):

@@ -264,11 +264,11 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     assert "(5, 6); this model takes (4, 6)" in refuse(*args, f"--cond={tmp_path}/long.npy")
     np.save(tmp_path / "nan.npy", np.full((3, 4, 6), np.nan, np.float32))
     np.save(tmp_path / "flat.npy", np.zeros((3, 6), np.float32))
-    assert "NaN or Inf in 3 of 3" in refuse(*args, f"--cond={tmp_path}/nan.npy")
+    assert "NaN or Inf in condition number 0" in refuse(*args, f"--cond={tmp_path}/nan.npy")
     late = np.zeros((3, 4, 6), np.float32)
     late[2] = np.inf
     np.save(tmp_path / "late.npy", late)
-    assert "1 of 3 conditions, first number 2" in refuse(*args, f"--cond={tmp_path}/late.npy")
+    assert "NaN or Inf in condition number 2" in refuse(*args, f"--cond={tmp_path}/late.npy")
     assert "is read, or written twice" in refuse(*args, f"--save={dataset}/val_target.npy")
     assert "is read, or written twice" in refuse(
         *args, f"--save={tmp_path}/x.npy", f"--save_pickle={tmp_path}/x.npy"
@@ -294,8 +294,8 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     assert "must end in .npy" in refuse(*args, "--save=foo")
     assert "No such file" in refuse(*args, "--save=no/x.npy")
     assert "did you mean 'steps'" in refuse(*args, "--step=3")
-    assert "no checkpoint" in refuse(*args, "--checkpoint=ckpt_lsat.pt")
-    assert "there is no checkpoint" in refuse(f"--out_dir={tmp_path}/nowhere")
+    assert "No such file" in refuse(*args, "--checkpoint=ckpt_lsat.pt")
+    assert "No such file" in refuse(f"--out_dir={tmp_path}/nowhere")
     assert "dataset 'nowhere' does not exist" in refuse(*args, "--data_dir=nowhere")
     (run_dir / "ckpt_best.pt").write_bytes((run_dir / "ckpt_best.pt").read_bytes()[:5000])
     assert "cannot be read as a checkpoint" in refuse(*args)
@@ -534,7 +534,7 @@ def test_any_array_of_numbers_is_taken(loaded, dataset):
     ):
         with pytest.raises(ValueError, match=words):
             sample.generate(loaded, cond, **dict(steps=2) | bad)
-    with pytest.raises(ValueError, match="NaN or Inf in 10 of 10"):
+    with pytest.raises(ValueError, match="NaN or Inf in condition number 0"):
         sample.generate(loaded, np.full(cond.shape, 1e300))
     with pytest.raises(RuntimeError, match="must match"):
         sample.interpolate_embeddings(loaded, cond[0], cond[0, :2])
