@@ -182,9 +182,8 @@ def generate(
     if (S, C) != expected:
         raise ValueError(f"conditions of shape {(S, C)}; this model takes {expected}")
     numbers = [first] * N if same_noise else range(first, first + N)
-    device_type = loaded.device.split(":")[0]
-    half = loaded.dtype != "float32"
-    autocast = torch.autocast(device_type, getattr(torch, loaded.dtype), enabled=half)
+    kind = getattr(torch, loaded.dtype)
+    autocast = torch.autocast(loaded.device.split(":")[0], kind, enabled=kind != torch.float32)
     batches = []
     for i in range(0, N, batch_size):
         c = as_tensor(cond[i : i + batch_size])  # (B, S, C)
@@ -231,8 +230,7 @@ def line(a, b, n):
 def main():
     user_errors_in_one_line()
     config = configure(globals())
-    positive = ("subset_size", "draws", "steps", "batch_size")
-    check_numbers(config, positive, any_sign=["guidance"])
+    check_numbers(config, "subset_size draws steps batch_size", any_sign=["guidance"])
     print0(describe(config, __file__))
     try:
         run(config)
@@ -265,9 +263,9 @@ def run(config):
         data = data or open_dataset(folder)
         conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
         get_items = partial(read_items, Path(folder, f"{split}_items.jsonl"))
-        true_shape = truth.shape[1:]  # (T, D)
-        if true_shape != shape:
-            raise ValueError(f"{folder} has targets of shape {true_shape}; the model makes {shape}")
+        if truth.shape[1:] != shape:
+            words = f"has targets of shape {truth.shape[1:]}; the model makes {shape}"
+            raise ValueError(f"{folder} {words}")
     if interpolate:
         i, j, n = (*interpolate, 8)[:3]
         if not 0 <= min(i, j) <= max(i, j) < len(conditions):
@@ -313,7 +311,6 @@ def run(config):
     # ---- samples
     names = "batch_size steps method shift guidance guidance_interval seed trajectory"
     settings = {name: config[name] for name in names.split()}
-    settings["same_noise"] = bool(interpolate)
     batches = range(RANK, -(-n // batch_size), WORLD_SIZE)  # those of this process
     if output.done:
         print0(f"{output.done} of {len(batches)} batches were there")
@@ -323,7 +320,9 @@ def run(config):
         c = conditions[first : first + batch_size]  # (B, S, C)
         states = []
         for draw in range(n_draws if first < n_several else 1):
-            x = generate(loaded, c, first=number, draw=draw, **settings)
+            x = generate(
+                loaded, c, first=number, draw=draw, same_noise=bool(interpolate), **settings
+            )
             states.append(x.reshape(-1, len(c), *shape))  # (1 or steps + 1, B, T, D)
         samples = torch.stack([x[-1] for x in states], 1)  # (B, draws, T, D)
         arrays = {target: samples[:, 0], draws_path: samples, states_path: states[0].swapaxes(0, 1)}

@@ -40,7 +40,7 @@ overwrite = False  # replace the run that out_dir holds
 eval_interval = 1000  # iterations between evaluations; ckpt_best.pt is the best one's
 save_interval = 1000  # iterations between writes of ckpt_last.pt
 log_interval = 10  # iterations between log lines
-eval_only = False  # with init_from=resume: evaluate ckpt_last.pt and exit
+eval_only = False  # evaluate and exit; with init_from=resume ckpt_last.pt
 time_limit: float | None = None  # minutes after which to save and exit, as after SIGTERM and SIGINT
 dry_run = False  # run one forward and backward pass, print the memory it took, exit
 debug = False  # 64 samples, 10 iterations, anomaly detection, no wandb
@@ -117,7 +117,7 @@ if debug:
 positive = "batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size"
 positive += " eval_sample_steps eval_interval save_interval log_interval max_iters num_epochs"
 positive += " ffn_dim_multiplier norm_eps max_bad_steps dist_timeout"
-check_numbers(config, positive.split(), any_sign=["t_mean"])
+check_numbers(config, positive, any_sign=["t_mean"])
 
 # ---------------------------------------------------------------- system
 rank, world_size = distributed.RANK, distributed.WORLD_SIZE
@@ -230,16 +230,32 @@ if all_reduce_sum(torch.tensor([iteration], device=device)).item() != world_size
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
 norms = step_in_backward(opt) if optimizer_in_backward else None  # of gradients, as they come
 
-model = raw_model
 if compile is None:
     compile = device_type == "cuda"
-if compile and (optimizer_in_backward or fsdp):  # parameters come and go during a pass
+if compile:  # block by block: they are all alike, and DDP or FSDP work between them
     for block in raw_model.layers:
         block.compile()
-elif compile:
-    model = torch.compile(raw_model)
+model = raw_model
 if world_size > 1 and not fsdp:
     model = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+
+# ---------------------------------------------------------------- steps, evaluations, checkpoints
+micro_steps = gradient_accumulation_steps // world_size  # of this process
+# the place of a micro-batch in the global batch decides its data and its noise
+micros = range(rank * micro_steps, (rank + 1) * micro_steps)
+# Endless pairs (target, cond), raw, on the CPU, one per micro-batch of this process. For a torch
+# DataLoader, let its batch_sampler be loader.rows(i, micro) for all iterations i and these micros.
+batches = loader.stream(iteration, micros)
+generator = torch.Generator(device)
+TIME_BINS = 4  # of t, from noise to data
+SAMPLED = ("token_cosine", "retrieval_r1", "frechet")  # metrics of score.py
+standardize = score.standardizer(stats["target_mean"], stats["target_std"])
+eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
+# a t for each validation sample: multiples of the golden ratio cover [0, 1] evenly
+eval_t = torch.from_numpy((np.arange(loader.n_val) + 0.5) * 0.6180339887498949 % 1).float()
+evaluated = {"val_loss": ema_model}
+if ema_decay:
+    evaluated["val_loss_raw"] = raw_model
 
 
 def get_lr(iteration):
@@ -251,16 +267,34 @@ def get_lr(iteration):
     return min_lr + (learning_rate - min_lr) * cosine
 
 
-# ---------------------------------------------------------------- evaluation
-TIME_BINS = 4  # of t, from noise to data
-SAMPLED = ("token_cosine", "retrieval_r1", "frechet")  # metrics of score.py
-standardize = score.standardizer(stats["target_mean"], stats["target_std"])
-eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
-# a t for each validation sample: multiples of the golden ratio cover [0, 1] evenly
-eval_t = torch.from_numpy((np.arange(loader.n_val) + 0.5) * 0.6180339887498949 % 1).float()
-evaluated = {"val_loss": ema_model}
-if ema_decay:
-    evaluated["val_loss_raw"] = raw_model
+def forward_backward(micro):
+    """Gradients of one micro-batch; returns (2,), its share of the loss and of the output norm."""
+    x_1, cond = encode(*next(batches))
+    generator.manual_seed(flow.derive_seed(flow.TRAINING, seed, iteration, micro))
+    is_last = micro == micros[-1]  # only then are gradients summed over the processes
+    if fsdp:
+        model.set_requires_gradient_sync(is_last)
+    elif world_size > 1:
+        model.require_backward_grad_sync = is_last
+    with autocast:
+        losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
+    loss = losses.mean() / micro_steps
+    # stepping in the backward pass cannot skip the update later; only there is the device asked
+    if not optimizer_in_backward or loss.isfinite():
+        scaler.scale(loss).backward()
+    output_norm = output.detach().norm(dim=-1).mean()  # over tokens
+    return torch.stack([loss.detach(), output_norm / micro_steps])
+
+
+def clip_gradients():
+    """Clip the gradients, unless the backward pass has used them up; returns their norm before."""
+    if optimizer_in_backward:
+        norm = torch.stack(norms or [torch.tensor(math.nan)]).norm()
+        norms.clear()
+        return norm.to(device)
+    scaler.unscale_(opt)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    return norm.full_tensor() if fsdp else norm
 
 
 def evaluate():
@@ -304,10 +338,6 @@ def evaluate():
     return results
 
 
-# ---------------------------------------------------------------- checkpoints and logs
-version = checkpoint.code_version()
-
-
 def save(path, best_val_loss):
     """Write a checkpoint, all processes together. Returns whether that worked: if not, training
     goes on without."""
@@ -329,63 +359,13 @@ def write_log(record):
         wandb.log(record, step=iteration)
 
 
-is_main = rank == 0 and not (eval_only or dry_run)  # the process that writes
-wandb_log = wandb_log and is_main
-if is_main:
-    checkpoint.claim_folder(out_dir, resume or overwrite)
-if wandb_log:  # before anything of an earlier run is replaced, since it can fail
-    import wandb
-
-    names = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
-    wandb_id = wandb.init(config=config, dir=out_dir, **names).id
-if is_main:
-    checkpoint.open_run(out_dir, config, version, iteration, resume)
-
-# ---------------------------------------------------------------- training loop
+# ---------------------------------------------------------------- start
 print0(describe(config, __file__))
-count = sum(p.numel() for p in params) / 1e6
-print0(f"{count:.2f}M parameters on {world_size} x {device}, {dtype}")
-epochs = f"{max_iters} iterations ({max_iters * samples_per_iter / loader.n_train:.1f} epochs)"
-print0(f"{loader.n_train} samples, {samples_per_iter} per iteration, {epochs}")
-micro_steps = gradient_accumulation_steps // world_size  # of this process
-# the place of a micro-batch in the global batch decides its data and its noise
-micros = range(rank * micro_steps, (rank + 1) * micro_steps)
-# Endless pairs (target, cond), raw, on the CPU, one per micro-batch of this process. For a torch
-# DataLoader, let its batch_sampler be loader.rows(i, micro) for all iterations i and these micros.
-batches = loader.stream(iteration, micros)
-generator = torch.Generator(device)
-
-
-def forward_backward(micro):
-    """Gradients of one micro-batch; returns (2,), its share of the loss and of the output norm."""
-    x_1, cond = encode(*next(batches))
-    generator.manual_seed(flow.derive_seed(flow.TRAINING, seed, iteration, micro))
-    is_last = micro == micros[-1]  # only then are gradients summed over the processes
-    if fsdp:
-        model.set_requires_gradient_sync(is_last)
-    elif world_size > 1:
-        model.require_backward_grad_sync = is_last
-    with autocast:
-        losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
-    loss = losses.mean() / micro_steps
-    # stepping in the backward pass cannot skip the update later; only there is the device asked
-    if not optimizer_in_backward or loss.isfinite():
-        scaler.scale(loss).backward()
-    output_norm = output.detach().norm(dim=-1).mean()  # over tokens
-    return torch.stack([loss.detach(), output_norm / micro_steps])
-
-
-def clip_gradients():
-    """Clip the gradients, unless the backward pass has used them up; returns their norm before."""
-    if optimizer_in_backward:
-        norm = torch.stack(norms or [torch.tensor(math.nan)]).norm()
-        norms.clear()
-        return norm.to(device)
-    scaler.unscale_(opt)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    return norm.full_tensor() if fsdp else norm
-
-
+n_params = sum(p.numel() for p in params)
+n_epochs = max_iters * samples_per_iter / loader.n_train
+schedule = f"{samples_per_iter} per iteration, {max_iters} iterations ({n_epochs:.1f} epochs)"
+print0(f"{n_params / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}")
+print0(f"{loader.n_train} samples, {schedule}")
 if eval_only:
     evaluate()
     distributed.exit_process()
@@ -395,7 +375,19 @@ if dry_run:
     peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else peak
     print0(f"dry run: loss {loss * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
     distributed.exit_process()
+version = checkpoint.code_version()
+if rank == 0:
+    checkpoint.claim_folder(out_dir, resume or overwrite)
+wandb_log = wandb_log and rank == 0
+if wandb_log:  # before anything of an earlier run is replaced, since it can fail
+    import wandb
 
+    names = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
+    wandb_id = wandb.init(config=config, dir=out_dir, **names).id
+if rank == 0:
+    checkpoint.open_run(out_dir, config, version, iteration, resume)
+
+# ---------------------------------------------------------------- training loop
 flops = flops_per_sample(model_config, S)
 peak_flops = world_size * distributed.matmul_rate(device, dtype)  # per second
 torch.autograd.set_detect_anomaly(debug)
@@ -416,9 +408,10 @@ while not stop:
         except InterruptedError:
             stop = True
             break
-        if iteration > 0 and record["val_loss"] < best_val_loss:  # never the untrained model
-            if save(best, record["val_loss"]):
-                best_val_loss = record["val_loss"]
+        val_loss = record["val_loss"]
+        # never the untrained model
+        if iteration > 0 and val_loss < best_val_loss and save(best, val_loss):
+            best_val_loss = val_loss
         clock += time.perf_counter() - start
     if iteration >= max_iters:
         write_log(record)
@@ -454,9 +447,10 @@ while not stop:
         left = pace * (max_iters - iteration - 1)
         record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, mfu=mfu)
         record |= dict(ms=1000 * pace, samples_per_s=rate, seconds_left=left, bad_steps=bad_steps)
-        state = f"out {output_norm:.2f} | grad {grad_norm:.3f} | lr {lr:.2e}"
-        speed = f"{rate:.1f} samples/s | mfu {mfu:.0%} | {left / 60:.1f} minutes left"
-        print0(f"iter {iteration} | loss {loss:.4f} | {state} | {speed}")
+        print0(
+            f"iter {iteration} | loss {loss:.4f} | out {output_norm:.2f} | grad {grad_norm:.3f} | "
+            f"lr {lr:.2e} | {rate:.1f} samples/s | mfu {mfu:.0%} | {left / 60:.1f} minutes left"
+        )
     if len(record) > 1:
         write_log(record)
     if bad_in_a_row >= max_bad_steps:

@@ -117,7 +117,8 @@ def check(key, value, defaults, origin, from_text=False):
 
 
 def check_numbers(config, positive, any_sign):
-    """Exit with one line where a number is not finite, negative, or 0 where it must be positive."""
+    """Exit with one line where a number is not finite, negative though it is not among any_sign, or
+    0 though it is among positive, a string of names."""
     for name, value in config.items():
         if not isinstance(value, (int, float)):
             continue
@@ -125,7 +126,7 @@ def check_numbers(config, positive, any_sign):
             sys.exit(f"error: {name}={value} must be finite")
         if name in any_sign:
             continue
-        if name in positive and value <= 0:
+        if name in positive.split() and value <= 0:
             sys.exit(f"error: {name}={value} must be above 0")
         if value < 0:
             sys.exit(f"error: {name}={value} must be 0 or more")
@@ -136,9 +137,8 @@ def user_errors_in_one_line():
     with a line instead of a traceback."""
 
     def hook(kind, error, traceback):
-        if isinstance(error, (ValueError, OSError, ImportError)) or kind.__module__.startswith(
-            "wandb"
-        ):
+        from_wandb = kind.__module__.startswith("wandb")
+        if from_wandb or isinstance(error, (ValueError, OSError, ImportError)):
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)

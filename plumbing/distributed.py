@@ -99,11 +99,6 @@ class Interrupts:
         """1 if this process should stop, else 0, to be summed over the processes."""
         return torch.tensor(float(self.reason is not None), device=self.device)
 
-    def check(self):
-        """Raise InterruptedError in all processes if one should stop."""
-        if all_reduce_sum(self.flag()).item():
-            raise InterruptedError("the evaluation was broken off")
-
 
 def shard_model(model, dtype):
     """Shard a model by torch's fully_shard, block by block.
@@ -113,8 +108,8 @@ def shard_model(model, dtype):
     """
     from torch.distributed import fsdp  # slow to import
 
-    param_dtype = None if dtype == "float32" else getattr(torch, dtype)
-    policy = fsdp.MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
+    kind = getattr(torch, dtype)
+    policy = fsdp.MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fsdp.fully_shard(block, mp_policy=policy)
     # reshard also after evaluations: what they have gathered would stay, and grow old
