@@ -314,8 +314,11 @@ class Oracle(torch.nn.Module):
 
 target, cond = run["encode"](*run["loader"].read("val", np.arange(10)))
 truth = {{tuple(c.flatten()[:3].tolist()): x for x, c in zip(target, cond)}}
-oracle = run["evaluate_loss"](Oracle()) | run["evaluate_samples"](Oracle())
-silent = run["evaluate_loss"](lambda x, t, *rest: torch.zeros_like(x))
+settings = run["evaluate"].__globals__
+settings.update(ema_model=Oracle(), evaluated={{"val_loss": Oracle()}})
+oracle = run["evaluate"]()
+settings.update(eval_samples=0, evaluated={{"val_loss": lambda x, t, *rest: torch.zeros_like(x)}})
+silent = run["evaluate"]()
 print("RESULT " + json.dumps([oracle, silent, run["eval_t"].tolist()]))
 """
 
