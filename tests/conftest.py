@@ -1,8 +1,14 @@
+import atexit
+import functools
 import json
 import os
 import pickle
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored after `make test &`
+
 TINY = """
     --dim=32 --n_layer=2 --n_head=2 --multiple_of=16
     --batch_size=2 --gradient_accumulation_steps=4 --max_iters=6
@@ -24,14 +32,68 @@ TINY = """
 CLOCK = ("ms", "samples_per_s", "mfu", "seconds_left")  # what the log says of time
 
 
-def run(*args, cwd=ROOT, check=True, threads=1, **env):
-    """Run a script as a user would; returns the finished process with its text output."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
-    command = [sys.executable, *map(str, args)]
-    options = dict(capture_output=True, text=True, timeout=300)
-    done = subprocess.run(command, cwd=cwd, env=env, **options)
+RUN_SCRIPT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(*args, cwd=ROOT, check=True, processes=1, threads=1, patch="", **env):
+    """Run a script as a user would; returns the finished process with its text output.
+
+    processes: how many, each with the variables that torchrun would set
+    patch: lines of python to run in the script's process before it
+    """
+    args = list(map(str, args))
+    # where torch is needed, the environment is the usual one, and nobody measures memory
+    forks = args[0] not in ("-c", "prepare.py") and threads == 1 and not env
+    if patch:
+        args = ["-c", patch + RUN_SCRIPT, *args]
+    if forks:
+        done = fork_server().run(args, cwd, processes)
+    else:
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
+        options = dict(capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, **options)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+class ForkServer:
+    """tests/fork_server.py, which runs commands in forks of a process that has imported torch."""
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+        command = [sys.executable, ROOT / "tests" / "fork_server.py"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, env=env, text=True, **pipes)
+
+    def run(self, args, cwd, processes):
+        files = [self.folder / "stdout", self.folder / "stderr"]
+        for file in files:
+            file.write_text("")
+        environments = [{}]
+        if processes > 1:
+            shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
+            shared["MASTER_PORT"] = str(free_port())
+            ranks = map(str, range(processes))
+            environments = [shared | dict(RANK=rank, LOCAL_RANK=rank) for rank in ranks]
+        command = [args, str(cwd), list(map(str, files)), environments]
+        print(json.dumps(command), file=self.process.stdin, flush=True)
+        code = int(self.process.stdout.readline())
+        return subprocess.CompletedProcess(args, code, *(file.read_text() for file in files))
+
+
+fork_server = functools.cache(ForkServer)  # started when it is first needed
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def refused(*args, **kwargs):
@@ -50,11 +112,6 @@ def train(dataset, out, *args, **kwargs):
 
 
 TORCHRUN = ["-m", "torch.distributed.run"]
-
-
-def torchrun(n, dataset, out, *args, script="train.py"):
-    launch = [*TORCHRUN, "--standalone", f"--nproc_per_node={n}", script]
-    return run(*launch, *TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args)
 
 
 def start(*args, stdout=subprocess.PIPE, cwd=ROOT, **env):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,13 @@ from conftest import (
     TINY,
     TORCHRUN,
     checkpoint,
+    free_port,
     log,
     measured,
     refused,
     run,
     same,
     start,
-    torchrun,
     train,
     wait_for,
 )
@@ -51,7 +50,7 @@ def one(dataset, tmp_path_factory):
 
 @pytest.mark.parametrize("n, flags", [(2, []), (4, []), (2, ["--fsdp=True"])])
 def test_as_many_processes_as_you_like(dataset, tmp_path, one, n, flags):
-    torchrun(n, dataset, tmp_path / "out", *EVEN, *flags)
+    train(dataset, tmp_path / "out", *EVEN, *flags, processes=n)
     assert_close(measured(one), measured(tmp_path / "out"))
     assert log(one)[-1]["val_loss"] < log(one)[0]["val_loss"]
 
@@ -59,10 +58,10 @@ def test_as_many_processes_as_you_like(dataset, tmp_path, one, n, flags):
 def test_resumes_on_another_number_of_processes(dataset, tmp_path, one):
     """fully_shard, one process, DDP: each goes on from the other's checkpoint."""
     out = tmp_path / "out"
-    torchrun(2, dataset, out, *EVEN, "--fsdp=True", "--max_iters=8")
+    train(dataset, out, *EVEN, "--fsdp=True", "--max_iters=8", processes=2)
     train(dataset, out, *EVEN, "--fsdp=False", "--max_iters=13", "--init_from=resume")
-    torchrun(4, dataset, out, *EVEN, "--max_iters=17", "--init_from=resume")
-    torchrun(2, dataset, out, *EVEN, "--fsdp=True", "--init_from=resume")
+    train(dataset, out, *EVEN, "--max_iters=17", "--init_from=resume", processes=4)
+    train(dataset, out, *EVEN, "--fsdp=True", "--init_from=resume", processes=2)
     losses = [[line["loss"] for line in log(o) if "loss" in line] for o in (one, out)]
     assert len(losses[1]) == 20
     assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
@@ -89,7 +88,8 @@ pathlib.Path({str(tmp_path)!r}, name).write_text(json.dumps(held))
 """)
     flags = ["--max_iters=4", "--learning_rate=2e-3"]
     for name, fsdp in (("a", False), ("b", True)):
-        torchrun(2, dataset, tmp_path / name, *flags, f"--fsdp={fsdp}", script=probe)
+        args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / name}", *flags]
+        run(probe, *args, f"--fsdp={fsdp}", processes=2)
     held = {name: json.loads((tmp_path / name).read_text()) for name in ("0a", "1a", "0b", "1b")}
     assert held["0a"] == held["1a"]
     assert all(held["0a"])
@@ -101,9 +101,9 @@ pathlib.Path({str(tmp_path)!r}, name).write_text(json.dumps(held))
 
 
 def test_fully_shard_in_bfloat16_and_compiled(dataset, tmp_path):
-    flags = ["--dtype=bfloat16", "--max_iters=2", "--compile=True"]
-    torchrun(2, dataset, tmp_path / "b", *flags, "--fsdp=True")
-    train(dataset, tmp_path / "a", *flags[:2])
+    flags = ["--dtype=bfloat16", "--max_iters=2", "--n_layer=1"]
+    train(dataset, tmp_path / "b", *flags, "--fsdp=True", "--compile=True", processes=2)
+    train(dataset, tmp_path / "a", *flags)
     for a, b in zip(measured(tmp_path / "a"), measured(tmp_path / "b")):
         if "val_loss" in a:
             assert a["val_loss"] == pytest.approx(b["val_loss"], rel=2e-2)
@@ -123,7 +123,7 @@ LONG = ["--max_iters=60", "--save_interval=5", "--eval_interval=30"]
 @pytest.fixture(scope="module")
 def two(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("two") / "out"
-    torchrun(2, dataset, out, *LONG)
+    train(dataset, out, *LONG, processes=2)
     return out
 
 
@@ -135,7 +135,7 @@ def test_a_signal_to_one_process_ends_all_of_them(dataset, tmp_path, two):
     output = wait_for(job, "stopped before iteration")
     assert job.wait(60) == 0, output
     assert 12 < checkpoint(tmp_path / "out")["iter"] < 60
-    torchrun(2, dataset, tmp_path / "out", *LONG, "--init_from=resume")
+    train(dataset, tmp_path / "out", *LONG, "--init_from=resume", processes=2)
     assert measured(tmp_path / "out") == measured(two)
     assert same(checkpoint(tmp_path / "out")["ema"], checkpoint(two)["ema"])
 
@@ -178,11 +178,8 @@ def test_a_process_that_hangs_ends_the_job(dataset, tmp_path):
 def two_nodes(*outs, flags):
     """Two torchruns of one process each that meet at an endpoint, as on two machines: (output,
     return code) of both."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     launch = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1"]
-    launch += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
+    launch += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=test"]
     launch += ["train.py", *TINY, *flags]
     nodes = [start(*launch, f"--out_dir={out}") for out in outs]
     return [(node.communicate(timeout=120)[0], node.returncode) for node in nodes]
@@ -203,8 +200,7 @@ def test_two_torchruns_are_one_job(dataset, tmp_path, one):
 
 
 def test_processes_must_divide_the_accumulation(dataset, tmp_path):
-    launch = [*TORCHRUN, "--standalone", "--nproc_per_node=3", "train.py", *TINY]
-    done = run(*launch, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", check=False)
+    done = train(dataset, tmp_path / "out", check=False, processes=3)
     assert done.returncode == 1
     assert not (tmp_path / "out").exists()
     assert "gradient_accumulation_steps=4 is no multiple of 3 processes" in done.stderr

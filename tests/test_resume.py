@@ -63,14 +63,6 @@ def test_time_limit(dataset, tmp_path, trained):
     assert "time_limit=-1" in refused("train.py", "--time_limit=-1")
 
 
-def patched(patch, dataset, out, *args, check=True):
-    """train.py after some lines of python in its process."""
-    code = patch + "\nimport runpy, sys; sys.argv = sys.argv[1:]"
-    code += "\nrunpy.run_path('train.py', run_name='__main__')"
-    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={out}", *args]
-    return run("-c", code, "train.py", *args, check=check)
-
-
 FULL_DISK = """
 import json, resource
 dumps = json.dumps
@@ -86,7 +78,7 @@ def test_a_full_disk_stops_no_run(dataset, tmp_path, trained):
     """From the log line of iteration 4 to that of 5 nothing can be written: what was there stays,
     training goes on."""
     out = tmp_path / "out"
-    done = patched(FULL_DISK, dataset, out, "--save_interval=5")
+    done = train(dataset, out, "--save_interval=5", patch=FULL_DISK)
     for words in ("log.jsonl not written", "ckpt_last.pt not written", "done: 6 iterations"):
         assert words in done.stdout
     assert not list(out.glob("*.partial"))
@@ -100,7 +92,7 @@ def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
     train(dataset, out, "--max_iters=3")
     before = (out / "ckpt_last.pt").read_bytes()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    done = patched(limit, dataset, out, "--init_from=resume", check=False)
+    done = train(dataset, out, "--init_from=resume", check=False, patch=limit)
     assert "ckpt_last.pt not written: [Errno 27] File too large" in done.stdout
     assert "done: 6 iterations" in done.stdout
     assert done.returncode == 1
@@ -123,7 +115,7 @@ flow.loss = spoiled
 def test_a_bad_step_is_skipped(dataset, tmp_path):
     """The ninth micro-batch, of iteration 2, has a loss that is not a number."""
     out = tmp_path / "out"
-    done = patched(SPOILED, dataset, out, "--save_interval=2", "--eval_interval=100")
+    done = train(dataset, out, "--save_interval=2", "--eval_interval=100", patch=SPOILED)
     assert "WARNING: iter 2 skipped: loss nan, gradient norm nan" in done.stdout
     lines = log(out)
     assert [line["bad_steps"] for line in lines[:-1]] == [0, 0, 1, 1, 1, 1]
@@ -226,7 +218,7 @@ def test_what_is_in_the_folder_is_not_lost(dataset, tmp_path, trained):
     assert "overwrite = False" in (out / "config.py").read_text()
     before = (out / "log.jsonl").read_bytes()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
-    done = patched(limit, dataset, out, "--init_from=resume", check=False)
+    done = train(dataset, out, "--init_from=resume", check=False, patch=limit)
     assert done.returncode == 1
     assert "config.py not written: [Errno 27]" in done.stderr
     assert (out / "log.jsonl").read_bytes() == before

@@ -373,7 +373,7 @@ def test_several_interrupted_processes_go_on(run_dir, conditions, tmp_path, stop
     assert (tmp_path / "cut.npy.partial" / "process_1").stat().st_size == 2
     shutil.copytree(tmp_path / "cut.npy.partial", tmp_path / "again.npy.partial")
     (tmp_path / "again.npy.partial" / "cut.npy").rename(tmp_path / "again.npy.partial/again.npy")
-    done = run(*launch, "sample.py", *args, f"--save={tmp_path}/cut.npy")
+    done = run("sample.py", *args, f"--save={tmp_path}/cut.npy", processes=2)
     assert "of 4 batches were there" in done.stdout
     done = run("sample.py", *args, f"--save={tmp_path}/again.npy").stdout
     assert "starting anew" in done and "were there" not in done
@@ -439,11 +439,8 @@ def test_what_follows_sampling_can_be_repeated(run_dir, tmp_path):
     """A run that ends while it scores or draws has its samples when it comes again."""
     args = ["sample.py", f"--out_dir={run_dir}", "--draws=2", "--steps=2"]
     args += [f"--save={tmp_path}/a.npy"]
-    broken = (
-        "import sys, runpy; sys.path.insert(0, '.'); from report import score; score.table = None; "
-    )
-    broken += "sys.argv = sys.argv[1:]; runpy.run_path('sample.py', run_name='__main__')"
-    assert run("-c", broken, *args, check=False).returncode == 1
+    broken = "from report import score; score.table = None"
+    assert run(*args, patch=broken, check=False).returncode == 1
     assert (tmp_path / "a.npy").exists() and not (tmp_path / "a_draws.npy").exists()
     made = (tmp_path / "a.npy").stat().st_mtime_ns
     done = run(*args, "--plot=True").stdout
@@ -496,8 +493,6 @@ def test_weights_dtype_and_split_of_the_command_line(run_dir, dataset, tmp_path)
 
 
 def test_further_draws_are_of_what_is_scored(run_dir, dataset, tmp_path):
-    code = "import sys, runpy; sys.path.insert(0, '.'); from report import score; score.LIMIT = 4; "
-    code += "sys.argv = sys.argv[1:]; runpy.run_path('sample.py', run_name='__main__')"
     args = [
         "sample.py",
         f"--out_dir={run_dir}",
@@ -505,7 +500,7 @@ def test_further_draws_are_of_what_is_scored(run_dir, dataset, tmp_path):
         "--batch_size=3",
         f"--save={tmp_path}/a.npy",
     ]
-    done = run("-c", code, *args).stdout
+    done = run(*args, patch="from report import score; score.LIMIT = 4").stdout
     assert "10 conditions, 4 draws" in done
     assert json.loads((run_dir / "metrics.json").read_text())["spread"]["draws"] == 4
     assert json.loads((run_dir / "metrics.json").read_text())["samples"] == 4
@@ -542,8 +537,7 @@ def test_any_array_of_numbers_is_taken(loaded, dataset):
 
 def test_a_full_disk_is_an_error_that_one_goes_on_from(run_dir, conditions, tmp_path):
     """After two batches, what is written to the file goes to a device that is always full."""
-    code = """import runpy, sys
-sys.path.insert(0, ".")
+    full_disk = """
 from plumbing import checkpoint
 calls = []
 def full(path, mode, **options):
@@ -551,11 +545,10 @@ def full(path, mode, **options):
         calls.append(path)
     return open("/dev/full" if len(calls) > 2 else path, mode, **options)
 checkpoint.open = full
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")"""
+"""
     args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}", "--batch_size=150"]
     args += [f"--save={tmp_path}/a.npy"]
-    assert "No space left on device" in refused("-c", code, *args)
+    assert "No space left on device" in refused(*args, patch=full_disk)
     assert "2 of 4 batches were there" in run(*args).stdout
     expected = sample.generate(sample.load(run_dir), np.load(conditions))
     assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
@@ -571,14 +564,7 @@ def test_several_processes_write_the_same_file(run_dir, dataset, tmp_path):
     ]
     run("sample.py", *args, f"--save={tmp_path}/one.npy")
     metrics = (run_dir / "metrics.json").read_text().replace("one.npy", "two.npy")
-    done = run(
-        *TORCHRUN,
-        "--standalone",
-        "--nproc_per_node=2",
-        "sample.py",
-        *args,
-        f"--save={tmp_path}/two.npy",
-    )
+    done = run("sample.py", *args, f"--save={tmp_path}/two.npy", processes=2)
     assert (
         "2/2" in done.stderr and "4/4" not in done.stderr
     )  # of four batches, two are the first process's
