@@ -242,7 +242,7 @@ def open_run(out_dir, config, version, iteration, resume):
 
 
 def read_log(out_dir):
-    """The records of a run's log.jsonl. A line that a kill or a full disk cut short is left out."""
+    """The records of a run's log.jsonl. A line that a kill cut short is left out."""
     records = []
     for line in Path(out_dir, "log.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
@@ -252,9 +252,13 @@ def read_log(out_dir):
 
 def append_log(out_dir, record):
     """Add a line to a run's log.jsonl, or a warning to the console where that fails."""
+    log = Path(out_dir, "log.jsonl")
     record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+    size = log.stat().st_size if log.exists() else 0
     try:
-        with open(Path(out_dir, "log.jsonl"), "a") as f:
+        with open(log, "a") as f:
             f.write(json.dumps(record) + "\n")
     except OSError as e:
-        print(f"WARNING: log.jsonl not written ({e})", flush=True)
+        print(f"WARNING: {log} not written ({e})", flush=True)
+        if log.exists():
+            os.truncate(log, size)  # leave no half a line

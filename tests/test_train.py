@@ -275,7 +275,7 @@ NOWHERE = "dataset 'nowhere' does not exist; make it with: python prepare.py"
     [
         (["--data_dir=nowhere"], NOWHERE),
         (["--bacth_size=3"], "did you mean 'batch_size'"),
-        (["--init_from=resume"], "there is no"),
+        (["--init_from=resume"], "No such file"),
         (["--optimizer=adafactor", "--beta1=0.99"], "beta1=0.99 must be at most 0.95"),
         (["--init_from=gpt2"], "'gpt2' is no folder of a diffusers model"),
         (["--path=cubic"], "path='cubic'"),
@@ -392,8 +392,8 @@ def test_bad_checkpoints_are_refused(dataset, tmp_path, trained):
     assert "was trained with n_layer=2, not 3" in refused(*args, "--n_layer=3")
     assert "was trained with prediction=v, not x" in refused(*args, "--prediction=x")
     torch.save({"a": 1}, out / "ckpt_last.pt")
-    assert "cannot be read as a checkpoint: KeyError" in refused(*args)
+    assert "is no checkpoint of train.py" in refused(*args)
     torch.save(torch.zeros(3), out / "ckpt_last.pt")
-    assert "it holds a Tensor" in refused(*args)
+    assert "is no checkpoint of train.py" in refused(*args)
     (out / "ckpt_last.pt").write_bytes((trained / "ckpt_last.pt").read_bytes()[:5000])
     assert "cannot be read as a checkpoint" in refused(*args)
