@@ -223,7 +223,7 @@ def draw_curves(path, out_dirs):
         draw(rates, "lr", label=out_dir)
         bins = [name for name in run if name.startswith("val_loss_t")]
         for b, name in enumerate(bins):
-            draw(by_t, name, lw=3 - 3 * b / len(bins))
+            draw(by_t, name, lw=2.4 - 1.8 * b / len(bins))
     titles = {
         losses: "loss (faint: training; solid: validation; dotted: raw weights)",
         by_t: "validation loss by t, from noise (thick) to data (thin)",
@@ -237,6 +237,7 @@ def draw_curves(path, out_dirs):
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("{x:g}")
+        ax.tick_params("y", which="both", labelsize=8)
     fig.legend(loc="outside lower center")
     fig.savefig(path)
 
