@@ -7,7 +7,7 @@ import torch
 from conftest import refused, run
 from plumbing.dataset import open_dataset
 from report import score
-from report.plot import principal_colours, read_log, smooth, token_cosines
+from report.plot import principal_colours, read_curves, smooth, token_cosines
 
 
 def test_smooth_is_the_mean_of_a_window():
@@ -25,7 +25,7 @@ def test_curves(tmp_path, trained):
     other.mkdir()
     lines = [{"iter": i, "loss": 2.0 - i / 4 if i != 2 else None, "lr": 1e-3} for i in range(6)]
     (other / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steps, values = read_log(other)["loss"]
+    steps, values = read_curves(other)["loss"]
     assert steps.tolist() == [0, 1, 3, 4, 5] and values.tolist() == [2.0, 1.75, 1.25, 1.0, 0.75]
     run("-m", "report.plot", trained, other, f"--save={tmp_path / 'a.png'}")
     run("-m", "report.plot", trained)
@@ -94,16 +94,16 @@ def test_cosines_of_the_histogram(dataset):
     data = open_dataset(dataset)
     stats = data["stats"]
     encode = score.standardizer(stats["target_mean"], stats["target_std"])
-    truth, references = score.baselines(data, "val", 10)
     samples = np.random.default_rng(0).standard_normal((10, 3, 4, 5)).astype(np.float32)
-    ours = token_cosines(samples, encode, truth, references, 10)
+    references = score.predictions(samples, data, "val")
+    ours = token_cosines(*references, 10)
     x, y = encode(samples), encode(data["val_target"])
     by_hand = {"generated": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
     assert ours.keys() == by_hand.keys() | {"ridge", "nearest"}
     for name, z in by_hand.items():
         expected = torch.cosine_similarity(z, y, -1).mean(1).numpy()
         assert ours[name] == pytest.approx(expected, abs=1e-5)
-        first = token_cosines(samples, encode, truth, references, 8)[name]
+        first = token_cosines(*references, 8)[name]
         assert first == pytest.approx(expected[:8], abs=1e-5)
     table, _, _ = score.report(samples, data)
     for name in ("ridge", "nearest", "shuffled"):

@@ -76,7 +76,9 @@ def test_ridge_equals_scikit_learns(tokens):
     target = g.standard_normal((60, 4, 5)).astype(np.float32) + (cond @ g.standard_normal((8, 5)))[
         :, :1
     ].astype(np.float32)
-    ours = score.Ridge(cond, target, torch.as_tensor, torch.as_tensor)
+    ours = score.fit_ridge(
+        torch.from_numpy(cond).__getitem__, torch.from_numpy(target).__getitem__, 60
+    )
     features = cond if tokens == 4 else cond.mean(1, keepdims=True).repeat(4, 1)
     held_out = np.arange(0, 60, 10)
     fit = np.setdiff1d(np.arange(60), held_out)
@@ -129,8 +131,8 @@ def test_metrics_equal_other_peoples():
 
 def with_widths(truth, samples):
     """The metrics of samples, and half the widths of their confidence intervals."""
-    sums, groups = score.add_up({"x": samples.__getitem__}, truth.__getitem__, len(truth))
-    return score.figures(sums["x"]), score.confidence(sums["x"], groups)
+    sums, groups = score.add_up({"generated": samples.__getitem__}, truth.__getitem__, len(truth))
+    return score.figures(sums["generated"]), score.confidence(sums["generated"], groups)
 
 
 def test_confidence_intervals(one_thread):
@@ -218,7 +220,8 @@ def test_nearest_is_scikit_learns():
         .fit(train[rows].mean(1))
         .kneighbors(cond.mean(1))[1][:, 0]
     )
-    assert np.array_equal(score.nearest(train, rows, cond, torch.from_numpy), rows[theirs])
+    train, cond = torch.from_numpy(train).__getitem__, torch.from_numpy(cond).__getitem__
+    assert np.array_equal(score.nearest(cond, np.arange(50), train, rows), rows[theirs])
 
 
 def test_baselines(dataset):
@@ -239,6 +242,18 @@ def test_baselines(dataset):
         data["train_target"][:, None], data, "train"
     )  # none is left to compare with
     assert result["baselines"].keys() == {"mean", "ridge", "shuffled"}
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_one_sample(dataset, draws):
+    """It has scores, but no confidence intervals, and nobody to be shuffled with."""
+    data = open_dataset(dataset)
+    x = np.repeat(data["val_target"][:1, None], draws, 1)
+    result, text, _ = score.report(x, data)
+    assert result["samples"] == 1 and result["token_cosine"] == pytest.approx(1)
+    assert result["baselines"].keys() == {"mean", "ridge", "nearest", "floor"}
+    assert result["confidence"] == {} and "nan" in text
+    assert "NaN" not in json.dumps(result)
 
 
 def test_command_line_scores_a_file(dataset, tmp_path):
