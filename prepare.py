@@ -32,7 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from plumbing.configurator import configure
 from plumbing.dataset import ARRAYS, FILES
@@ -47,10 +46,11 @@ from plumbing.sources import (
     pair_arrays,
     plain,
 )  # fmt: skip
+from plumbing.unpickle import drop_pages
 
-SLICE = 1 << 23  # bytes of samples that are converted at a time
-AHEAD = 3  # slices that are converted while one is written
-BLOCK = 1 << 16  # float64 values that are summed at a time, which should fit a core's cache
+SLICE = 1 << 21  # bytes of samples that a thread converts: few enough to stay in the cache
+AHEAD = 5  # slices that are converted while one is written
+BLOCK = 1 << 18  # float64 values that are summed at a time
 
 # ---- the dataset
 out = ""  # DIR, its folder
@@ -131,41 +131,47 @@ def check_manifests(sources, shards, counts):
 
 
 def moments(samples):
-    """Sums over samples and tokens of the values and of their squares: (n, T, C) -> float64 (2, C).
+    """Sums over the tokens of the values and of their squares: (n, T, C) -> float64 (n, 2, C).
 
-    A channel with NaN, Inf or an overflow has sums that are not finite.
+    A sample with NaN, Inf or an overflow has sums that are not finite.
     """
-    tokens = samples.reshape(-1, samples.shape[-1])  # (n * T, C)
-    step = max(1, BLOCK // tokens.shape[1])
-    sums = np.zeros((2, tokens.shape[1]))
+    n, T, C = samples.shape
+    step = max(1, BLOCK // (T * C))
+    sums = np.empty((n, 2, C))
+    wide = np.empty((step, T, C))  # one for all blocks: new memory costs as much as the sums
     with np.errstate(all="ignore"):
-        for start in range(0, len(tokens), step):
-            block = tokens[start : start + step].astype(np.float64)
-            sums[0] += block.sum(0)
-            sums[1] += np.einsum("nc,nc->c", block, block)
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            block = wide[: n - start]
+            block[:] = samples[part]
+            block.sum(1, out=sums[part, 0])
+            np.einsum("ntc,ntc->nc", block, block, out=sums[part, 1])
     return sums
 
 
-def convert(rows, splits, threads):
-    """Yield (samples, their moments), in order, in runs of samples that go to the same split.
+def convert(rows, is_train, threads):
+    """Yield the samples in order, in slices: (runs, whether each sample is finite, moments).
 
-    splits: the split of each row, "train" or "val"
+    is_train: whether each row goes to the training split; the moments (2, C) are of those rows
+    runs: the samples of the slice, parted where the split changes
     """
     step = max(1, SLICE * len(rows) // rows.nbytes)
 
-    def convert_slice(start):
-        samples = rows[start : start + step]  # (n, T, C)
-        names = splits[start : start + step]
-        borders = np.flatnonzero(names[1:] != names[:-1]) + 1
-        return [(run, moments(run)) for run in np.split(samples, borders)]
+    def convert_slice(part):
+        samples = rows[part]  # (n, T, C)
+        train = is_train[part]
+        runs = np.split(samples, np.flatnonzero(np.diff(train)) + 1)
+        sums = moments(samples)  # (n, 2, C)
+        is_finite = np.isfinite(sums).all((1, 2))
+        return runs, is_finite, sums.sum(0, where=(train & is_finite)[:, None, None])
 
     pending = collections.deque()
     for start in range(0, len(rows), step):
-        pending.append(threads.submit(convert_slice, start))
+        pending.append(threads.submit(convert_slice, slice(start, start + step)))
         if len(pending) > AHEAD:
-            yield from pending.popleft().result()
+            yield pending.popleft().result()
     for future in pending:
-        yield from future.result()
+        yield future.result()
 
 
 def open_files(stack, folder, shapes, layout):
@@ -182,11 +188,14 @@ def open_files(stack, folder, shapes, layout):
 
 
 def write_arrays(shards, counts, load, splits, keys, files):
-    """Write all samples and items, in order, each to its split; return the moments per array."""
+    """Write all samples and items, in order, each to its split.
+
+    Returns the moments {"cond": (2, C), "target": (2, D)} of the training split.
+    """
     totals = collections.Counter()
     not_finite = {}  # number of a sample -> "cond" or "target"
     n_before = 0  # samples in the shards before
-    with ThreadPoolExecutor(2) as threads, tqdm(total=2 * len(splits), desc="converting") as bar:
+    with ThreadPoolExecutor(3) as threads:
         for paths, n in zip(shards, counts):
             shard = load(paths)
             if len(shard["cond"]) != n:
@@ -195,17 +204,18 @@ def write_arrays(shards, counts, load, splits, keys, files):
             for which, item in zip(names, items(shard["content"], n, paths[0])):
                 files[which].write(json.dumps(item) + "\n")
             for kind in ("cond", "target"):
-                i = 0  # samples of the shard that are written
-                for samples, sums in convert(shard[kind], names, threads):
-                    name = f"{names[i]}_{kind}"
-                    files[name].write(samples)
-                    totals[name] = totals[name] + sums
-                    if not np.isfinite(sums).all():
-                        for row, sample in enumerate(samples, n_before + i):
-                            if not np.isfinite(moments(sample)).all():
-                                not_finite.setdefault(row, kind)
-                    i += len(samples)
-                    bar.update(len(samples))
+                i = n_before  # samples that are written
+                slices = convert(shard[kind], names == "train", threads)
+                for number, (runs, is_finite, sums) in enumerate(slices):
+                    if number % 128 == 0:
+                        drop_pages(shard[kind])  # those in use come back, at a cost
+                        print(f"\r{kind} {i:,} of {len(splits):,}", end="", file=sys.stderr)
+                    totals[kind] += sums
+                    for row in i + np.flatnonzero(~is_finite):
+                        not_finite.setdefault(row, kind)
+                    for run in runs:
+                        files[f"{splits[i]}_{kind}"].write(run)
+                        i += len(run)
             n_before += n
     if not_finite:
         i = min(not_finite)
@@ -221,7 +231,7 @@ def statistics(totals, shapes):
     stats = {}
     for kind in ("cond", "target"):
         n_samples, n_tokens, _ = shapes[f"train_{kind}"]
-        mean, square = totals[f"train_{kind}"] / (n_samples * n_tokens)  # (C,) each
+        mean, square = totals[kind] / (n_samples * n_tokens)  # (C,) each
         variance = square - mean**2
         variance[variance < 1e-12 * square] = 0  # less is only rounding
         stats[f"{kind}_mean"] = mean
@@ -239,7 +249,7 @@ def read_grid(text):
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
         raise DataError(f"--grid={text} is not ROWSxCOLUMNS")
-    return int(match[1]), int(match[2])
+    return tuple(map(int, match.groups()))
 
 
 def prepare(sources, config):
@@ -275,7 +285,7 @@ def prepare(sources, config):
     shapes = {}
     for name in ARRAYS:
         which, kind = name.split("_")
-        shapes[name] = [int((splits == which).sum()), *layout[kind][:2]]
+        shapes[name] = [int(np.sum(splits == which)), *layout[kind][:2]]
     meta = dict(
         shapes=shapes,
         grid=shard["target"].grid,
@@ -291,6 +301,7 @@ def prepare(sources, config):
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
             partial = Path(partial)
             with contextlib.ExitStack() as stack:
+                stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
                 files = open_files(stack, partial, shapes, layout)
                 totals = write_arrays(shards, counts, load, splits, keys, files)
             np.savez(partial / "stats.npz", **statistics(totals, shapes))
@@ -341,15 +352,14 @@ def main():
         sys.exit(f"error: {str(e) or 'interrupted'}; no new dataset was left in {out}")
     print(f"{out}: grid {meta['grid'][0]}x{meta['grid'][1]}")
     for name in ARRAYS:
-        array = np.load(Path(out) / f"{name}.npy", mmap_mode="r")
-        megabytes = array.nbytes / 1e6
-        print(f"  {name + '.npy':17} {array.shape!s:18} {array.dtype.name:8} {megabytes:10.1f} MB")
-    n_cond, n_target = (meta["layout"][kind][0] for kind in ("cond", "target"))
+        x = np.load(Path(out) / f"{name}.npy", mmap_mode="r")
+        print(f"  {name + '.npy':17} {x.shape!s:18} {x.dtype.name:8} {x.nbytes / 1e6:10.1f} MB")
+    n_cond, n_target = (tokens for tokens, *_ in meta["layout"].values())
     if n_cond != n_target:
         print(
             f"{n_cond} condition and {n_target} target tokens: the model will use cross-attention;"
+            "\nif a class token makes the difference, --drop_cls=True aligns them"
         )
-        print("if a class token makes the difference, --drop_cls=True aligns them")
 
 
 if __name__ == "__main__":

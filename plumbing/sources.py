@@ -154,11 +154,12 @@ class Rows:
                 f"it holds {reprlib.repr(list(content))}"
             )
         self.pieces = find_pieces(content[key], self.where)
+        self.base = self.pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
         self.ends = np.cumsum([len(piece) for piece in self.pieces])
         self.nbytes = sum(piece.nbytes for piece in self.pieces)
         if self.nbytes > path.stat().st_size:
             raise DataError(f"{self.where} repeats the same arrays: it is larger than the file")
-        _, *shape, self.channels = self.pieces[0].shape
+        _, *shape, self.channels = self.base.shape
         self.n_cls, self.grid = find_grid(shape, grid, drop_cls)
         self.tokens = math.prod(shape) - self.n_cls
         self.pool = pool
@@ -171,7 +172,7 @@ class Rows:
                 )
             self.tokens = math.prod(self.grid)
         if dtype == "source":
-            dtype = FLOATS[dtype_name(self.pieces[0])]
+            dtype = FLOATS[dtype_name(self.base)]
         self.dtype = dtype
         self.layout = [self.tokens, self.channels, dtype]
 
@@ -180,9 +181,8 @@ class Rows:
 
     def __getitem__(self, rows):
         """Samples (n, T, C) in C order, a view of the file where nothing has to be converted."""
-        unpickle.drop_pages(self.pieces[0])  # which earlier slices have read
         if len(self.pieces) == 1:
-            return self.convert(self.pieces[0][rows])
+            return self.convert(self.base[rows])
         rows = range(len(self))[rows]
         pieces = np.searchsorted(self.ends, rows, "right")
         # a negative index: counted from the end of the piece

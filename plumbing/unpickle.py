@@ -355,8 +355,8 @@ def load(path):
 
 
 def drop_pages(array):
-    """Give the pages of an array over a memory map back to the kernel."""
-    while isinstance(array, np.ndarray):
+    """Give the pages of an array, or of Rows, over a memory map back to the kernel."""
+    while hasattr(array, "base"):
         array = array.base
     owner = getattr(array, "obj", array)
     if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):

@@ -333,6 +333,25 @@ def test_bombs_do_not_go_off(tmp_path):
         assert "Error" not in message and (due is None or due in message), (name, line)
 
 
+def mapped():
+    """MB of files in this process's memory."""
+    status = open("/proc/self/status").read()
+    return int(status.split("RssFile:")[1].split()[0]) // 1024
+
+
+def test_pages_are_given_back(tmp_path):
+    x = np.ones((50, 100, 2000), np.float32)  # 40 MB
+    for name, content in (("array", {"x": x}), ("list", {"x": list(x)})):
+        path = tmp_path / f"{name}.pkl"
+        path.write_bytes(pickle.dumps(content))
+        rows = sources.Rows(sources.load_pickle(path), "x", path)
+        unpickle.drop_pages(rows)  # those that the unpickler has read
+        before = mapped()
+        assert rows[:].sum() == x.size and mapped() > before + 30
+        unpickle.drop_pages(rows)
+        assert mapped() < before + 10
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(sources.DataError, match="No such file"):
         sources.load_pickle(tmp_path / "none.pkl")
