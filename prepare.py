@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.configurator import configure
+from plumbing.configurator import configure_paths
 from plumbing.dataset import ARRAYS, FILES
 from plumbing.sources import (
     DataError,
@@ -335,9 +335,7 @@ def print_contents(paths):
 
 
 def main():
-    sources = [os.path.expanduser(arg) for arg in sys.argv[1:] if not arg.startswith("-")]
-    flags = [arg for arg in sys.argv[1:] if arg.startswith("-")]
-    config = configure(globals(), flags)
+    config, sources = configure_paths(globals())
     if not sources or not (out or inspect):
         sys.exit("error: name sources and a folder: python prepare.py SRC [SRC ...] --out=DIR")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C

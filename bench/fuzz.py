@@ -12,7 +12,8 @@ DataError, if it takes longer than --seconds, or if the process's memory grows b
 
 import argparse
 import collections
-import functools
+import contextlib
+import io
 import pickle
 import random
 import re
@@ -24,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare  # noqa: E402
+from plumbing.configurator import configure  # noqa: E402
 from plumbing.dataset import open_dataset  # noqa: E402
 from plumbing.sources import DataError  # noqa: E402
 
@@ -125,8 +126,7 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     start = peak()
     flags = [f"--out={folder / 'out'}", "--val_fraction=0.25", "--overwrite=True"]
-    config = prepare.configure(vars(prepare), flags)
-    prepare.tqdm = functools.partial(tqdm, disable=True)
+    config = configure(vars(prepare), flags)
     for case in range(cases):
         rng = random.Random(f"{seed}.{case}")
         suffix, data = valid[case % len(valid)]
@@ -135,7 +135,8 @@ def fuzz(folder, cases, seed, seconds=5.0, megabytes=500, report=None):
         paths = [path] if suffix != ".npy" else [path, folder / "seed.npy"]
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            prepare.prepare(paths, config)
+            with contextlib.redirect_stderr(io.StringIO()):  # the progress
+                prepare.prepare(paths, config)
             open_dataset(folder / "out")
             outcomes["dataset"] += 1
         except DataError as e:

@@ -51,6 +51,13 @@ def configure(namespace, argv=None):
     return config
 
 
+def configure_paths(namespace):
+    """configure() for a script whose other arguments are paths; returns the settings and these."""
+    flags = [arg for arg in sys.argv[1:] if arg.startswith("-")]
+    paths = [os.path.expanduser(arg) for arg in sys.argv[1:] if arg not in flags]
+    return configure(namespace, flags), paths
+
+
 def settings_block(source):
     """The block of defaults in a script's source."""
     return re.search(r"^# ---- .*?(?=^# ----$)", source, re.MULTILINE | re.DOTALL)[0].strip()

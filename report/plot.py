@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.checkpoint import read_log
-from plumbing.configurator import user_errors_in_one_line
+from plumbing.configurator import configure_paths, user_errors_in_one_line
 from report import score
 
 COMPARED = 500  # samples in the histogram of cosines, the first ones
@@ -244,7 +244,7 @@ def draw_curves(path, out_dirs):
 
 def main():
     user_errors_in_one_line()
-    paths = score.configure_paths(globals())
+    _, paths = configure_paths(globals())
     if paths[:1] == ["samples"]:
         data, samples = score.open_samples(paths[1:], data_dir, split, limit)
         path = save or Path(paths[1]).with_suffix(".png")

@@ -23,7 +23,6 @@ With several draws per condition, it also measures whether they vary as the trut
 
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from plumbing.configurator import configure, user_errors_in_one_line
+from plumbing.configurator import configure_paths, user_errors_in_one_line
 from plumbing.dataset import open_dataset
 
 METRICS = (
@@ -392,13 +391,6 @@ def table(rows):
     return "\n".join(lines)
 
 
-def configure_paths(namespace):
-    """Apply the command line's flags to a script's globals; returns its other arguments."""
-    flags = [arg for arg in sys.argv[1:] if arg.startswith("-")]
-    configure(namespace, flags)
-    return [arg for arg in sys.argv[1:] if arg not in flags]
-
-
 def open_samples(paths, data_dir, split, limit):
     """Open what a command line names, here and in report/plot.py: a dataset, and the one file with
     embeddings (N, T, D) or (N, draws, T, D) of its split.
@@ -427,7 +419,7 @@ def open_samples(paths, data_dir, split, limit):
 
 def main():
     user_errors_in_one_line()
-    paths = configure_paths(globals())
+    _, paths = configure_paths(globals())
     data, draws = open_samples(paths, data_dir, split, limit)
     result, text, _ = report(draws, data, split)
     print(text)
