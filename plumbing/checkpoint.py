@@ -230,8 +230,9 @@ def open_run(out_dir, config, version, iteration, resume):
     before. Raises OSError."""
     folder = Path(out_dir)
     log = folder / "log.jsonl"
-    settings = [f"{key} = {value!r}" for key, value in config.items()]
-    text = "\n".join([f"# The settings of this run, for the code at {version}.", *settings, ""])
+    text = f"# The settings of this run, for the code at {version}.\n"
+    for key, value in config.items():
+        text += f"{key} = {value!r}\n"
     records = read_log(out_dir) if resume and log.exists() else []
     kept = [json.dumps(record) + "\n" for record in records if record["iter"] < iteration]
     replace_file(folder / "config.py", lambda f: f.write(text.encode()))

@@ -86,7 +86,7 @@ def read_file(path, script_dir):
         sys.exit(f"error: no config file {path!r} here or in {script_dir} (flags are --key=value)")
     values = {}
     try:
-        exec(compile(found[0].read_text(), str(found[0]), "exec"), values)
+        exec(found[0].read_text(), values)
     except Exception as e:  # the user's file may raise anything
         sys.exit(f"error: config file {path!r} failed: {type(e).__name__}: {e}")
     return {k: v for k, v in values.items() if not k.startswith("_") and not hasattr(v, "__name__")}
@@ -118,8 +118,7 @@ def check(key, value, defaults, origin, from_text=False):
         sys.exit(f"error: {key} is empty (in {origin!r})")
     kind = "None" if value is None else type(value).__name__
     if kind not in kinds:
-        wanted = " or ".join({"bool": "True or False"}.get(kind, kind) for kind in kinds)
-        sys.exit(f"error: {key} takes {wanted}, not {value!r} (in {origin!r})")
+        sys.exit(f"error: {key} takes {' or '.join(kinds)}, not {value!r} (in {origin!r})")
     return value
 
 
