@@ -39,18 +39,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(*args, cwd=ROOT, check=True, processes=1, threads=1, patch="", **env):
+def run(*args, cwd=ROOT, check=True, processes=1, threads=1, patch="", fork=True, **env):
     """Run a script as a user would; returns the finished process with its text output.
 
     processes: how many, each with the variables that torchrun would set
     patch: lines of python to run in the script's process before it
+    fork: may it be a fork (whose output goes to files) instead of a new process?
     """
     args = list(map(str, args))
-    # where torch is needed, the environment is the usual one, and nobody measures memory
-    forks = args[0] not in ("-c", "prepare.py") and threads == 1 and not env
+    # only where torch is needed, the environment is the usual one, and nobody measures memory
+    fork = fork and args[0] not in ("-c", "prepare.py") and threads == 1 and not env
     if patch:
         args = ["-c", patch + RUN_SCRIPT, *args]
-    if forks:
+    if fork:
         done = fork_server().run(args, cwd, processes)
     else:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
