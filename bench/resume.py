@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -69,11 +70,14 @@ class Run:
         with open(self.output, "w") as f:
             self.process = subprocess.Popen(command, stdout=f, stderr=f, env=env)
 
-    def wait_for_iterations(self):
-        """Returns the seconds since the start, when the first iteration is logged."""
-        while self.process.poll() is None and "\niter " not in self.output.read_text():
+    def wait_for_iteration(self, number=0):
+        """Returns when this or a later iteration is logged: its number, seconds since the start."""
+        iterations = []
+        while self.process.poll() is None and not iterations:
             time.sleep(0.01)
-        return time.monotonic() - self.start
+            logged = map(int, re.findall(r"^iter (\d+) ", self.output.read_text(), re.M))
+            iterations = [iteration for iteration in logged if iteration >= number]
+        return max(iterations, default=0), time.monotonic() - self.start
 
     def finish(self):
         if self.process.wait():
@@ -96,19 +100,24 @@ class Run:
             os.kill(pid, number)
 
 
-def end_early(out, kind, setup, delay, rng, processes, flags):
-    """Start the run again and end it `delay` seconds after its set-up, which takes `setup` seconds;
-    SIGKILL sometimes comes during it. Returns its output."""
+def end_early(out, kind, setup, iterations, pace, rng, processes, flags):
+    """Start the run again and end it after so many iterations, each of which takes `pace` seconds.
+
+    The set-up before them takes `setup` seconds; SIGKILL sometimes comes during it. Returns the
+    run's output.
+    """
     # a run goes on with its own settings: without this flag the last time limit would stay
-    limit = (0.4 * setup + delay) / 60 if kind == "time limit" else None
+    limit = (0.4 * setup + iterations * pace) / 60 if kind == "time limit" else None
     in_setup = rng.random() < 0.15 and kind == "SIGKILL"
     run = Run(out, processes, [*flags, "--init_from=auto", f"--time_limit={limit}"])
     if kind != "time limit":
         if in_setup:
             time.sleep(rng.uniform(0, setup))
         else:
-            run.wait_for_iterations()
-            time.sleep(delay)
+            first, start = run.wait_for_iteration()
+            last, end = run.wait_for_iteration(first + iterations)
+            pace = (end - start) / max(1, last - first)  # of now: the load may have changed
+            time.sleep(rng.uniform(0, 3) * pace)  # to anywhere in an iteration
         run.send(getattr(signal, kind), rng)
     run.process.wait()
     return run.output.read_text()
@@ -167,7 +176,7 @@ def main():
     flags += [f"--{flag}" for flag in args.flags]
 
     run = Run(whole, args.processes, flags)
-    setup = run.wait_for_iterations()
+    _, setup = run.wait_for_iteration()
     run.finish()
     loop = time.monotonic() - run.start - setup
     seconds = f"{setup:.1f} s of set-up, {loop:.1f} s of the rest"
@@ -176,8 +185,9 @@ def main():
     rng = random.Random(args.seed)
     for kill in range(1, args.kills + 1):
         kind = rng.choice(KINDS)
-        delay = rng.uniform(0, 0.9 * loop / args.kills)
-        text = end_early(parts, kind, setup, delay, rng, args.processes, flags)
+        iterations = rng.randint(0, int(0.7 * args.iters / args.kills))
+        pace = loop / args.iters
+        text = end_early(parts, kind, setup, iterations, pace, rng, args.processes, flags)
         if "done:" in text:
             sys.exit(f"the run ended before it was killed {args.kills} times: give it more --iters")
         if kind != "SIGKILL" and "stopped before iteration" not in text:

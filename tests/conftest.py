@@ -19,8 +19,7 @@ sys.path.insert(0, str(ROOT))
 # with pytest -n 2 two processes of tests compete for two cores
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored after `make test &`
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which `make test &` may have ignored
 
 TINY = """
     --dim=32 --n_layer=2 --n_head=2 --multiple_of=16
@@ -30,8 +29,6 @@ TINY = """
     --eval_batch_size=4 --eval_samples=4 --eval_sample_steps=2
 """.split()
 CLOCK = ("ms", "samples_per_s", "mfu", "seconds_left")  # what the log says of time
-
-
 RUN_SCRIPT = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -39,21 +36,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(*args, cwd=ROOT, check=True, processes=1, threads=1, patch="", **env):
+def run(*args, cwd=ROOT, check=True, processes=1, patch="", fork=True, **env):
     """Run a script as a user would; returns the finished process with its text output.
 
     processes: how many, each with the variables that torchrun would set
-    patch: lines of python to run in the script's process before it
+    patch: lines of python to run in the script's process first
+    fork: whether it may be a fork of a process that has torch, with files for its output
     """
     args = list(map(str, args))
-    # where torch is needed, the environment is the usual one, and nobody measures memory
-    forks = args[0] not in ("-c", "prepare.py") and threads == 1 and not env
+    # not without torch, nor where it counts what is in memory at first
+    fork = fork and args[0] not in ("-c", "prepare.py") and not env
     if patch:
         args = ["-c", patch + RUN_SCRIPT, *args]
-    if forks:
+    if fork:
         done = fork_server().run(args, cwd, processes)
     else:
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
+        assert processes == 1
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
         options = dict(capture_output=True, text=True, timeout=300)
         done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, **options)
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -61,7 +60,7 @@ def run(*args, cwd=ROOT, check=True, processes=1, threads=1, patch="", **env):
 
 
 class ForkServer:
-    """tests/fork_server.py, which runs commands in forks of a process that has imported torch."""
+    """A process of fork_server.py. Takes one command at a time."""
 
     def __init__(self):
         self.folder = Path(tempfile.mkdtemp())
