@@ -140,6 +140,17 @@ def test_a_signal_to_one_process_ends_all_of_them(dataset, tmp_path, two):
     assert same(checkpoint(tmp_path / "out")["ema"], checkpoint(two)["ema"])
 
 
+def test_processes_stop_and_save_when_torchrun_is_killed(dataset, tmp_path):
+    args = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}", *LONG]
+    job = start(*TORCHRUN, "--standalone", "--nproc_per_node=2", "train.py", *args)
+    wait_for(job, "iter 12 |")
+    job.kill()
+    assert "by SIGTERM" in wait_for(job, "stopped before iteration")
+    job.stdout.read()  # until both have ended
+    job.wait()
+    assert 12 < checkpoint(tmp_path / "out")["iter"] < 60
+
+
 def test_a_dead_process_ends_the_job_and_torchrun_restarts_it(dataset, tmp_path, two):
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}"]
     args += [*LONG, "--init_from=auto"]
