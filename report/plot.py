@@ -234,10 +234,9 @@ def draw_curves(path, out_dirs):
         ax.set(title=title, xlabel="iteration")
         ax.grid(alpha=0.25)
     for ax in (losses, by_t):
-        ax.set_yscale("log")
+        ax.set_yscale("log", subs=[2, 3, 5])
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("{x:g}")
-        ax.tick_params("y", which="both", labelsize=8)
     fig.legend(loc="outside lower center")
     fig.savefig(path)
 
