@@ -105,7 +105,7 @@ def test_the_memory_saving_settings_change_no_bit(dataset, tmp_path):
 
 
 def test_averaging_keeps_no_graph(dataset, tmp_path):
-    """Memory stays flat over 1,000 iterations, and no average knows how it was made."""
+    """Memory stays flat over 2,000 iterations, and no average knows how it was made."""
     probe = tmp_path / "probe.py"
     probe.write_text(f"""
 import json, resource, runpy, sys
@@ -122,10 +122,10 @@ print("resident", *peaks)
     flags = "--dim=16 --n_layer=4 --multiple_of=8 --batch_size=1 --gradient_accumulation_steps=1"
     flags += " --eval_interval=5000 --eval_size=4 --eval_samples=0 --save_interval=5000"
     args = [*TINY, *flags.split(), f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}"]
-    done = run(probe, *args, "--max_iters=1201", "--log_interval=200")
+    done = run(probe, *args, "--max_iters=2201", "--log_interval=200")
     peaks = list(map(int, done.stdout.split("resident ")[1].split()))  # MB
-    assert len(peaks) == 8
-    assert peaks[6] - peaks[1] < 10  # iterations 200 and 1,200
+    assert len(peaks) == 13
+    assert peaks[11] - peaks[1] < 20  # iterations 200 and 2,200
 
 
 def test_the_prior_is_fitted_once(dataset, tmp_path):
