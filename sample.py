@@ -32,14 +32,7 @@ import flow
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
-from plumbing.checkpoint import (
-    ROOT,
-    Output,
-    hash_files,
-    read_checkpoint,
-    read_weights,
-    replace_file,
-)
+from plumbing.checkpoint import ROOT, hash_files, read_checkpoint, read_weights, replace_file
 from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
 from plumbing.dataset import open_dataset
 from plumbing.distributed import (
@@ -51,6 +44,7 @@ from plumbing.distributed import (
     pick_dtype,
     print0,
 )
+from plumbing.output import Output
 from plumbing.sources import no_items, read_conditions, read_items
 from plumbing.unpickle import drop_pages
 from report import score
@@ -110,8 +104,8 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         return parameter.to(device, kind, copy=dtype != "float32")
 
     if device == "cpu":
-        # Once it has freed a large block, glibc keeps memory for reuse instead of mapping it anew
-        # for every tensor, which took a quarter of the time of the demo's samples.
+        # glibc keeps freed blocks up to the size of the largest one so far. Freeing one of 32 MiB
+        # here lets later tensors reuse memory: a quarter less time for the samples of the demo.
         torch.empty(33_000_000, dtype=torch.uint8)
 
     best = path / "ckpt_best.pt"
@@ -181,7 +175,7 @@ def generate(
     expected = (loaded.cond_tokens or S, loaded.model.config.cond_dim)
     if (S, C) != expected:
         raise ValueError(f"conditions of shape {(S, C)}; this model takes {expected}")
-    numbers = [first] * N if same_noise else range(first, first + N)
+    noise_indices = [first] * N if same_noise else range(first, first + N)
     kind = getattr(torch, loaded.dtype)
     autocast = torch.autocast(loaded.device.split(":")[0], kind, enabled=kind != torch.float32)
     batches = []
@@ -190,7 +184,7 @@ def generate(
         bad = (~c.isfinite()).flatten(1).any(1).nonzero()
         if len(bad):
             raise ValueError(f"NaN or Inf in condition number {first + i + bad[0].item()}")
-        x_0 = flow.sample_noise(numbers[i : i + batch_size], loaded.shape, seed, draw)
+        x_0 = flow.sample_noise(noise_indices[i : i + batch_size], loaded.shape, seed, draw)
         x_0 = loaded.flow.sigma_max * x_0.to(loaded.device)  # (B, T, D)
         c = loaded.cond.encode(c.to(loaded.device))
         with autocast:
@@ -230,7 +224,7 @@ def line(a, b, n):
 def main():
     user_errors_in_one_line()
     config = configure(globals())
-    check_numbers(config, "subset_size draws steps batch_size", any_sign=["guidance"])
+    check_numbers(config, "subset_size draws steps batch_size", any_sign="guidance")
     print0(describe(config, __file__))
     try:
         run(config)
@@ -241,14 +235,16 @@ def main():
 
 def run(config):
     torch.set_float32_matmul_precision("medium")  # as in train.py
-    place = pick_device(device)
+    own_device = pick_device(device)
     if WORLD_SIZE > 1:
-        place = init_distributed(place, 10_000)  # nobody waits for another before the end
+        own_device = init_distributed(
+            own_device, 10_000
+        )  # the fast wait for the slowest at the end
 
     # ---- model, conditions and truth
     data = open_dataset(data_dir) if data_dir else None
     grid = tuple(data["meta"]["grid"]) if data else None
-    loaded = load(Path(out_dir, checkpoint), place, weights, dtype, grid)
+    loaded = load(Path(out_dir, checkpoint), own_device, weights, dtype, grid)
     shape = loaded.shape  # (T, D)
     folder = data_dir or loaded.data_dir
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
@@ -278,7 +274,7 @@ def run(config):
         suffix += f"_first{subset_size}"
     n = len(conditions)
     n_draws = draws or (1 if truth is None else 4)
-    n_several = n if save_draws else min(n, score.LIMIT)  # conditions with so many draws
+    n_with_draws = n if save_draws else min(n, score.LIMIT)  # conditions with so many draws
 
     # ---- files
     name = "interpolation" if interpolate else "generated"
@@ -293,7 +289,7 @@ def run(config):
     states_path = target.with_name(f"{target.stem}_trajectory.npy")
     kept_draws = target.with_name(f"{target.stem}_draws.npy")
     draws_path = kept_draws if save_draws else partial_folder / "draws.npy"
-    files = {target: (n, *shape), draws_path: (n_several, n_draws, *shape)}
+    files = {target: (n, *shape), draws_path: (n_with_draws, n_draws, *shape)}
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
     read = [Path(cond)] if cond else sorted(Path(folder).glob("*.npy"))
@@ -302,7 +298,8 @@ def run(config):
     if len(set(paths)) < len(paths):
         raise ValueError(f"save={save}, save_pickle={save_pickle}: this is read, or written twice")
     made_with = {
-        "settings": config | {"device": place, "dtype": loaded.dtype, "plot": 0, "save_pickle": 0},
+        "settings": config
+        | {"device": own_device, "dtype": loaded.dtype, "plot": 0, "save_pickle": 0},
         "read": {str(path): path.stat().st_mtime_ns for path in read},
         "code": hash_files(ROOT / name for name in ("model.py", "flow.py", "sample.py")),
     }
@@ -319,7 +316,7 @@ def run(config):
         number = interpolate[0] if interpolate else first
         c = conditions[first : first + batch_size]  # (B, S, C)
         states = []
-        for draw in range(n_draws if first < n_several else 1):
+        for draw in range(n_draws if first < n_with_draws else 1):
             x = generate(
                 loaded, c, first=number, draw=draw, same_noise=bool(interpolate), **settings
             )

@@ -15,7 +15,6 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ eval_interval = 1000  # iterations between evaluations; ckpt_best.pt is the best
 save_interval = 1000  # iterations between writes of ckpt_last.pt
 log_interval = 10  # iterations between log lines
 eval_only = False  # evaluate and exit; with init_from=resume ckpt_last.pt
-time_limit: float | None = None  # minutes after which to save and exit, as after SIGTERM and SIGINT
+time_limit: float | None = None  # minutes until the run saves and exits, as on SIGTERM or SIGINT
 dry_run = False  # run one forward and backward pass, print the memory it took, exit
 debug = False  # 64 samples, 10 iterations, anomaly detection, no wandb
 wandb_log = False
@@ -85,9 +84,9 @@ cond_dropout = 0.1  # share of samples trained on the null condition, which guid
 l2_weight = 0.0  # weight of mean(output^2) in the loss
 # ---- optimizer
 optimizer = "adamw"  # adamw | adafactor (2 bytes of state per parameter instead of 8)
-optimizer_in_backward = False  # update each parameter when its gradient is there, then free that
+optimizer_in_backward = False  # update each parameter once it has a gradient, then free that
 max_iters = 100_000
-num_epochs: float | None = None  # instead of max_iters
+num_epochs: float | None = None  # if given, it decides max_iters
 learning_rate: float | None = None  # None: 1.6 / dim
 min_lr = 0.0  # at max_iters
 warmup_iters = 1000
@@ -99,7 +98,7 @@ max_bad_steps = 10  # give up after so many iterations in a row without finite l
 ema_decay = 0.9999  # reached gradually: min(this, (1 + i) / (10 + i)); 0: no averaged weights
 # ---- system
 device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
-dtype = "auto"  # auto (on cuda bfloat16 or float16, else float32) | float32 | bfloat16 | float16
+dtype = "auto"  # auto (bfloat16 on cuda, else float32) | float32 | bfloat16 | float16
 compile: bool | None = None  # torch.compile; None: on cuda only (on a CPU it takes minutes to pay)
 fsdp = False  # shard weights, gradients and optimizer over the processes (large models)
 dist_timeout = 10.0  # minutes that the processes wait for one that hangs
@@ -117,7 +116,7 @@ if debug:
 positive = "batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size"
 positive += " eval_sample_steps eval_interval save_interval log_interval max_iters num_epochs"
 positive += " ffn_dim_multiplier norm_eps max_bad_steps dist_timeout"
-check_numbers(config, positive, any_sign=["t_mean"])
+check_numbers(config, positive, any_sign="t_mean")
 
 # ---------------------------------------------------------------- system
 rank, world_size = distributed.RANK, distributed.WORLD_SIZE
@@ -137,7 +136,8 @@ resume = init_from == "resume" or (init_from == "auto" and last.exists())
 if world_size > 1:
     device = distributed.init_distributed(device, dist_timeout)
 interrupts = distributed.Interrupts(time_limit, device)
-# TF32 on cuda. On a CPU oneDNN, up to twice as fast as MKL, and float32 too unless there is AMX.
+# "high": TF32 on cuda. On a CPU "medium" chooses oneDNN, up to twice as fast as MKL; it computes in
+# float32 as well, except on processors with AMX, where it uses bfloat16.
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once per pass, and its casts would be a second copy of the model
 half = dtype != "float32"
@@ -148,8 +148,9 @@ data = open_dataset(data_dir)
 grid = tuple(data["meta"]["grid"])
 S, C = data["train_cond"].shape[1:]  # tokens and channels of a condition
 T, D = data["train_target"].shape[1:]  # and of a target
-batching = batch_size, gradient_accumulation_steps, subset_size, seed
-loader = Loader(data, *batching, pin_memory=device_type == "cuda")
+loader = Loader(
+    data, batch_size, gradient_accumulation_steps, subset_size, seed, pin_memory="cuda" in device
+)
 stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
 cond_normalizer = Normalizer(normalize, stats["cond_mean"], stats["cond_std"], device)
 target_normalizer = Normalizer(normalize, stats["target_mean"], stats["target_std"], device)
@@ -167,10 +168,7 @@ def encode(target, cond):
 # ---------------------------------------------------------------- model and optimizer
 weights = None
 if init_from not in ("scratch", "resume", "auto"):
-    sizes, weights = exchange.from_diffusers(init_from, grid, lambda p: p.float())
-    if (sizes["target_dim"], sizes["cond_dim"]) != (D, C):
-        theirs = f"{sizes['cond_dim']} to {sizes['target_dim']} channels"
-        raise ValueError(f"{init_from} is for {theirs}, {data_dir} has {C} to {D}")
+    sizes, weights = exchange.from_diffusers(init_from, grid, lambda p: p.float(), (C, D))
     globals().update({name: sizes[name] for name in sizes if name in config})
 # what the settings leave open, the data decides
 if conditioning == "auto":
@@ -211,12 +209,12 @@ ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay e
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 iteration, best_val_loss, bad_steps, wandb_id = 0, math.inf, 0, None
 if resume:
-    models = {"model": raw_model, "ema": ema_model}
+    models = {"ema": ema_model, "model": raw_model}  # without averages the last one counts
     ckpt = checkpoint.restore(last, config, stats, models, scaler)
     iteration, best_val_loss = ckpt["iter"], ckpt["best_val_loss"]
     bad_steps, wandb_id = ckpt["bad_steps"], ckpt["wandb_id"]
     config["init_from"] = ckpt["config"]["init_from"]  # where the run began
-# until now they were on the CPU, so that a GPU never holds more than its part
+# they were made on the CPU, and are sharded before they move: no GPU ever holds a whole one
 for net in dict.fromkeys([raw_model, ema_model]):
     if fsdp:
         distributed.shard_model(net, dtype)
@@ -228,7 +226,8 @@ if resume:
 if all_reduce_sum(torch.tensor([iteration], device=device)).item() != world_size * iteration:
     raise ValueError(f"the processes see different files {last}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
-norms = step_in_backward(opt) if optimizer_in_backward else None  # of gradients, as they come
+if optimizer_in_backward:
+    gradient_norm = step_in_backward(opt)
 
 if compile is None:
     compile = device_type == "cuda"
@@ -279,7 +278,8 @@ def forward_backward(micro):
     with autocast:
         losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
     loss = losses.mean() / micro_steps
-    # stepping in the backward pass cannot skip the update later; only there is the device asked
+    # optimizer_in_backward updates here, so a bad loss must be caught here, which waits for the
+    # device; otherwise the loop does so, once per iteration
     if not optimizer_in_backward or loss.isfinite():
         scaler.scale(loss).backward()
     output_norm = output.detach().norm(dim=-1).mean()  # over tokens
@@ -287,11 +287,10 @@ def forward_backward(micro):
 
 
 def clip_gradients():
-    """Clip the gradients, unless the backward pass has used them up; returns their norm before."""
+    """Clip the gradients and return their norm before. With optimizer_in_backward they are gone:
+    only return it."""
     if optimizer_in_backward:
-        norm = torch.stack(norms or [torch.tensor(math.nan)]).norm()
-        norms.clear()
-        return norm.to(device)
+        return gradient_norm().to(device)
     scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     return norm.full_tensor() if fsdp else norm
@@ -304,13 +303,13 @@ def evaluate():
     Noise and t are functions of a sample's row, so that values compare between runs.
     """
 
-    def losses(net, rows):
+    def loss_of_rows(net, rows):
         x_1, cond = encode(*loader.read("val", rows))
         x_0 = flow.sample_noise(rows, (T, D), seed=0).to(device)
         with autocast:
             return flow.loss(net, x_1, cond, eval_flow, x_0=x_0, t=eval_t[rows].to(device))[0]
 
-    def samples(rows):
+    def samples_of_rows(rows):
         _, cond = encode(*loader.read("val", rows))
         x_0 = flow.sample_noise(rows, (T, D), seed=0, draw=1).to(device)
         with autocast:
@@ -322,23 +321,23 @@ def evaluate():
     n = min(eval_size, loader.n_val)
     bins = (eval_t[:n] * TIME_BINS).long()
     for name, net in evaluated.items():
-        values = map_rows(partial(losses, net), n, eval_batch_size, interrupts)  # (n,)
-        results[name] = values.mean().item()
+        losses = map_rows(
+            lambda rows: loss_of_rows(net, rows), n, eval_batch_size, interrupts
+        )  # (n,)
+        results[name] = losses.mean().item()
         for i in bins.unique().tolist():
-            results[f"{name}_t{i}"] = values[bins == i].mean().item()
+            results[f"{name}_t{i}"] = losses[bins == i].mean().item()
     if eval_samples:
         n = min(eval_samples, loader.n_val)
-        generated = map_rows(samples, n, eval_batch_size, interrupts)  # (n, T, D), raw
-        metrics = dict.fromkeys(SAMPLED, math.nan)
-        if generated.isfinite().all():
-            metrics = score.metrics(standardize(generated), standardize(data["val_target"][:n]))
+        samples = map_rows(samples_of_rows, n, eval_batch_size, interrupts)  # (n, T, D), raw
+        metrics = score.metrics(standardize(samples), standardize(data["val_target"][:n]))
         results |= {f"val_{name}": float(metrics[name]) for name in SAMPLED}
-    values = " ".join(f"{name}={value:.4g}" for name, value in results.items())
-    print0(textwrap.fill(f"iter {iteration} | {values}", 110, subsequent_indent="    "))
+    text = " ".join(f"{name}={value:.4g}" for name, value in results.items())
+    print0(textwrap.fill(f"iter {iteration} | {text}", 110, subsequent_indent="    "))
     return results
 
 
-def save(path, best_val_loss):
+def save(file, best_val_loss):
     """Write a checkpoint, all processes together. Returns whether that worked: if not, training
     goes on without."""
     state = dict(
@@ -348,7 +347,7 @@ def save(path, best_val_loss):
         model_args=asdict(model_config), flow=asdict(flow_config), normalize=normalize,
         stats=stats, cond_tokens=S,
     )  # fmt: skip
-    saved = torch.tensor([float(checkpoint.save(path, state))], device=device)
+    saved = torch.tensor([float(checkpoint.save(file, state))], device=device)
     return all_reduce_sum(saved).item() == world_size
 
 
@@ -363,9 +362,11 @@ def write_log(record):
 print0(describe(config, __file__))
 n_params = sum(p.numel() for p in params)
 n_epochs = max_iters * samples_per_iter / loader.n_train
-schedule = f"{samples_per_iter} per iteration, {max_iters} iterations ({n_epochs:.1f} epochs)"
 print0(f"{n_params / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}")
-print0(f"{loader.n_train} samples, {schedule}")
+print0(
+    f"{loader.n_train} samples, {samples_per_iter} per iteration, "
+    f"{max_iters} iterations ({n_epochs:.1f} epochs)"
+)
 if eval_only:
     evaluate()
     distributed.exit_process()
@@ -382,8 +383,8 @@ wandb_log = wandb_log and rank == 0
 if wandb_log:  # before anything of an earlier run is replaced, since it can fail
     import wandb
 
-    names = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
-    wandb_id = wandb.init(config=config, dir=out_dir, **names).id
+    options = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
+    wandb_id = wandb.init(config=config, dir=out_dir, **options).id
 if rank == 0:
     checkpoint.open_run(out_dir, config, version, iteration, resume)
 
@@ -431,7 +432,7 @@ while not stop:
         scaler.step(opt)
         if ema_decay:
             weight = 1 - min(ema_decay, (1 + iteration) / (10 + iteration))
-            with torch.no_grad():  # else the averages would remember every iteration
+            with torch.no_grad():  # else every average would be a node of an endless graph
                 torch._foreach_lerp_(ema_params, params, weight)
     else:
         bad_steps += 1

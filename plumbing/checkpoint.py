@@ -1,6 +1,6 @@
 """
-The files of a run: checkpoints, written whole or not at all and read through a memory map; its
-config.py and its log; and samples, written as they come.
+The files of a run: checkpoints, written whole or not at all and read through a memory map, its
+config.py and its log.
 
     save("out/ckpt_last.pt", state)     # tensors and plain Python values
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
@@ -11,14 +11,12 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from plumbing.distributed import RANK, WORLD_SIZE, print0
+from plumbing.distributed import RANK, print0
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,14 +27,13 @@ def save(path, state):
     Returns whether that worked. If not, the previous one is untouched.
     """
     state = gather(state)
-    if RANK > 0:
-        return True
     try:
-        replace_file(path, lambda f: torch.save(state, f))
-        return True
+        if RANK == 0:
+            replace_file(path, lambda f: torch.save(state, f))
     except OSError as e:
         print(f"WARNING: {e}; the previous one is untouched", flush=True)
         return False
+    return True
 
 
 def gather(state):
@@ -68,65 +65,6 @@ def replace_file(path, write):
         raise OSError(f"{path} not written: {cause}") from e
 
 
-class Output:
-    """.npy files that several processes write together, a batch of rows at a time, and that an
-    interrupted run goes on with.
-
-    They lie in a folder until publish() gives them their names. A line in the folder says what they
-    are made with, and a note per process has a mark for every batch that it has written. The same
-    command finds them and goes on; anything else that the files are made with, another number of
-    processes included, starts anew.
-
-    files: {path: shape}, a path in the folder for a file that goes with it
-    made_with: all that decides the content, plain values
-
-    Rows are written, not memory-mapped: a full disk is then an OSError, not a SIGBUS.
-    """
-
-    def __init__(self, folder, files, made_with):
-        self.folder = folder
-        self.files = files
-        heading = folder / "made_with.json"
-        line = json.dumps([made_with, WORLD_SIZE, *files.values()])
-        if RANK == 0 and not (heading.exists() and heading.read_text() == line):
-            if folder.exists():
-                print(f"{folder} was made with something else: starting anew")
-                shutil.rmtree(folder)
-            folder.mkdir()
-            for path, shape in files.items():  # a header, then a hole
-                np.lib.format.open_memmap(folder / path.name, "w+", np.float32, shape)
-            heading.write_text(line)
-        self.wait_for_all()
-        self.note = open(folder / f"process_{RANK}", "ab", buffering=0)
-        self.done = self.note.tell()  # batches of this process
-
-    def wait_for_all(self):
-        if WORLD_SIZE > 1:
-            torch.distributed.barrier()
-
-    def write(self, first, arrays):
-        """Write {path: rows}, from row `first` on, to those that are among the files, as far as
-        they reach; then note that a batch is done."""
-        for path, shape in self.files.items():
-            rows = arrays[path]
-            with open(self.folder / path.name, "r+b") as f:
-                f.seek((first - shape[0]) * rows[0].nbytes, os.SEEK_END)
-                f.write(np.ascontiguousarray(rows[: max(shape[0] - first, 0)]))
-        self.note.write(b".")
-
-    def publish(self):
-        """Once all processes have written everything, give the files their names."""
-        self.wait_for_all()
-        for path in self.files:
-            made = self.folder / path.name
-            if RANK == 0 and made.exists():  # not yet done
-                os.replace(made, path)
-
-    def finish(self):
-        """All that was to be done with the files is done: forget how they were made."""
-        shutil.rmtree(self.folder)
-
-
 def read_checkpoint(path):
     """What save() wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
     try:
@@ -145,12 +83,12 @@ def read_weights(path, key):
     first = read_checkpoint(path)
     if key not in first:
         raise ValueError(f"{path} has no weights {key!r}; they are ema and model")
-    names = list(first[key])
-    for i in range(0, len(names), 16):
-        ckpt = read_checkpoint(path)
+    for i, name in enumerate(first[key]):
+        if i % 16 == 0:
+            ckpt = read_checkpoint(path)
         if ckpt["iter"] != first["iter"]:
             raise ValueError(f"{path} was replaced while it was read; try again")
-        yield from ((name, ckpt[key][name]) for name in names[i : i + 16])
+        yield name, ckpt[key][name]
 
 
 # what a run cannot change
@@ -161,8 +99,9 @@ FIXED += " multiple_of ffn_dim_multiplier norm_eps qk_norm conditioning conv rop
 def restore(path, config, stats, models, scaler):
     """Load the weights at `path` into models and the gradient scaler's state into `scaler`.
 
-    config: the run's settings and stats: the data's {name: tensor}, which must be those of the
-    checkpoint; models: {"model": module, "ema": module}
+    config: the settings now, of which those in FIXED must equal the checkpoint's
+    stats: the dataset's {name: tensor}, which must equal the checkpoint's
+    models: {"ema": module, "model": module}
     Prints the settings that have changed. Returns the checkpoint. Raises ValueError.
     """
     ckpt = read_checkpoint(path)
@@ -196,8 +135,9 @@ def restore_optimizer(ckpt, opt):
     for i, p in enumerate(params):
         for name, x in state.get(i, {}).items():
             if isinstance(p, DTensor) and name != "step":
-                x = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-                state[i][name] = x
+                state[i][name] = distribute_tensor(
+                    x, p.device_mesh, p.placements, src_data_rank=None
+                )
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 
@@ -212,7 +152,7 @@ def code_version():
 
 def hash_files(paths):
     """sha256 of the contents of files, in hexadecimal."""
-    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def claim_folder(out_dir, replace):

@@ -123,14 +123,14 @@ def check(key, value, defaults, origin, from_text=False):
 
 
 def check_numbers(config, positive, any_sign):
-    """Exit with one line where a number is not finite, negative though it is not among any_sign, or
-    0 though it is among positive, a string of names."""
+    """Exit with one line unless all numbers are finite and at least 0, or above 0 if `positive`
+    names them, or of any sign if `any_sign` does (names with spaces between them)."""
     for name, value in config.items():
         if not isinstance(value, (int, float)):
             continue
         if not math.isfinite(value):
             sys.exit(f"error: {name}={value} must be finite")
-        if name in any_sign:
+        if name in any_sign.split():
             continue
         if name in positive.split() and value <= 0:
             sys.exit(f"error: {name}={value} must be above 0")

@@ -65,7 +65,7 @@ class Loader:
 
     data: from open_dataset; batch_size: samples per micro-batch
     micro_batches: per iteration, over all processes; subset_size: use the first so many samples
-    pin_memory: put batches where a GPU can fetch them itself, while it computes
+    pin_memory: put batches in page-locked memory, so that copies to a GPU overlap with its work
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class Loader:
     def rows(self, iteration, micro):
         """(batch_size,) rows of the training split in micro-batch `micro` of an iteration."""
         first = (iteration * self.micro_batches + micro) * self.batch_size
-        epoch, place = np.divmod(np.arange(first, first + self.batch_size), self.n_train)
-        orders = [self.epoch_order(e)[place[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)]
+        epoch, offset = np.divmod(np.arange(first, first + self.batch_size), self.n_train)
+        orders = [self.epoch_order(e)[offset[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)]
         return np.concatenate(orders)
 
     def read(self, split, rows):

@@ -9,12 +9,12 @@ import datetime
 import os
 import signal
 import sys
-import time
+import timeit
 
 import torch
 import torch.distributed as dist
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
 
 
 def print0(*args):
@@ -55,7 +55,7 @@ def init_distributed(device, timeout):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
-    # where torchrun is killed, its processes stop and save
+    # on Linux: SIGTERM for this process when torchrun dies, so that it stops and saves
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     dist.barrier()  # nobody ends because of an error of its own before all have come
     return device
@@ -70,7 +70,8 @@ def exit_process():
 
 
 def all_reduce_sum(x):
-    """The sum of a tensor over the processes, on the CPU; all must call this."""
+    """The sum of a tensor over the processes, on the CPU: waits for the device, and may overwrite
+    the tensor. All processes must call this."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x.cpu()
@@ -97,7 +98,7 @@ class Interrupts:
 
     def flag(self):
         """1 if this process should stop, else 0, to be summed over the processes."""
-        return torch.tensor(float(self.reason is not None), device=self.device)
+        return torch.tensor(1.0 if self.reason else 0.0, device=self.device)
 
 
 def shard_model(model, dtype):
@@ -112,19 +113,17 @@ def shard_model(model, dtype):
     policy = fsdp.MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fsdp.fully_shard(block, mp_policy=policy)
-    # reshard also after evaluations: what they have gathered would stay, and grow old
+        fsdp.register_fsdp_forward_method(block, "context")
+    # reshard the root too: after an evaluation its gathered weights would stay in memory, and
+    # would miss later updates
     fsdp.fully_shard(model, reshard_after_forward=True)
-    for module in (model, *model.layers):
-        fsdp.register_fsdp_forward_method(module, "context")
+    fsdp.register_fsdp_forward_method(model, "context")
 
 
 def matmul_rate(device, dtype):
     """Floating point operations per second of a product of two large matrices on a device."""
     n = 8192 if device.startswith("cuda") else 512
     x = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    # item() waits for the device
+    seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=10))
+    return 2 * n**3 / seconds

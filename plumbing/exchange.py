@@ -125,18 +125,22 @@ def read_sizes(folder, grid):
     return sizes
 
 
-def from_diffusers(folder, grid=None, cast=lambda parameter: parameter):
+def from_diffusers(folder, grid=None, cast=lambda parameter: parameter, channels=None):
     """(sizes, state): keyword arguments of NextDiTConfig, and the model's state dict.
 
     grid: (H, W), by default the square of config.json's sample_size
     cast: what is kept of each parameter, which comes in the file's dtype; they are read one at a
         time, so that never two copies of the model are in memory
+    channels: (C, D) that the model must have, if given
     The null condition is BLIP3-o's, zero. Raises ValueError where the folder holds something else.
     """
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
     sizes = read_sizes(folder, grid)
+    found = sizes["cond_dim"], sizes["target_dim"]
+    if channels and found != channels:
+        raise ValueError(f"{folder} is for (condition, target) channels {found}, not {channels}")
     stacks = reference_parameters(sizes)
     state, files = {}, {}
 

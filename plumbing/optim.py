@@ -2,8 +2,10 @@
 How the parameters are stepped: torch's AdamW, or Adafactor in a few lines around torch's.
 
     opt = make_optimizer(model, "adamw", lr=3e-4, weight_decay=0.05, betas=(0.9, 0.95))
-    norms = step_in_backward(opt)    # then loss.backward() is a whole step
+    gradient_norm = step_in_backward(opt)    # then loss.backward() is a whole step
 """
+
+import math
 
 import torch
 
@@ -73,7 +75,8 @@ def step_in_backward(opt):
 
     So the gradients never all exist at once. This needs one backward pass per step and a single
     process. A gradient that is not finite steps nothing.
-    Returns a list to which each backward pass adds the norms of the gradients.
+    Returns a function that gives the norm of the last backward pass's gradients, NaN if there was
+    none.
     """
     norms = []
 
@@ -88,4 +91,10 @@ def step_in_backward(opt):
         for p in group["params"]:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(step)
-    return norms
+
+    def gradient_norm():
+        norm = torch.stack(norms or [torch.tensor(math.nan)]).norm()
+        norms.clear()
+        return norm
+
+    return gradient_norm

@@ -213,10 +213,10 @@ def figures(sums):
     return {name: value.item() for name, value in values.items()}
 
 
-def confidence(whole, groups):
+def confidence(totals, groups):
     """Half the widths of the 95% confidence intervals of figures(); {} for a single group.
 
-    whole: {name: sum over all samples}; groups: [{name: sum over a group}]
+    totals: {name: sum over all samples}; groups: [{name: sum over a group}]
     They are 1.96 times the standard error by the jackknife, which leaves out one group after the
     other (Efron and Tibshirani 1993, chapter 11).
     """
@@ -225,7 +225,7 @@ def confidence(whole, groups):
         return {}
     estimates = []
     for group in groups:
-        rest = {name: whole[name] - group[name] for name in whole}
+        rest = {name: totals[name] - group[name] for name in totals}
         estimates.append(figures(rest))
     widths = {}
     for name in estimates[0]:
@@ -235,7 +235,10 @@ def confidence(whole, groups):
 
 
 def metrics(generated, target):
-    """METRICS, as floats, of two standardized float tensors (N, T, D)."""
+    """METRICS, as floats, of two standardized float tensors (N, T, D); NaN if the generated ones
+    are not finite."""
+    if not generated.isfinite().all():
+        return dict.fromkeys(METRICS, math.nan)
     sums, _ = add_up({"generated": generated.__getitem__}, target.__getitem__, len(target))
     return figures(sums["generated"])
 
@@ -404,8 +407,8 @@ def open_samples(paths, data_dir, split, limit):
         raise ValueError(f"split={split!r} is unknown; it is one of val, train")
     data = open_dataset(data_dir)
     target = data[f"{split}_target"]
-    n = limit or min(len(target), LIMIT)
     draws = np.lib.format.open_memmap(paths[0], mode="r")
+    n = limit or min(len(target), len(draws), LIMIT)
     found = f"{paths[0]} holds {draws.shape}; the targets are {target.shape}"
     if draws.ndim == 3:
         draws = draws[:, None]

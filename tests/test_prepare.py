@@ -13,6 +13,7 @@ import torch
 import prepare
 from conftest import ROOT, make_pickle, refused, run
 from plumbing import sources
+from plumbing.configurator import configure
 from plumbing.dataset import FILES, open_dataset
 from plumbing.sources import DataError
 
@@ -28,7 +29,7 @@ def prepare_here(sources, out, **options):
     """The same in this process."""
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags = [f"--out={out}", "--val_fraction=0.25", *flags]
-    config = prepare.configure(vars(prepare), flags)
+    config = configure(vars(prepare), flags)
     prepare.prepare(sources, config)
 
 

@@ -223,6 +223,13 @@ def test_what_is_in_the_folder_is_not_lost(dataset, tmp_path, trained):
     assert (out / "log.jsonl").read_bytes() == before
 
 
+def test_without_averages_a_run_goes_on_from_its_raw_weights(dataset, tmp_path, trained):
+    out = shutil.copytree(trained, tmp_path / "out")
+    train(dataset, out, "--init_from=resume", "--ema_decay=0")  # it was done: it only saves
+    assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
+    assert same(checkpoint(out)["ema"], checkpoint(trained)["model"])
+
+
 def test_dry_run_and_evaluation_alone_write_nothing(dataset, tmp_path, trained):
     out = shutil.copytree(trained, tmp_path / "out")
     done = train(dataset, out, "--init_from=resume", "--dry_run=True")

@@ -328,16 +328,16 @@ def stop_after(tmp_path):
         script = tmp_path / f"stop_after_{batches}.py"
         script.write_text(f"""import runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from plumbing import checkpoint
-write = checkpoint.Output.write
+from plumbing import output
+write = output.Output.write
 def write_and_stop(self, first, arrays):
     write(self, first, arrays)
-    is_last = checkpoint.RANK == checkpoint.WORLD_SIZE - 1
-    if is_last and self.note.tell() == {batches}:
+    is_last = output.RANK == output.WORLD_SIZE - 1
+    if is_last and self.progress.tell() == {batches}:
         while (self.folder / "process_0").stat().st_size == 0:
             time.sleep(0.01)  # the first process has a batch as well
         signal.raise_signal({int(number)})  # here and now, not at some later point
-checkpoint.Output.write = write_and_stop
+output.Output.write = write_and_stop
 runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")""")
         return script
 
@@ -538,13 +538,13 @@ def test_any_array_of_numbers_is_taken(loaded, dataset):
 def test_a_full_disk_is_an_error_that_one_goes_on_from(run_dir, conditions, tmp_path):
     """After two batches, what is written to the file goes to a device that is always full."""
     full_disk = """
-from plumbing import checkpoint
+from plumbing import output
 calls = []
 def full(path, mode, **options):
     if mode == "r+b" and path.name == "a.npy":
         calls.append(path)
     return open("/dev/full" if len(calls) > 2 else path, mode, **options)
-checkpoint.open = full
+output.open = full
 """
     args = ["sample.py", f"--out_dir={run_dir}", f"--cond={conditions}", "--batch_size=150"]
     args += [f"--save={tmp_path}/a.npy"]

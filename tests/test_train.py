@@ -214,7 +214,7 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
     assert "has targets of shape (4, 5); the model makes (4, 3)" in few
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'no'}"]
     words = refused(*args, f"--init_from={tmp_path / 'other'}")
-    assert "is for 7 to 5 channels" in words
+    assert "channels (7, 5), not (6, 5)" in words
     assert "has 6 to 5" in words
 
 
