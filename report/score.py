@@ -408,12 +408,12 @@ def open_samples(paths, data_dir, split, limit):
     data = open_dataset(data_dir)
     target = data[f"{split}_target"]
     draws = np.lib.format.open_memmap(paths[0], mode="r")
-    n = limit or min(len(target), len(draws), LIMIT)
+    n = limit or min(len(target), LIMIT)
     found = f"{paths[0]} holds {draws.shape}; the targets are {target.shape}"
     if draws.ndim == 3:
         draws = draws[:, None]
     if draws.shape[2:] != target.shape[1:] or not 0 < n <= len(draws) <= len(target):
-        raise ValueError(f"{found}, of which the first {n} are scored")
+        raise ValueError(f"{found}, of which the first {n} are scored; --limit=N changes that")
     draws = draws[:n]
     if not all(float(np.abs(x).max()) < 1e15 for x in draws):  # squares overflow in float32
         raise ValueError(f"{paths[0]} holds NaN, Inf or numbers above 1e15")

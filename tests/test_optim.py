@@ -44,15 +44,14 @@ def test_steps_in_the_backward_pass_are_the_same_steps(name):
     model = tiny()
     other = copy.deepcopy(model)
     opt = make_optimizer(model, name, 1e-2, 0.1, BETAS)
-    norms = step_in_backward(make_optimizer(other, name, 1e-2, 0.1, BETAS))
+    gradient_norm = step_in_backward(make_optimizer(other, name, 1e-2, 0.1, BETAS))
     for _ in range(3):
-        norms.clear()
         backward(other)
         backward(model)
         total = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
         opt.step()
         opt.zero_grad()
-        assert torch.allclose(torch.stack(norms).norm(), total.norm())
+        assert torch.allclose(gradient_norm(), total.norm())
     for p, q in zip(model.parameters(), other.parameters()):
         assert torch.equal(p, q)
         assert q.grad is None
@@ -61,10 +60,9 @@ def test_steps_in_the_backward_pass_are_the_same_steps(name):
 def test_a_gradient_that_is_not_finite_steps_nothing():
     model = tiny()
     start = copy.deepcopy(model)
-    norms = step_in_backward(make_optimizer(model, "adamw", 1e-2, 0.1, BETAS))
+    gradient_norm = step_in_backward(make_optimizer(model, "adamw", 1e-2, 0.1, BETAS))
     (sum(p.sum() for p in model.parameters()) * float("nan")).backward()
-    assert len(norms) > 0
-    assert not any(norm.isfinite() for norm in norms)
+    assert not gradient_norm().isfinite()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start.parameters()))
 
 

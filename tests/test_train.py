@@ -215,7 +215,6 @@ def test_fine_tunes_a_diffusers_model(dataset, tmp_path):
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'no'}"]
     words = refused(*args, f"--init_from={tmp_path / 'other'}")
     assert "channels (7, 5), not (6, 5)" in words
-    assert "has 6 to 5" in words
 
 
 def test_ddp_without_condition_dropout(dataset, tmp_path):
