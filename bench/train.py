@@ -142,7 +142,7 @@ def profile_train(args):
         parts["backward"] -= extra
         parts["all-reduce"] += extra
     parts["other"] = seconds - parts.total()
-    if run["is_main"]:
+    if run["rank"] == 0:
         iterations = len(profile.backwards) // micro_steps
         rate = iterations * run["samples_per_iter"] / seconds
         shares = {part: parts[part] / seconds for part in PARTS}
