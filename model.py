@@ -302,10 +302,10 @@ class NextDiT(nn.Module):
 
         Linear                weights and biases uniform in +-1 / sqrt(fan_in)
         RMSNorm, LayerNorm    weights 1, biases 0
-        gate                  0: cross-attention starts closed
-        conv                  0: each block starts without it
+        gate, conv            0: blocks start without cross-attention and convolution
         null_cond             0, as BLIP3-o's; training moves ours
         final, with a prior   0: the model starts as the prior
+        anything else         torch's own: nn.Embedding, say, from N(0, 1)
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

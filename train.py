@@ -61,7 +61,7 @@ dim = 1792
 n_layer = 24
 n_head = 28
 n_kv_head: int | None = None  # None: n_head; fewer: grouped-query attention
-multiple_of = 256  # the feed-forward width, 8/3 dim, is rounded up to a multiple of this
+multiple_of = 256  # the feed-forward width, 8/3 dim in model.py, is rounded up to a multiple
 ffn_dim_multiplier: float | None = None  # scales that width
 norm_eps = 1e-5
 qk_norm = True
@@ -243,7 +243,7 @@ micro_steps = gradient_accumulation_steps // world_size  # of this process
 # the place of a micro-batch in the global batch decides its data and its noise
 micros = range(rank * micro_steps, (rank + 1) * micro_steps)
 # Endless pairs (target, cond), raw, on the CPU, one per micro-batch of this process. For a torch
-# DataLoader, let its batch_sampler be loader.rows(i, micro) for all iterations i and these micros.
+# DataLoader, let its batch_sampler be loader.rows(i, micro), i from iteration on, for these micros.
 batches = loader.stream(iteration, micros)
 generator = torch.Generator(device)
 TIME_BINS = 4  # of t, from noise to data
