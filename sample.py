@@ -172,7 +172,7 @@ def generate(
     Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
     """
     N, S, C = cond.shape
-    expected = (loaded.cond_tokens or S, loaded.model.config.cond_dim)
+    expected = loaded.cond_tokens or S, loaded.model.config.cond_dim
     if (S, C) != expected:
         raise ValueError(f"conditions of shape {(S, C)}; this model takes {expected}")
     noise_indices = [first] * N if same_noise else range(first, first + N)
@@ -260,8 +260,9 @@ def run(config):
         conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
         get_items = partial(read_items, Path(folder, f"{split}_items.jsonl"))
         if truth.shape[1:] != shape:
-            words = f"has targets of shape {truth.shape[1:]}; the model makes {shape}"
-            raise ValueError(f"{folder} {words}")
+            raise ValueError(
+                f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
+            )
     if interpolate:
         i, j, n = (*interpolate, 8)[:3]
         if not 0 <= min(i, j) <= max(i, j) < len(conditions):
@@ -294,7 +295,8 @@ def run(config):
         files[states_path] = (n, steps + 1, *shape)
     read = [Path(cond)] if cond else sorted(Path(folder).glob("*.npy"))
     read += loaded.files
-    paths = [path.resolve() for path in (*files, Path(save_pickle), *read)]
+    written = {*files, kept_draws, states_path}  # or removed, if they are of earlier samples
+    paths = [path.resolve() for path in (*written, Path(save_pickle), *read)]
     if len(set(paths)) < len(paths):
         raise ValueError(f"save={save}, save_pickle={save_pickle}: this is read, or written twice")
     made_with = {
@@ -331,7 +333,7 @@ def run(config):
     print(f"{n} conditions, {n_draws} draws")
 
     # ---- report
-    for path in {kept_draws, states_path} - set(files):
+    for path in written - set(files):
         path.unlink(missing_ok=True)  # of the samples that had this name before
     samples = np.load(draws_path, mmap_mode="r")  # (N or the first LIMIT, draws, T, D)
     metrics = references = None

@@ -107,9 +107,13 @@ seed = 0
 
 user_errors_in_one_line()  # until the training loop
 config = configure(globals())
-if init_from in ("resume", "auto") and Path(out_dir, "config.py").exists():
-    # a run goes on with its own settings; those of the command line come last and win
-    config = configure(globals(), [f"{out_dir}/config.py", *sys.argv[1:]])
+last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
+newest = best if best.exists() and not last.exists() else last
+resume = init_from == "resume" or (init_from == "auto" and newest.exists())
+if resume and Path(out_dir, "config.py").exists():
+    # a run goes on with its own settings, wherever it lies; those of the command line win
+    flags = [f"{out_dir}/config.py", *sys.argv[1:], f"--out_dir={out_dir}"]
+    config = configure(globals(), flags)
 if debug:
     subset_size, max_iters, num_epochs = 64, 10, None
     eval_interval, log_interval, wandb_log = 5, 1, False
@@ -131,8 +135,6 @@ if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
     raise ValueError("fsdp=True needs several processes, float32 or bfloat16, and adamw")
 if gradient_accumulation_steps % world_size:
     raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {world_size} processes")
-last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
-resume = init_from == "resume" or (init_from == "auto" and last.exists())
 if world_size > 1:
     device = distributed.init_distributed(device, dist_timeout)
 interrupts = distributed.Interrupts(time_limit, device)
@@ -157,6 +159,7 @@ target_normalizer = Normalizer(normalize, stats["target_mean"], stats["target_st
 samples_per_iter = batch_size * gradient_accumulation_steps
 if num_epochs is not None:
     max_iters = math.ceil(num_epochs * loader.n_train / samples_per_iter)
+    config |= {"max_iters": max_iters, "num_epochs": None}
 
 
 def encode(target, cond):
@@ -210,7 +213,7 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 iteration, best_val_loss, bad_steps, wandb_id = 0, math.inf, 0, None
 if resume:
     models = {"ema": ema_model, "model": raw_model}  # without averages the last one counts
-    ckpt = checkpoint.restore(last, config, stats, models, scaler)
+    ckpt = checkpoint.restore(newest, config, stats, models, scaler)
     iteration, best_val_loss = ckpt["iter"], ckpt["best_val_loss"]
     bad_steps, wandb_id = ckpt["bad_steps"], ckpt["wandb_id"]
     config["init_from"] = ckpt["config"]["init_from"]  # where the run began
@@ -224,7 +227,7 @@ if resume:
     checkpoint.restore_optimizer(ckpt, opt)
     del ckpt
 if all_reduce_sum(torch.tensor([iteration], device=device)).item() != world_size * iteration:
-    raise ValueError(f"the processes see different files {last}: out_dir must be shared by them")
+    raise ValueError(f"the processes see different files {newest}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
 if optimizer_in_backward:
     gradient_norm = step_in_backward(opt)
@@ -377,8 +380,7 @@ if dry_run:
     print0(f"dry run: loss {loss * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
     distributed.exit_process()
 version = checkpoint.code_version()
-if rank == 0:
-    checkpoint.claim_folder(out_dir, resume or overwrite)
+checkpoint.claim_folder(out_dir, resume or overwrite)
 wandb_log = wandb_log and rank == 0
 if wandb_log:  # before anything of an earlier run is replaced, since it can fail
     import wandb

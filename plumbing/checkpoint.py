@@ -51,7 +51,7 @@ def replace_file(path, write):
 
     Raises OSError where that fails, as on a full disk; what was at `path` is then untouched.
     """
-    partial = Path(path).with_suffix(".partial")
+    partial = Path(f"{path}.partial")
     try:
         with open(partial, "wb") as f:
             write(f)
@@ -81,7 +81,7 @@ def read_weights(path, key):
     """Yield (name, tensor) of the state dict at `key`, through a new memory map for every sixteen:
     what was read stays in memory for as long as its map is open. Raises ValueError."""
     first = read_checkpoint(path)
-    if key not in first:
+    if key not in ("ema", "model"):
         raise ValueError(f"{path} has no weights {key!r}; they are ema and model")
     for i, name in enumerate(first[key]):
         if i % 16 == 0:

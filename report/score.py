@@ -408,7 +408,7 @@ def open_samples(paths, data_dir, split, limit):
     data = open_dataset(data_dir)
     target = data[f"{split}_target"]
     draws = np.lib.format.open_memmap(paths[0], mode="r")
-    n = limit or min(len(target), LIMIT)
+    n = min(len(target), LIMIT) if limit is None else limit
     found = f"{paths[0]} holds {draws.shape}; the targets are {target.shape}"
     if draws.ndim == 3:
         draws = draws[:, None]

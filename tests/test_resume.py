@@ -223,6 +223,30 @@ def test_what_is_in_the_folder_is_not_lost(dataset, tmp_path, trained):
     assert (out / "log.jsonl").read_bytes() == before
 
 
+def test_a_run_that_has_only_its_best_checkpoint_goes_on(dataset, tmp_path, trained):
+    out = shutil.copytree(trained, tmp_path / "out")
+    (out / "ckpt_last.pt").unlink()
+    train(dataset, out, "--init_from=auto")
+    assert same(checkpoint(out)["optimizer"], checkpoint(trained)["optimizer"])
+    assert measured(out) == measured(trained)
+
+
+def test_a_new_run_takes_nothing_from_one_without_a_checkpoint(dataset, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.py").write_text("n_kv_head = 1\n")
+    train(dataset, out, "--init_from=auto", "--max_iters=1")
+    assert checkpoint(out)["config"]["n_kv_head"] is None
+
+
+def test_a_copy_of_a_run_goes_on_where_it_lies(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "out")  # the default out_dir
+    before = (trained / "ckpt_last.pt").read_bytes()
+    run(ROOT / "train.py", "--init_from=resume", "--max_iters=7", cwd=tmp_path)
+    assert checkpoint(tmp_path / "out")["iter"] == 7
+    assert (trained / "ckpt_last.pt").read_bytes() == before
+
+
 def test_without_averages_a_run_goes_on_from_its_raw_weights(dataset, tmp_path, trained):
     out = shutil.copytree(trained, tmp_path / "out")
     train(dataset, out, "--init_from=resume", "--ema_decay=0")  # it was done: it only saves

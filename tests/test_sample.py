@@ -270,6 +270,10 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     np.save(tmp_path / "late.npy", late)
     assert "NaN or Inf in condition number 2" in refuse(*args, f"--cond={tmp_path}/late.npy")
     assert "is read, or written twice" in refuse(*args, f"--save={dataset}/val_target.npy")
+    np.save(tmp_path / "a_draws.npy", np.zeros((3, 4, 6), np.float32))  # which would be removed
+    assert "is read, or written twice" in refuse(
+        *args, f"--cond={tmp_path}/a_draws.npy", f"--save={tmp_path}/a.npy"
+    )
     assert "is read, or written twice" in refuse(
         *args, f"--save={tmp_path}/x.npy", f"--save_pickle={tmp_path}/x.npy"
     )
