@@ -109,8 +109,9 @@ def shard_model(model, dtype):
     """
     from torch.distributed import fsdp  # slow to import
 
-    kind = getattr(torch, dtype)
-    policy = fsdp.MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
+    policy = fsdp.MixedPrecisionPolicy(
+        getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.layers:
         fsdp.fully_shard(block, mp_policy=policy)
         fsdp.register_fsdp_forward_method(block, "context")
