@@ -451,8 +451,8 @@ while not stop:
         record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, mfu=mfu)
         record |= dict(ms=1000 * pace, samples_per_s=rate, seconds_left=left, bad_steps=bad_steps)
         print0(
-            f"iter {iteration} | loss {loss:.4f} | out {output_norm:.2f} | grad {grad_norm:.3f} | "
-            f"lr {lr:.2e} | {rate:.1f} samples/s | mfu {mfu:.0%} | {left / 60:.1f} minutes left"
+            f"iter {iteration} | loss {loss:.4f} | out {output_norm:.3g} | grad {grad_norm:.3g} | "
+            f"lr {lr:.1e} | {rate:.4g} samples/s | mfu {mfu:.0%} | {left / 60:.0f} min left"
         )
     if len(record) > 1:
         write_log(record)
