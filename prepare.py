@@ -208,7 +208,8 @@ def write_arrays(shards, counts, load, splits, keys, files):
                 slices = convert(shard[kind], names == "train", threads)
                 for number, (runs, is_finite, sums) in enumerate(slices):
                     if number % 128 == 0:
-                        drop_pages(shard[kind])  # those in use come back, at a cost
+                        # those that were read; those in use come back, at a cost
+                        drop_pages(shard[kind])
                         print(f"\r{kind} {i:,} of {len(splits):,}", end="", file=sys.stderr)
                     totals[kind] += sums
                     for row in i + np.flatnonzero(~is_finite):

@@ -34,7 +34,7 @@ from model import NextDiT, NextDiTConfig
 from plumbing import exchange
 from plumbing.checkpoint import ROOT, hash_files, read_checkpoint, read_weights, replace_file
 from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
-from plumbing.dataset import open_dataset
+from plumbing.dataset import open_dataset, split_arrays
 from plumbing.distributed import (
     RANK,
     WORLD_SIZE,
@@ -237,9 +237,8 @@ def run(config):
     torch.set_float32_matmul_precision("medium")  # as in train.py
     own_device = pick_device(device)
     if WORLD_SIZE > 1:
-        own_device = init_distributed(
-            own_device, 10_000
-        )  # the fast wait for the slowest at the end
+        # minutes: those that are ready wait for the slowest at the end
+        own_device = init_distributed(own_device, timeout=10_000)
 
     # ---- model, conditions and truth
     data = open_dataset(data_dir) if data_dir else None
@@ -254,17 +253,15 @@ def run(config):
     else:
         if not folder:
             raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
-        if split not in ("val", "train"):
-            raise ValueError(f"split={split!r} is unknown; it is one of val, train")
         data = data or open_dataset(folder)
-        conditions, truth = data[f"{split}_cond"], data[f"{split}_target"]
+        conditions, truth = split_arrays(data, split)
         get_items = partial(read_items, Path(folder, f"{split}_items.jsonl"))
         if truth.shape[1:] != shape:
             raise ValueError(
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
             )
     if interpolate:
-        i, j, n = (*interpolate, 8)[:3]
+        i, j, n = interpolate if len(interpolate) == 3 else (*interpolate, 8)
         if not 0 <= min(i, j) <= max(i, j) < len(conditions):
             raise ValueError(f"interpolate={interpolate}: there are {len(conditions)} conditions")
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
@@ -299,9 +296,10 @@ def run(config):
     paths = [path.resolve() for path in (*written, Path(save_pickle), *read)]
     if len(set(paths)) < len(paths):
         raise ValueError(f"save={save}, save_pickle={save_pickle}: this is read, or written twice")
+    # of device and dtype what they stand for; the other two change no sample
+    resolved = {"device": own_device, "dtype": loaded.dtype, "plot": None, "save_pickle": None}
     made_with = {
-        "settings": config
-        | {"device": own_device, "dtype": loaded.dtype, "plot": 0, "save_pickle": 0},
+        "settings": config | resolved,
         "read": {str(path): path.stat().st_mtime_ns for path in read},
         "code": hash_files(ROOT / name for name in ("model.py", "flow.py", "sample.py")),
     }

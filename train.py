@@ -324,9 +324,7 @@ def evaluate():
     n = min(eval_size, loader.n_val)
     bins = (eval_t[:n] * TIME_BINS).long()
     for name, net in evaluated.items():
-        losses = map_rows(
-            lambda rows: loss_of_rows(net, rows), n, eval_batch_size, interrupts
-        )  # (n,)
+        losses = map_rows(lambda rows: loss_of_rows(net, rows), n, eval_batch_size, interrupts)
         results[name] = losses.mean().item()
         for i in bins.unique().tolist():
             results[f"{name}_t{i}"] = losses[bins == i].mean().item()

@@ -110,7 +110,7 @@ def restore(path, config, stats, models, scaler):
         if value == old.get(name) or name == "init_from":
             continue
         if name in FIXED.split():
-            raise ValueError(f"{path} was trained with {name}={old[name]}, not {value}")
+            raise ValueError(f"{path} was trained with {name}={old.get(name)}, not {value}")
         print0(f"changed since the checkpoint: {name} {old.get(name)} -> {value}")
     for name, value in stats.items():
         if not torch.equal(value, ckpt["stats"][name]):

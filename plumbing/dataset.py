@@ -56,6 +56,13 @@ def open_dataset(data_dir):
     return data
 
 
+def split_arrays(data, split):
+    """Conditions (N, S, C) and targets (N, T, D) of a split: train or val. Raises ValueError."""
+    if split not in ("train", "val"):
+        raise ValueError(f"split={split!r} is unknown; it is one of train, val")
+    return data[f"{split}_cond"], data[f"{split}_target"]
+
+
 class Loader:
     """Which samples each micro-batch holds, and the samples themselves, as they are in the files.
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from plumbing.checkpoint import read_log
 from plumbing.configurator import configure_paths, user_errors_in_one_line
+from plumbing.dataset import split_arrays
 from report import score
 
 COMPARED = 500  # samples in the histogram of cosines, the first ones
@@ -42,8 +43,10 @@ limit: int | None = None  # for samples: the first so many; None: at most 5000
 
 def new_figure(height):
     """A figure of 12 inches by `height`."""
-    from matplotlib.figure import Figure  # only pictures need it
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from e
     return Figure(figsize=(12, height), layout="constrained")
 
 
@@ -88,7 +91,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     columns = score.evenly(np.arange(len(samples)), min(12, len(samples)))
     draws = samples[columns]  # (n, M, T, D)
     M = draws.shape[1]
-    shown = [cond[i : i + 1] for i in columns]  # a file of conditions takes nothing but slices
+    shown = [cond[i : i + 1] for i in columns]  # Rows support only slices
     conditions = {"condition": np.concatenate(shown)}
     targets = {}
     if truth is not None:
@@ -154,7 +157,7 @@ def token_cosines(truth, predicted, n):
     y = truth(rows)  # (n, T, D)
     cosines = {}
     for name, predict in predicted.items():
-        if name not in ("mean", "floor"):  # one is zero, and the other like `shuffled`
+        if name not in ("mean", "floor"):  # 0 for `mean`, and `floor` is like `shuffled`
             x = predict(rows)
             if x.ndim == 4:
                 x = x[:, 0]
@@ -247,8 +250,7 @@ def main():
     if paths[:1] == ["samples"]:
         data, samples = score.open_samples(paths[1:], data_dir, split, limit)
         path = save or Path(paths[1]).with_suffix(".png")
-        cond = data[f"{split}_cond"]
-        truth = data[f"{split}_target"]
+        cond, truth = split_arrays(data, split)
         references = score.predictions(samples, data, split)
         grid = data["meta"]["grid"]
         draw_samples(path, cond, truth, samples, grid, data["stats"], data_dir, references)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from plumbing.configurator import configure_paths, user_errors_in_one_line
-from plumbing.dataset import open_dataset
+from plumbing.dataset import open_dataset, split_arrays
 
 METRICS = (
     "token_cosine",  # cosine of generated and true token, mean over tokens (higher is better)
@@ -403,10 +403,8 @@ def open_samples(paths, data_dir, split, limit):
     """
     if len(paths) != 1:
         raise ValueError(f"name one file of samples, not {paths}")
-    if split not in ("val", "train"):
-        raise ValueError(f"split={split!r} is unknown; it is one of val, train")
     data = open_dataset(data_dir)
-    target = data[f"{split}_target"]
+    _, target = split_arrays(data, split)
     draws = np.lib.format.open_memmap(paths[0], mode="r")
     n = min(len(target), LIMIT) if limit is None else limit
     found = f"{paths[0]} holds {draws.shape}; the targets are {target.shape}"

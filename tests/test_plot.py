@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import refused, run
 from plumbing.dataset import open_dataset
 from report import score
-from report.plot import principal_colours, read_curves, smooth, token_cosines
+from report.plot import new_figure, principal_colours, read_curves, smooth, token_cosines
 
 
 def test_smooth_is_the_mean_of_a_window():
@@ -115,3 +116,9 @@ def test_colours_of_few_channels(channels):
     tokens = np.random.default_rng(0).standard_normal((20, 4, channels)).astype(np.float32)
     colours = principal_colours(tokens, torch.from_numpy)(tokens)
     assert colours.shape == (20, 4, 3) and colours.min() == 0 and colours.max() == 1
+
+
+def test_pictures_say_what_they_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        new_figure(4)

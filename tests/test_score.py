@@ -290,6 +290,9 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     assert "(3, 4, 5)" in refused(
         "-m", "report.score", tmp_path / "short.npy", f"--data_dir={dataset}", "--limit=4"
     )
+    assert "split='test' is unknown" in refused(
+        "-m", "report.score", tmp_path / "truth.npy", f"--data_dir={dataset}", "--split=test"
+    )
     assert "the first 11" in refused(
         "-m", "report.score", tmp_path / "truth.npy", f"--data_dir={dataset}", "--limit=11"
     )
