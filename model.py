@@ -9,8 +9,8 @@ BLIP3-o (Chen et al. 2025, arXiv 2505.09568) uses it on grids of image-token emb
 A block is self-attention with 2D RoPE and QK-norm, plus gated cross-attention to the condition,
 then a SwiGLU feed-forward. RMSNorm stands before and after each (sandwich); time and pooled
 condition set a scale and a tanh gate for each (adaLN). Structure and initialization are those of
-diffusers' LuminaNextDiT2DModel. train.py's defaults differ (conditioning="aligned", conv,
-rope="grid", prior): RECORDS.md says why.
+diffusers' LuminaNextDiT2DModel, with cond_projection those of BLIP3-o's model of that name.
+train.py's defaults differ (conditioning="aligned", conv, rope="grid", prior): RECORDS.md says why.
 
 Shapes: B batch, T = H * W target tokens, D their channels, S condition tokens, C their channels.
 """
@@ -39,12 +39,14 @@ class NextDiTConfig:
     n_layer: int = 24
     n_head: int = 28
     n_kv_head: int | None = None  # None: as many as n_head; fewer: grouped-query attention
-    multiple_of: int = 256  # the feed-forward's width is rounded up to a multiple of this
-    ffn_dim_multiplier: float | None = None
+    ffn_dim: int | None = None  # the feed-forward's width; None: 8/3 dim, by the next two
+    multiple_of: int = 256  # rounds it up to a multiple
+    ffn_dim_multiplier: float | None = None  # scales it
     norm_eps: float = 1e-5
     qk_norm: bool = True
     # cross: attention to the condition | aligned: condition token i is added to target token i
     conditioning: str = "cross"
+    cond_projection: bool = False  # two layers make dim channels of each condition token first
     conv: bool = False  # a depthwise 3x3 convolution on the grid, at the start of each block
     rope: str = "lumina"  # frequencies of RoPE, see ROPE: lumina | grid
     prior: bool = False  # see Prior; the output is then the velocity on the linear path
@@ -78,10 +80,10 @@ class NextDiTConfig:
         self.head_dim = self.dim // self.n_head
         self.kv_dim = self.n_kv_head * self.head_dim
         self.emb_dim = min(self.dim, 1024)  # of the embedding of time and pooled condition
-        hidden = 8 * self.dim // 3  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        self.ffn_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
+        self.cond_width = self.dim if self.cond_projection else self.cond_dim
+        if self.ffn_dim is None:  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
+            hidden = int((self.ffn_dim_multiplier or 1) * (8 * self.dim // 3))
+            self.ffn_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
 def rope_2d(config, device):
@@ -144,35 +146,29 @@ class Attention(nn.Module):
         self.qkvq = nn.Linear(dim, sum(self.sizes), bias=False)
         if self.cross:
             self.gate = nn.Parameter(torch.empty(config.n_head))
-            self.cond_norm = nn.RMSNorm(config.cond_dim, config.norm_eps)
-            self.cond_kv = nn.Linear(config.cond_dim, 2 * kv_dim, bias=False)
+            self.cond_norm = nn.RMSNorm(config.cond_width, config.norm_eps)
+            self.cond_kv = nn.Linear(config.cond_width, 2 * kv_dim, bias=False)
             self.cond_q_norm = norm(dim)
             self.cond_k_norm = norm(kv_dim)
         self.out = nn.Linear(dim, dim, bias=False)
         self.q_norm = norm(dim)
         self.k_norm = norm(kv_dim)
 
-    def keys_values(self, cond, drop=None, null=None):
-        """Of the condition (B, S, C), or of null (C,) where drop (B,) is True. The norm's weight
-        goes into the matrix: backward, where cond needs no gradient, nothing has cond's size."""
-        eps = self.cond_norm.eps
+    def keys_values(self, cond):
+        """Of normalized condition tokens (B, S, C). The norm's weight goes into the matrix: that is
+        cheaper than to scale the tokens in each block, and backward to scale their gradient."""
         weight = self.cond_kv.weight * self.cond_norm.weight  # (2 * kv_dim, C)
-        cond = F.rms_norm(cond, cond.shape[-1:], eps=eps)
-        kv = F.linear(cond, weight)  # (B, S, 2 * kv_dim)
-        if drop is not None:
-            null = F.rms_norm(null, null.shape, eps=eps)
-            null_kv = F.linear(null, weight)  # (2 * kv_dim,)
-            kv = torch.where(drop[:, None, None], null_kv, kv)
-        k, v = kv.chunk(2, -1)  # each (B, S, kv_dim)
+        k, v = F.linear(cond, weight).chunk(2, -1)  # each (B, S, kv_dim)
         return self.cond_k_norm(k), v
 
-    def forward(self, x, rope, condition, keys_values):
+    def forward(self, x, rope, condition):
         q, k, v, cond_q = self.qkvq(x).split(self.sizes, -1)  # (B, T, dim or kv_dim)
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
         y = attend(q, k, v, self.head_dim)  # (B, T, n_head, head_dim)
         if self.cross:
-            k, v = keys_values or self.keys_values(*condition)
+            is_known = isinstance(condition, tuple)  # keys and values from an earlier call
+            k, v = condition if is_known else self.keys_values(condition)
             q = rotate(self.cond_q_norm(cond_q), rope)  # the reference turns it here too
             gate = self.gate.tanh()[:, None]  # (n_head, 1)
             y = y + gate * attend(q, k, v, self.head_dim)
@@ -212,9 +208,9 @@ class Block(nn.Module):
     def context(self, cond):
         return self.attn.keys_values(cond)
 
-    def forward(self, x, emb, rope, condition, keys_values):
-        """x: (B, T, dim); emb: (B, emb_dim); condition: what Attention.keys_values takes;
-        keys_values: what it returned, if it has been called before"""
+    def forward(self, x, emb, rope, condition):
+        """x: (B, T, dim); emb: (B, emb_dim); condition: what Attention.keys_values takes, or what
+        it returned in an earlier call; None if the conditioning is aligned"""
         modulation = self.ada(emb)[:, None]  # (B, 1, 4 * dim)
         scale1, gate1, scale2, gate2 = modulation.chunk(4, -1)
         if self.conv is not None:
@@ -222,7 +218,7 @@ class Block(nn.Module):
             image = self.conv(image.unflatten(2, self.grid))  # (B, dim, H, W)
             x = x + image.flatten(2).transpose(1, 2)  # (B, T, dim)
         h = self.norm1(x) * (1 + scale1)
-        h = self.attn(h, rope, condition, keys_values)
+        h = self.attn(h, rope, condition)
         x = x + gate1.tanh() * self.norm2(h.type_as(x))
         h = self.ffn_norm1(x) * (1 + scale2)
         h = self.ffn(h)
@@ -278,17 +274,25 @@ class NextDiT(nn.Module):
         dim = config.dim
         emb_dim = config.emb_dim
         C = config.cond_dim
+        width = config.cond_width  # of the condition's tokens in the model: C or dim
         self.x_embed = nn.Linear(config.target_dim, dim)
         self.t_embed = nn.Sequential(
             nn.Linear(256, emb_dim),
             nn.SiLU(),
             nn.Linear(emb_dim, emb_dim),
         )
+        self.cond_projection = nn.Identity()
+        if config.cond_projection:  # as PixArt-alpha's (Chen et al. 2023, arXiv 2310.00426)
+            self.cond_projection = nn.Sequential(
+                nn.Linear(C, dim),
+                nn.GELU("tanh"),
+                nn.Linear(dim, dim),
+            )
         self.cond_embed = nn.Sequential(
-            nn.LayerNorm(C),
-            nn.Linear(C, emb_dim),
+            nn.LayerNorm(width),
+            nn.Linear(width, emb_dim),
         )
-        self.cond_in = nn.Linear(C, dim) if config.conditioning == "aligned" else None
+        self.cond_in = nn.Linear(width, dim) if config.conditioning == "aligned" else None
         self.null_cond = nn.Parameter(torch.empty(C))  # stands for "no condition"
         self.prior = Prior(config.target_dim) if config.prior else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -303,7 +307,7 @@ class NextDiT(nn.Module):
         Linear                weights and biases uniform in +-1 / sqrt(fan_in)
         RMSNorm, LayerNorm    weights 1, biases 0
         gate, conv            0: blocks start without cross-attention and convolution
-        null_cond             0, as BLIP3-o's; training moves ours
+        null_cond             0, as BLIP3-o's, which training does not move
         final, with a prior   0: the model starts as the prior
         anything else         torch's own: nn.Embedding, say, from N(0, 1)
         """
@@ -323,34 +327,35 @@ class NextDiT(nn.Module):
             for p in self.final.parameters():
                 nn.init.zeros_(p)
 
-    def embed_condition(self, cond, drop=None):
-        """cond (B, S, C) -> its part of adaLN's input (B, emb_dim) and, if aligned, what is added
-        to the target's tokens (B, S, dim), else None."""
-        if drop is not None:
-            cond = torch.where(drop[:, None, None], self.null_cond, cond)
-        added = None
-        if self.cond_in is not None:
-            if cond.shape[1] not in (1, self.config.n_tokens):
-                raise ValueError(
-                    f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
-                    'train with conditioning="cross"'
-                )
+    def embed_condition(self, cond):
+        """cond (B, S, C) -> its part of adaLN's input (B, emb_dim); what is added to the target's
+        tokens (B, S, dim), if aligned, else None; the tokens for cross-attention, normalized, else
+        None."""
+        cond = self.cond_projection(cond)  # (B, S, C or dim)
+        added = tokens = None
+        if self.cond_in is None:
+            tokens = F.rms_norm(cond, cond.shape[-1:], eps=self.config.norm_eps)
+        elif cond.shape[1] in (1, self.config.n_tokens):
             added = self.cond_in(cond)
-        pooled = cond.mean(1)  # (B, C)
-        return self.cond_embed(pooled), added
+        else:
+            raise ValueError(
+                f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
+                'train with conditioning="cross"'
+            )
+        return self.cond_embed(cond.mean(1)), added, tokens
 
     def context(self, cond):
         """What depends on cond (B, S, C) alone, for forward(): computed once per trajectory.
         The null condition is one token, `null_cond.expand(B, 1, -1)`."""
-        keys_values = None
-        if self.cond_in is None:
-            keys_values = [block.context(cond) for block in self.layers]
-        return *self.embed_condition(cond), keys_values
+        cond_emb, added, tokens = self.embed_condition(cond)
+        if tokens is None:
+            return cond_emb, added, [None] * len(self.layers)
+        return cond_emb, added, [block.context(tokens) for block in self.layers]
 
     def forward(self, x_t, t, cond=None, drop=None, context=None):
         """
         x_t: (B, T, D) state; t: (B,) in [0, 1], 0 noise and 1 data; cond: (B, S, C)
-        drop: (B,), True where the learned null condition replaces cond; None: nowhere
+        drop: (B,), True where null_cond replaces cond; None: nowhere
         context: from self.context(cond), instead of cond and drop
         Returns (B, T, D): the prediction (velocity, noise or data: flow.py decides).
         """
@@ -362,12 +367,12 @@ class NextDiT(nn.Module):
                 f"the model is for a grid of {config.grid} tokens of {config.target_dim} channels"
             )
         if context is None:
-            if (cond.shape[0], cond.shape[-1]) != (B, config.cond_dim):
-                raise ValueError(
-                    f"cond has shape {tuple(cond.shape)}; expected ({B}, S, {config.cond_dim})"
-                )
-            context = *self.embed_condition(cond, drop), None
-        cond_emb, added, keys_values = context
+            if drop is not None:
+                cond = torch.where(drop[:, None, None], self.null_cond, cond)
+            cond_emb, added, tokens = self.embed_condition(cond)
+            conditions = [tokens] * len(self.layers)
+        else:
+            cond_emb, added, conditions = context
         t_emb = timestep_embedding(t).to(x_t.dtype)  # (B, 256)
         emb = F.silu(self.t_embed(t_emb) + cond_emb)  # (B, emb_dim)
         t = t[:, None, None]  # (B, 1, 1)
@@ -377,9 +382,8 @@ class NextDiT(nn.Module):
         if added is not None:
             x = x + added
         rope = rope_2d(config, x.device)
-        condition = (cond, drop, self.null_cond)
-        for block, known in zip(self.layers, keys_values or [None] * len(self.layers)):
-            args = (x, emb, rope, condition, known)
+        for block, condition in zip(self.layers, conditions):
+            args = (x, emb, rope, condition)
             if config.gradient_checkpointing:
                 x = checkpoint(block, *args, use_reentrant=False)
             else:

@@ -32,7 +32,7 @@ import flow
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
-from plumbing.checkpoint import ROOT, hash_files, read_checkpoint, read_weights, replace_file
+from plumbing.checkpoint import ROOT, hash_files, replace_file
 from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
 from plumbing.dataset import open_dataset, split_arrays
 from plumbing.distributed import (
@@ -50,7 +50,7 @@ from plumbing.unpickle import drop_pages
 from report import score
 
 # ---- input
-out_dir = "out"  # the folder of a run, or of a diffusers LuminaNextDiT2DModel
+out_dir = "out"  # the folder of a run, or of safetensors: of plumbing/exchange.py, of BLIP3-o
 checkpoint = ""  # in out_dir; empty: ckpt_best.pt
 weights = "ema"  # ema | model (the raw ones)
 cond = ""  # .npy (B, S, C), .pkl or .pt of conditions; empty: those of the dataset
@@ -83,18 +83,17 @@ dtype = "auto"  # auto (bfloat16 on cuda, else float32) | float32 | bfloat16 | f
 def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     """A trained model, ready to sample.
 
-    path: a checkpoint, the folder of a run (for its ckpt_best.pt), or a folder of diffusers'
-        LuminaNextDiT2DModel, which takes embeddings as they are (normalize none)
-    weights: "ema" or "model", the raw ones
+    path: a checkpoint, the folder of a run (for its ckpt_best.pt), or a folder of safetensors, see
+        plumbing/exchange.py. Models from elsewhere take embeddings as they are (normalize none).
+    weights: of a checkpoint, "ema" or "model", the raw ones
     dtype: of the arithmetic (torch.autocast) and so of the matrices, which are converted one by one
         from a memory map; auto, float32, bfloat16 or float16. Norms, biases and states are float32.
-    grid: (H, W) of a diffusers model; by default square
+    grid: (H, W) of a model from elsewhere; by default square
     Returns a namespace: model, shape (T, D) of a sample, flow (FlowConfig), cond and target
-    (Normalizer), stats, data_dir and cond_tokens (None for a diffusers model), files (of the
-    weights), device, dtype.
+    (Normalizer), stats, data_dir and cond_tokens (None where unknown), files (of the weights),
+    device, dtype.
     Raises ValueError with one line on what is wrong.
     """
-    path = Path(path)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
 
@@ -108,28 +107,12 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         # here lets later tensors reuse memory: a quarter less time for the samples of the demo.
         torch.empty(33_000_000, dtype=torch.uint8)
 
-    best = path / "ckpt_best.pt"
-    files = sorted(path.glob("*.safetensors"))
-    if files and not best.exists():  # a diffusers model, which takes embeddings as they are
-        sizes, state = exchange.from_diffusers(path, grid, cast)
-        ckpt = {
-            "stats": {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1},
-            "normalize": "none",
-            "flow": {},
-            "cond_tokens": None,
-            "config": {"data_dir": None},
-        }
-    else:
-        path = best if path.is_dir() else path
-        files = [path]
-        ckpt = read_checkpoint(path)
-        sizes = ckpt["model_args"] | {"gradient_checkpointing": False}
-        state = {name: cast(parameter) for name, parameter in read_weights(path, weights)}
-    config = NextDiTConfig(**sizes)
+    ckpt, pairs = exchange.open_model(path, weights, grid)
+    config = NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False})
     with torch.device("meta"):  # allocates nothing
         model = NextDiT(config)
-    model.load_state_dict(state, assign=True)  # the tensors, not copies of them
-    stats = ckpt["stats"]
+    exchange.load_weights(model, pairs, cast)
+    stats = ckpt["stats"] or {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
     return SimpleNamespace(
         model=model.eval().requires_grad_(False),
         shape=(config.grid[0] * config.grid[1], config.target_dim),
@@ -139,7 +122,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         stats=stats,
         data_dir=ckpt["config"]["data_dir"],
         cond_tokens=ckpt["cond_tokens"],
-        files=files,
+        files=ckpt["files"],
         device=device,
         dtype=dtype,
     )

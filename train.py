@@ -34,7 +34,8 @@ from report import score
 # The defaults are a model of BLIP3-o's size. A config file or --key=value changes any of them.
 # ---- I/O
 out_dir = "out"
-init_from = "scratch"  # scratch | resume | auto (resume if possible) | FOLDER of a diffusers model
+init_from = "scratch"  # scratch | resume | auto (resume if possible) | PATH of a run or other model
+init_weights = "ema"  # which weights of PATH: ema | model (the raw ones)
 overwrite = False  # replace the run that out_dir holds
 eval_interval = 1000  # iterations between evaluations; ckpt_best.pt is the best one's
 save_interval = 1000  # iterations between writes of ckpt_last.pt
@@ -61,11 +62,13 @@ dim = 1792
 n_layer = 24
 n_head = 28
 n_kv_head: int | None = None  # None: n_head; fewer: grouped-query attention
-multiple_of = 256  # the feed-forward width, 8/3 dim in model.py, is rounded up to a multiple
-ffn_dim_multiplier: float | None = None  # scales that width
+ffn_dim: int | None = None  # the feed-forward's width; None: 8/3 dim, by the next two
+multiple_of = 256  # rounds it up to a multiple
+ffn_dim_multiplier: float | None = None  # scales it
 norm_eps = 1e-5
 qk_norm = True
 conditioning = "auto"  # aligned (token by token) | cross (attention) | auto: by token counts
+cond_projection = False  # two layers make dim channels of each condition token first
 conv = True  # a depthwise 3x3 convolution before each block
 rope = "grid"  # RoPE frequencies: grid (for some ten rows and columns) | lumina (as for text)
 prior: bool | None = None  # add the exact linear solution; None: if data is wider than dim
@@ -81,6 +84,7 @@ t_mean = 0.0  # of logit(t), for logit_normal
 t_std = 1.0
 t_shift: float | None = None  # > 1 trains more near noise; None: by number of dimensions
 cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
+learn_null_cond = True  # False: the null condition stays zero
 l2_weight = 0.0  # weight of mean(output^2) in the loss
 # ---- optimizer
 optimizer = "adamw"  # adamw | adafactor (2 bytes of state per parameter instead of 8)
@@ -110,16 +114,26 @@ config = configure(globals())
 last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
 newest = best if best.exists() and not last.exists() else last
 resume = init_from == "resume" or (init_from == "auto" and newest.exists())
-if resume and Path(out_dir, "config.py").exists():
-    # a run goes on with its own settings, wherever it lies; those of the command line win
-    flags = [f"{out_dir}/config.py", *sys.argv[1:], f"--out_dir={out_dir}"]
-    config = configure(globals(), flags)
+ckpt = parameters = None
+flags = []  # the settings that come with the weights; those of the command line win
+if resume:  # wherever the run lies
+    ckpt = checkpoint.read_checkpoint(newest)
+    if Path(out_dir, "config.py").exists():
+        flags = [f"{out_dir}/config.py"]
+elif init_from not in ("scratch", "auto"):
+    ckpt, parameters = exchange.open_model(init_from, init_weights)
+    given = ckpt["model_args"] | ckpt["flow"] | {"normalize": ckpt["normalize"]}
+    flags = [f"--{key}={value}" for key, value in given.items() if key in config]
+    print0(textwrap.fill(f"{init_from}: {' '.join(flags)}", 110, break_on_hyphens=False))
+config = configure(globals(), flags + sys.argv[1:] + [f"--out_dir={out_dir}"])
 if debug:
     subset_size, max_iters, num_epochs = 64, 10, None
     eval_interval, log_interval, wandb_log = 5, 1, False
-positive = "batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size"
-positive += " eval_sample_steps eval_interval save_interval log_interval max_iters num_epochs"
-positive += " ffn_dim_multiplier norm_eps max_bad_steps dist_timeout"
+positive = """
+batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size eval_sample_steps
+eval_interval save_interval log_interval max_iters num_epochs ffn_dim ffn_dim_multiplier norm_eps
+max_bad_steps dist_timeout
+"""
 check_numbers(config, positive, any_sign="t_mean")
 
 # ---------------------------------------------------------------- system
@@ -142,8 +156,9 @@ interrupts = distributed.Interrupts(time_limit, device)
 # float32 as well, except on processors with AMX, where it uses bfloat16.
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once per pass, and its casts would be a second copy of the model
-half = dtype != "float32"
-autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=half, cache_enabled=False)
+autocast = torch.autocast(
+    device_type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False
+)
 
 # ---------------------------------------------------------------- data
 data = open_dataset(data_dir)
@@ -153,7 +168,13 @@ T, D = data["train_target"].shape[1:]  # and of a target
 loader = Loader(
     data, batch_size, gradient_accumulation_steps, subset_size, seed, pin_memory="cuda" in device
 )
-stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
+data_stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
+stats = data_stats
+if ckpt and ckpt["stats"]:  # the weights expect embeddings that are normalized by these
+    stats = ckpt["stats"]
+if parameters:
+    checkpoint.check_fixed(init_from, given, config | {"cond_dim": C, "target_dim": D})
+    checkpoint.warn_of_distance(init_from, stats, data_stats)
 cond_normalizer = Normalizer(normalize, stats["cond_mean"], stats["cond_std"], device)
 target_normalizer = Normalizer(normalize, stats["target_mean"], stats["target_std"], device)
 samples_per_iter = batch_size * gradient_accumulation_steps
@@ -169,10 +190,6 @@ def encode(target, cond):
 
 
 # ---------------------------------------------------------------- model and optimizer
-weights = None
-if init_from not in ("scratch", "resume", "auto"):
-    sizes, weights = exchange.from_diffusers(init_from, grid, lambda p: p.float(), (C, D))
-    globals().update({name: sizes[name] for name in sizes if name in config})
 # what the settings leave open, the data decides
 if conditioning == "auto":
     conditioning = "aligned" if S == T else "cross"
@@ -197,23 +214,24 @@ config["init_from"] = "scratch" if init_from == "auto" else init_from
 # these belong to this start, not to the run
 config |= {"overwrite": False, "time_limit": None, "debug": False}
 torch.manual_seed(seed)
-with torch.device("meta" if weights else "cpu"):
+with torch.device("meta" if parameters else "cpu"):
     raw_model = NextDiT(model_config)
-if weights:
-    raw_model.load_state_dict(weights, assign=True)
-if prior and not resume:
+if parameters:
+    exchange.load_weights(raw_model, parameters, torch.Tensor.float)
+if prior and not ckpt:
     count = min(loader.n_train, math.ceil(65536 / T))  # samples, evenly spaced
     rows = np.linspace(0, loader.n_train - 1, count).astype(int)
     x_1, _ = encode(*loader.read("train", rows))
     raw_model.prior.fit(x_1.flatten(0, 1))
 # without dropout nothing trains the null condition, and DDP would wait for its gradient
-raw_model.null_cond.requires_grad_(cond_dropout > 0)
+raw_model.null_cond.requires_grad_(learn_null_cond and cond_dropout > 0)
 ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 iteration, best_val_loss, bad_steps, wandb_id = 0, math.inf, 0, None
 if resume:
-    models = {"ema": ema_model, "model": raw_model}  # without averages the last one counts
-    ckpt = checkpoint.restore(newest, config, stats, models, scaler)
+    # without averages both are the raw model, and the last one counts
+    models = {"ema": ema_model, "model": raw_model}
+    checkpoint.restore(newest, ckpt, config, data_stats, models, scaler)
     iteration, best_val_loss = ckpt["iter"], ckpt["best_val_loss"]
     bad_steps, wandb_id = ckpt["bad_steps"], ckpt["wandb_id"]
     config["init_from"] = ckpt["config"]["init_from"]  # where the run began
@@ -225,7 +243,7 @@ for net in dict.fromkeys([raw_model, ema_model]):
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
     checkpoint.restore_optimizer(ckpt, opt)
-    del ckpt
+    ckpt = None
 if all_reduce_sum(torch.tensor([iteration], device=device)).item() != world_size * iteration:
     raise ValueError(f"the processes see different files {newest}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
@@ -251,7 +269,7 @@ batches = loader.stream(iteration, micros)
 generator = torch.Generator(device)
 TIME_BINS = 4  # of t, from noise to data
 SAMPLED = ("token_cosine", "retrieval_r1", "frechet")  # metrics of score.py
-standardize = score.standardizer(stats["target_mean"], stats["target_std"])
+standardize = score.standardizer(data_stats["target_mean"], data_stats["target_std"])
 eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
 # a t for each validation sample: multiples of the golden ratio cover [0, 1] evenly
 eval_t = torch.from_numpy((np.arange(loader.n_val) + 0.5) * 0.6180339887498949 % 1).float()
@@ -346,7 +364,7 @@ def save(file, best_val_loss):
         scaler=scaler.state_dict(), iter=iteration, best_val_loss=best_val_loss,
         bad_steps=bad_steps, wandb_id=wandb_id, config=config, code=version,
         model_args=asdict(model_config), flow=asdict(flow_config), normalize=normalize,
-        stats=stats, cond_tokens=S,
+        stats=stats, data_stats=data_stats, cond_tokens=S,
     )  # fmt: skip
     saved = torch.tensor([float(checkpoint.save(file, state))], device=device)
     return all_reduce_sum(saved).item() == world_size
@@ -427,7 +445,7 @@ while not stop:
     sums = torch.stack([loss, output_norm, grad_norm, interrupts.flag()])
     loss, output_norm, grad_norm, stop = (all_reduce_sum(sums) / world_size).tolist()
 
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    if math.isfinite(loss + grad_norm):
         bad_in_a_row = 0
         scaler.step(opt)
         if ema_decay:
@@ -439,7 +457,7 @@ while not stop:
         bad_in_a_row += 1
         print0(f"WARNING: iter {iteration} skipped: loss {loss}, gradient norm {grad_norm}")
     scaler.update()
-    opt.zero_grad(set_to_none=True)
+    opt.zero_grad()
 
     if iteration % log_interval == 0:
         pace = (time.perf_counter() - clock) / (iteration + 1 - first_iteration)
@@ -470,5 +488,4 @@ if wandb_log:
     wandb.finish()
 if not saved:
     sys.exit(f"error: {last} could not be written at the end: it is an older one")
-if world_size > 1:
-    distributed.exit_process()
+distributed.exit_process()

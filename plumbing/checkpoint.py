@@ -93,33 +93,52 @@ def read_weights(path, key):
 
 # what a run cannot change
 FIXED = "optimizer normalize path prediction sigma_min sigma_max n_layer n_head n_kv_head dim"
-FIXED += " multiple_of ffn_dim_multiplier norm_eps qk_norm conditioning conv rope prior"
+FIXED += " ffn_dim multiple_of ffn_dim_multiplier norm_eps qk_norm conditioning conv rope prior"
+FIXED += " cond_projection cond_dim target_dim"
 
 
-def restore(path, config, stats, models, scaler):
-    """Load the weights at `path` into models and the gradient scaler's state into `scaler`.
+def check_fixed(path, old, config):
+    """Raise ValueError if a setting in FIXED is another now than in the model at `path`."""
+    for name in FIXED.split():
+        if name in old and config[name] != old[name]:
+            raise ValueError(f"{path} was trained with {name}={old[name]}, not {config[name]}")
 
+
+def restore(path, ckpt, config, stats, models, scaler):
+    """Load the weights of a checkpoint into models, and its gradient scaler's state into `scaler`.
+
+    path, ckpt: its file and what read_checkpoint() returned
     config: the settings now, of which those in FIXED must equal the checkpoint's
     stats: the dataset's {name: tensor}, which must equal the checkpoint's
     models: {"ema": module, "model": module}
-    Prints the settings that have changed. Returns the checkpoint. Raises ValueError.
+    Prints the settings that have changed. Raises ValueError.
     """
-    ckpt = read_checkpoint(path)
     old = ckpt["config"]
+    check_fixed(path, old, config)
     for name, value in config.items():
-        if value == old.get(name) or name == "init_from":
-            continue
-        if name in FIXED.split():
-            raise ValueError(f"{path} was trained with {name}={old.get(name)}, not {value}")
-        print0(f"changed since the checkpoint: {name} {old.get(name)} -> {value}")
+        if value != old.get(name) and name != "init_from":
+            print0(f"changed since the checkpoint: {name} {old.get(name)} -> {value}")
     for name, value in stats.items():
-        if not torch.equal(value, ckpt["stats"][name]):
+        if not torch.equal(value, ckpt.get("data_stats", ckpt["stats"])[name]):
             raise ValueError(f"{path} was trained on other data: its statistics differ")
     for key, model in models.items():
         model.load_state_dict(ckpt[key])
     if ckpt["scaler"]:  # empty unless it was float16
         scaler.load_state_dict(ckpt["scaler"])
-    return ckpt
+
+
+def warn_of_distance(path, old, new):
+    """Warn where a dataset's statistics `new` are far from those of a model's data, `old`.
+
+    Both are {cond_mean, cond_std (C,), target_mean, target_std (D,)}. The figure is the Frechet
+    distance of Gaussians with independent channels, in units of the old standard deviation.
+    """
+    for kind in ("cond", "target"):
+        mean, std = f"{kind}_mean", f"{kind}_std"
+        square = (new[mean] - old[mean]).square().sum() + (new[std] - old[std]).square().sum()
+        distance = (square / old[std].square().sum()).sqrt().item()
+        if distance > 0.5:
+            print0(f"WARNING: {kind} is {distance:.2f} standard deviations from the data of {path}")
 
 
 def restore_optimizer(ckpt, opt):

@@ -1,215 +1,263 @@
 """
-BLIP3-o's weights: the NextDiT of conditioning "cross" from and to the files of diffusers'
-LuminaNextDiT2DModel, config.json and safetensors, sharded or not.
+Models from and to files: runs of this project, and safetensors, in our names or in diffusers'.
 
-    sizes, state = from_diffusers("folder")
-    model = NextDiT(NextDiTConfig(**sizes))
-    model.load_state_dict(state, assign=True)
-    to_diffusers(model, "folder")
+    python -m plumbing.exchange out-mine --out=FOLDER      # a run -> safetensors and config.json
+    python -m plumbing.exchange BLIP3O --prefix=model.dit.model. --out=FOLDER    # its DiT alone
 
-Its velocity runs from data to noise, ours from noise to data, such that for every input
-ours(x, t, cond) = -reference(x, 1000 * (1 - t), cond): the sign goes into the last layer, the time
-into model.timestep_embedding.
+    ckpt, parameters = open_model("out-mine")    # a run, a checkpoint, a folder of safetensors
+    model = NextDiT(NextDiTConfig(**ckpt["model_args"]))
+    load_weights(model, parameters, cast=torch.Tensor.float)
+    save_model("folder", ckpt, model.state_dict())
+
+diffusers' names are those of its LuminaNextDiT2DModel, and of the class of the same name that
+BLIP3-o trains, which has a caption_projection. Their velocity runs from data to noise, ours from
+noise to data, such that for every input ours(x, t, cond) = -reference(x, 1000 * (1 - t), cond): the
+sign goes into the last layer, the time into model.timestep_embedding.
 """
 
 import json
-import math
+import sys
 from pathlib import Path
 
 import torch
 
-INTEGERS = dict(
-    target_dim="in_channels",
-    cond_dim="cross_attention_dim",
-    dim="hidden_size",
-    n_layer="num_layers",
-    n_head="num_attention_heads",
-    n_kv_head="num_kv_heads",
-    multiple_of="multiple_of",
-)
-CONFIG = INTEGERS | dict(
-    ffn_dim_multiplier="ffn_dim_multiplier",
-    norm_eps="norm_eps",
-    qk_norm="qk_norm",
-)
-PLAIN = dict(conditioning="cross", conv=False, prior=False, rope="lumina")
-# Our parameter, the reference's and its shape; where ours has several, they are stacked in it.
-PARAMETERS = """
-x_embed.weight                   patch_embedder.proj.weight                           dim D
-x_embed.bias                     patch_embedder.proj.bias                             dim
-t_embed.0.weight                 time_caption_embed.timestep_embedder.linear_1.weight emb 256
-t_embed.0.bias                   time_caption_embed.timestep_embedder.linear_1.bias   emb
-t_embed.2.weight                 time_caption_embed.timestep_embedder.linear_2.weight emb emb
-t_embed.2.bias                   time_caption_embed.timestep_embedder.linear_2.bias   emb
-cond_embed.0.weight              time_caption_embed.caption_embedder.0.weight         C
-cond_embed.0.bias                time_caption_embed.caption_embedder.0.bias           C
-cond_embed.1.weight              time_caption_embed.caption_embedder.1.weight         emb C
-cond_embed.1.bias                time_caption_embed.caption_embedder.1.bias           emb
-layers.N.ada.weight              layers.N.norm1.linear.weight                         4*dim emb
-layers.N.ada.bias                layers.N.norm1.linear.bias                           4*dim
-layers.N.norm1.weight            layers.N.norm1.norm.weight                           dim
-layers.N.norm2.weight            layers.N.norm2.weight                                dim
-layers.N.ffn_norm1.weight        layers.N.ffn_norm1.weight                            dim
-layers.N.ffn_norm2.weight        layers.N.ffn_norm2.weight                            dim
-layers.N.attn.qkvq.weight        layers.N.attn1.to_q.weight                           dim dim
-layers.N.attn.qkvq.weight        layers.N.attn1.to_k.weight                           kv_dim dim
-layers.N.attn.qkvq.weight        layers.N.attn1.to_v.weight                           kv_dim dim
-layers.N.attn.qkvq.weight        layers.N.attn2.to_q.weight                           dim dim
-layers.N.attn.q_norm.weight      layers.N.attn1.norm_q.weight                         dim
-layers.N.attn.q_norm.bias        layers.N.attn1.norm_q.bias                           dim
-layers.N.attn.k_norm.weight      layers.N.attn1.norm_k.weight                         kv_dim
-layers.N.attn.k_norm.bias        layers.N.attn1.norm_k.bias                           kv_dim
-layers.N.attn.cond_norm.weight   layers.N.norm1_context.weight                        C
-layers.N.attn.cond_kv.weight     layers.N.attn2.to_k.weight                           kv_dim C
-layers.N.attn.cond_kv.weight     layers.N.attn2.to_v.weight                           kv_dim C
-layers.N.attn.cond_q_norm.weight layers.N.attn2.norm_q.weight                         dim
-layers.N.attn.cond_q_norm.bias   layers.N.attn2.norm_q.bias                           dim
-layers.N.attn.cond_k_norm.weight layers.N.attn2.norm_k.weight                         kv_dim
-layers.N.attn.cond_k_norm.bias   layers.N.attn2.norm_k.bias                           kv_dim
-layers.N.attn.gate               layers.N.gate                                        n_head
-layers.N.attn.out.weight         layers.N.attn2.to_out.0.weight                       dim dim
-layers.N.ffn.w13.weight          layers.N.feed_forward.linear_1.weight                ffn_dim dim
-layers.N.ffn.w13.weight          layers.N.feed_forward.linear_3.weight                ffn_dim dim
-layers.N.ffn.w2.weight           layers.N.feed_forward.linear_2.weight                dim ffn_dim
-final_ada.weight                 norm_out.linear_1.weight                             dim emb
-final_ada.bias                   norm_out.linear_1.bias                               dim
-final.weight                     norm_out.linear_2.weight                             D dim
-final.bias                       norm_out.linear_2.bias                               D
+from plumbing.checkpoint import read_checkpoint, read_weights
+from plumbing.configurator import configure_paths, user_errors_in_one_line
+
+# ---- settings
+out = ""  # the folder to write
+weights = "ema"  # of a run: ema | model (the raw ones)
+prefix = ""  # of the parameters' names; needed if the files hold several models of diffusers
+# ----
+
+# Our modules and the reference's. Where ours has several, their parameters are stacked in it.
+MODULES = """
+x_embed                  patch_embedder.proj
+t_embed.0                time_caption_embed.timestep_embedder.linear_1
+t_embed.2                time_caption_embed.timestep_embedder.linear_2
+cond_projection.0        caption_projection.linear_1
+cond_projection.2        caption_projection.linear_2
+cond_embed.0             time_caption_embed.caption_embedder.0
+cond_embed.1             time_caption_embed.caption_embedder.1
+layers.N.ada             layers.N.norm1.linear
+layers.N.norm1           layers.N.norm1.norm
+layers.N.norm2           layers.N.norm2
+layers.N.ffn_norm1       layers.N.ffn_norm1
+layers.N.ffn_norm2       layers.N.ffn_norm2
+layers.N.attn.qkvq       layers.N.attn1.to_q
+layers.N.attn.qkvq       layers.N.attn1.to_k
+layers.N.attn.qkvq       layers.N.attn1.to_v
+layers.N.attn.qkvq       layers.N.attn2.to_q
+layers.N.attn.q_norm     layers.N.attn1.norm_q
+layers.N.attn.k_norm     layers.N.attn1.norm_k
+layers.N.attn.cond_norm  layers.N.norm1_context
+layers.N.attn.cond_kv    layers.N.attn2.to_k
+layers.N.attn.cond_kv    layers.N.attn2.to_v
+layers.N.attn.cond_q_norm layers.N.attn2.norm_q
+layers.N.attn.cond_k_norm layers.N.attn2.norm_k
+layers.N.attn.gate       layers.N.gate
+layers.N.attn.out        layers.N.attn2.to_out.0
+layers.N.ffn.w13         layers.N.feed_forward.linear_1
+layers.N.ffn.w13         layers.N.feed_forward.linear_3
+layers.N.ffn.w2          layers.N.feed_forward.linear_2
+final_ada                norm_out.linear_1
+final                    norm_out.linear_2
 """
+CONFIG = """
+target_dim  in_channels
+cond_dim    cross_attention_dim
+dim         hidden_size
+n_layer     num_layers
+n_head      num_attention_heads
+n_kv_head   num_kv_heads
+norm_eps    norm_eps
+qk_norm     qk_norm
+"""
+FIRST = "patch_embedder.proj.weight"
 UNUSED = "pad_token"  # a parameter that the reference never uses
+# what the reference is, and how BLIP3-o trains it
+PLAIN = dict(conditioning="cross", conv=False, prior=False, rope="lumina")
+VELOCITY = dict(path="linear", prediction="v", sigma_min=0.0, sigma_max=1.0)
+META = ("model_args", "flow", "normalize", "stats", "cond_tokens", "code")
 
 
-def reference_parameters(sizes):
-    """{our parameter: {the reference's parameter: its shape, ...}} for a model of these sizes."""
-    dim, multiple_of = sizes["dim"], sizes["multiple_of"]
-    kv_dim = dim // sizes["n_head"] * sizes["n_kv_head"]
-    hidden = int((sizes["ffn_dim_multiplier"] or 1) * int(8 * dim / 3))
-    widths = {"D": sizes["target_dim"], "C": sizes["cond_dim"], "n_head": sizes["n_head"]}
-    widths |= {"dim": dim, "4*dim": 4 * dim, "kv_dim": kv_dim, "emb": min(dim, 1024)}
-    widths |= {"ffn_dim": multiple_of * math.ceil(hidden / multiple_of), "256": 256}
+def stack_names(names):
+    """{our parameter: [the reference's, ...]}, of those that are in `names`, ours or theirs."""
+    n_layer = sum(name.endswith(".gate") for name in names)
     stacks = {}
-    for line in PARAMETERS.strip().splitlines():
-        ours, theirs, *shape = line.split()
-        if ".norm_" in theirs and not sizes["qk_norm"]:
-            continue
-        for i in range(sizes["n_layer"] if "N" in ours else 1):
-            stack = stacks.setdefault(ours.replace("N", str(i)), {})
-            stack[theirs.replace("N", str(i))] = [widths[name] for name in shape]
+    for line in MODULES.strip().splitlines():
+        for i in range(n_layer if "N" in line else 1):
+            for end in (".weight", ".bias", ""):
+                ours, theirs = (module + end for module in line.replace("N", str(i)).split())
+                if ours in names or theirs in names:
+                    stacks.setdefault(ours, []).append(theirs)
     return stacks
 
 
-def read_sizes(folder, grid):
-    """The keyword arguments of NextDiTConfig that config.json amounts to."""
-    path = folder / "config.json"
-    try:
-        given = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{str(folder)!r} is no folder of a diffusers model: {e}") from e
-    required = {"patch_size", "learn_sigma", "sample_size", *CONFIG.values()}
-    missing = sorted(required - set(given if isinstance(given, dict) else ()))
-    if missing:
-        raise ValueError(f"{path}: not a LuminaNextDiT2DModel's, without {', '.join(missing)}")
-    if given["patch_size"] != 1 or given["learn_sigma"]:
-        raise ValueError(f"{path}: not a LuminaNextDiT2DModel of patch_size 1 without learn_sigma")
-    sizes = {ours: given[theirs] for ours, theirs in CONFIG.items()}
-    if sizes["n_kv_head"] is None:
-        sizes["n_kv_head"] = sizes["n_head"]
-    sizes["grid"] = tuple(grid or given.get("grid") or [given["sample_size"]] * 2)
-    integers = [(name, sizes[name]) for name in INTEGERS]
-    for name, size in integers + [("grid", size) for size in sizes["grid"]]:
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{path}: {name}={size!r} must be a whole number of at least 1")
-    numbers = [sizes["norm_eps"], sizes["ffn_dim_multiplier"] or 1.0]
-    if not all(isinstance(number, (int, float)) for number in numbers):
-        raise ValueError(f"{path}: norm_eps and ffn_dim_multiplier must be numbers")
-    return sizes
+def open_model(path, weights="ema", grid=None, prefix=""):
+    """(ckpt, parameters): what a model is, and its parameters, read one at a time.
 
-
-def from_diffusers(folder, grid=None, cast=lambda parameter: parameter, channels=None):
-    """(sizes, state): keyword arguments of NextDiTConfig, and the model's state dict.
-
-    grid: (H, W), by default the square of config.json's sample_size
-    cast: what is kept of each parameter, which comes in the file's dtype; they are read one at a
-        time, so that never two copies of the model are in memory
-    channels: (C, D) that the model must have, if given
-    The null condition is BLIP3-o's, zero. Raises ValueError where the folder holds something else.
+    path: a checkpoint, the folder of a run (for its ckpt_best.pt), or a folder of config.json and
+        safetensors, sharded or not, in our names or in diffusers'
+    weights: of a checkpoint, "ema" or "model", the raw ones
+    grid: (H, W) of a model from elsewhere; by default the square that its config.json says
+    prefix: what the names of the parameters begin with. By default it is found, and parameters
+        without it are left out; needed where the files hold several models of diffusers
+    Returns a dict(model_args, flow, normalize, stats, cond_tokens, config, files, ...), and an
+    iterator of (name, tensor). Raises ValueError where there is no such model.
     """
-    from safetensors import SafetensorError, safe_open
+    path = Path(path).expanduser()
+    files = sorted(path.glob("*.safetensors"))
+    best = path / "ckpt_best.pt"
+    if files and not best.exists():
+        try:
+            return open_safetensors(path, files, grid, prefix)
+        except Exception as e:  # a damaged file can raise anything
+            words = " ".join(str(e).split())
+            raise ValueError(f"{path} cannot be read as a model: {words}") from e
+    if path.is_dir():
+        path = best
+    ckpt = read_checkpoint(path)
+    return ckpt | {"files": [path]}, read_weights(path, weights)
 
-    folder = Path(folder)
-    sizes = read_sizes(folder, grid)
-    found = sizes["cond_dim"], sizes["target_dim"]
-    if channels and found != channels:
-        raise ValueError(f"{folder} is for (condition, target) channels {found}, not {channels}")
-    stacks = reference_parameters(sizes)
-    state, files = {}, {}
 
-    def read(name, shape):
-        path, full_name = files[name]
-        with safe_open(path, "pt") as file:  # what an open file has read stays in memory
-            tensor = file.get_tensor(full_name)
-        if list(tensor.shape) != shape:
-            raise ValueError(
-                f"{folder}: size mismatch for {name}: "
-                f"{list(tensor.shape)}, but {shape} by config.json"
-            )
-        return tensor
+def open_safetensors(folder, files, grid, prefix):
+    """open_model() for a folder of such files."""
+    from safetensors import safe_open
 
+    given = json.loads((folder / "config.json").read_text())
+    ckpt = {name: given.get(name) for name in META}
+    ckpt |= {"files": files, "config": {"data_dir": None}}
+    if ckpt["stats"]:
+        ckpt["stats"] = {name: torch.tensor(value) for name, value in ckpt["stats"].items()}
+    places = {}  # name -> file
+    for path in files:
+        with safe_open(path, "pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+
+    def read(name):
+        with safe_open(places[name], "pt") as file:  # what an open file has read stays in memory
+            return file.get_tensor(name)
+
+    if "x_embed.weight" in places:
+        return ckpt, ((name, read(name)) for name in places)
+    starts = [name.removesuffix(FIRST) for name in places if name.endswith(prefix + FIRST)]
+    if len(starts) != 1:
+        raise ValueError(f"{len(starts)} parameters are named {prefix + FIRST}")
+    start = starts[0]
+    names = {name.removeprefix(start) for name in places if name.startswith(start)}
+    stacks = stack_names(names)
+    surplus = names.difference([UNUSED], *stacks.values())
+    if surplus:
+        raise ValueError(f"{len(surplus)} surplus parameters, such as {min(surplus)}")
+    if not ckpt["model_args"]:
+        sizes = read_sizes(names, lambda name: read(start + name).shape)
+        sizes["norm_eps"] = given.get("norm_eps", 1e-5)
+        sizes["grid"] = grid or [given.get("sample_size", 8)] * 2  # BLIP3-o's is 8x8
+        ckpt |= dict(model_args=PLAIN | sizes, flow=VELOCITY, normalize="none")
+    null_cond = given.get("null_cond") or [0.0] * ckpt["model_args"]["cond_dim"]
+
+    def read_stacks():
+        for ours, theirs in stacks.items():
+            stack = torch.cat([read(start + name) for name in theirs])
+            yield ours, -stack if ours.startswith("final.") else stack
+        yield "null_cond", torch.tensor(null_cond)
+
+    return ckpt, read_stacks()
+
+
+def read_sizes(names, shape):
+    """Arguments of NextDiTConfig, from diffusers' names and a function name -> shape."""
+    dim, target_dim = shape(FIRST)
+    kv_dim, cond_dim = shape("layers.0.attn2.to_k.weight")
+    projection = "caption_projection.linear_1.weight"
+    if projection in names:
+        _, cond_dim = shape(projection)
+    (n_head,) = shape("layers.0.gate")
+    return dict(
+        target_dim=target_dim,
+        cond_dim=cond_dim,
+        dim=dim,
+        n_layer=sum(name.endswith(".gate") for name in names),
+        n_head=n_head,
+        n_kv_head=kv_dim * n_head // dim,
+        ffn_dim=shape("layers.0.feed_forward.linear_1.weight")[0],
+        qk_norm="layers.0.attn1.norm_q.weight" in names,
+        cond_projection=projection in names,
+    )
+
+
+def load_weights(model, parameters, cast):
+    """Put (name, tensor) pairs into a model, which keeps cast(tensor) of each, not copies of that.
+
+    Raises ValueError where they are not the model's.
+    """
     try:
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                for full_name in file.keys():
-                    # BLIP3-o's names have model., dit.model. or model.dit.model. in front
-                    files[full_name.split("model.")[-1]] = path, full_name
-        names = {name for stack in stacks.values() for name in stack}
-        missing = sorted(names - set(files))
-        surplus = sorted(set(files) - names - {UNUSED})
-        if missing or surplus:
-            raise ValueError(
-                f"{folder}: missing parameters {missing or 'none'}, surplus {surplus or 'none'}"
-            )
-        for ours, stack in stacks.items():
-            stacked = torch.cat([read(name, shape) for name, shape in stack.items()])
-            state[ours] = cast(-stacked if ours.startswith("final.") else stacked)
-        null_cond = torch.zeros(sizes["cond_dim"], dtype=stacked.dtype)
-        state["null_cond"] = cast(null_cond)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{folder}: {' '.join(str(e).split())}") from e
-    return PLAIN | sizes, state
+        model.load_state_dict({name: cast(x) for name, x in parameters}, assign=True)
+    except RuntimeError as e:
+        raise ValueError(" ".join(str(e).split())) from e
 
 
-def to_diffusers(model, folder):
-    """Write what diffusers' LuminaNextDiT2DModel.from_pretrained reads.
+def save_model(folder, ckpt, state):
+    """Write safetensors and config.json, in diffusers' layout where diffusers or BLIP3-o has such
+    a model, else in our names. Returns the file of the weights.
 
-    For a velocity on the linear path. The null condition has no place there: where guidance is
-    used, give it as the condition. Raises ValueError where the folder holds another model's files,
-    or where diffusers has no such model.
+    ckpt, state: from open_model(), the state as a dict. Raises ValueError where the folder holds a
+    model already.
     """
     from safetensors.torch import save_file
 
-    config, folder = model.config, Path(folder)
-    for name, expected in PLAIN.items():
-        value = getattr(config, name)
-        if value != expected:
-            raise ValueError(f"diffusers has no NextDiT of {name}={value!r}")
-    file = folder / "diffusion_pytorch_model.safetensors"
-    others = sorted(p.name for p in folder.glob("*.safetensors*") if p.name != file.name)
-    if others:
-        raise ValueError(f"{str(folder)!r} holds another model: {', '.join(others)}")
-
-    sizes = {name: getattr(config, name) for name in CONFIG}
-    values, state = model.state_dict(), {UNUSED: torch.zeros(config.dim)}
-    for ours, stack in reference_parameters(sizes).items():
-        value = -values[ours] if ours.startswith("final.") else values[ours]
-        parts = value.split([shape[0] for shape in stack.values()])
-        state |= {name: part.contiguous().cpu() for name, part in zip(stack, parts)}
+    folder = Path(folder)
+    if list(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds a model already")
+    args = ckpt["model_args"]
+    given = {name: ckpt[name] for name in META}
+    file = folder / "model.safetensors"
+    if PLAIN.items() <= args.items() and VELOCITY.items() <= ckpt["flow"].items():
+        file = folder / "diffusion_pytorch_model.safetensors"
+        given |= reference_config(args) | {"null_cond": state["null_cond"]}
+        state = reference_state(args, state)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, file, metadata={"format": "pt"})
+    save_file(state, file, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(given, default=torch.Tensor.tolist))
+    return file
 
-    H, W = config.grid
-    written = {theirs: sizes[ours] for ours, theirs in CONFIG.items()}
-    written |= dict(sample_size=H, patch_size=1, learn_sigma=False, scaling_factor=1.0)
-    written["_class_name"] = "LuminaNextDiT2DModel"
-    if H != W:
-        written["grid"] = [H, W]  # diffusers ignores it
-    (folder / "config.json").write_text(json.dumps(written, indent=1))
+
+def reference_config(args):
+    """The config.json of diffusers' model for NextDiTConfig's arguments `args`."""
+    given = {"_class_name": "LuminaNextDiT2DModel", "patch_size": 1, "learn_sigma": False}
+    for line in CONFIG.strip().splitlines():
+        ours, theirs = line.split()
+        given[theirs] = args[ours]
+    given["sample_size"], _ = args["grid"]
+    # its classes scale 8/3 dim, or 4 dim, and round it up: both arrive at this width
+    given["multiple_of"] = args["ffn_dim"]
+    given["ffn_dim_multiplier"] = args["ffn_dim"] / (16 / 3 * args["dim"])
+    return given
+
+
+def reference_state(args, state):
+    """Our parameters in diffusers' names."""
+    dim = args["dim"]
+    kv_dim = dim // args["n_head"] * args["n_kv_head"]
+    theirs = {UNUSED: torch.zeros(dim)}
+    for ours, names in stack_names(state).items():
+        value = -state[ours] if ours.startswith("final.") else state[ours]
+        parts = value.chunk(len(names))
+        if ours.endswith("qkvq.weight"):
+            parts = value.split([dim, kv_dim, kv_dim, dim])
+        theirs |= zip(names, parts)
+    return theirs
+
+
+def main():
+    user_errors_in_one_line()
+    _, paths = configure_paths(globals())
+    if len(paths) != 1 or not out:
+        sys.exit("error: name a model and a folder: python -m plumbing.exchange RUN --out=FOLDER")
+    ckpt, parameters = open_model(paths[0], weights, prefix=prefix)
+    print(f"wrote {save_model(out, ckpt, dict(parameters))}")
+
+
+if __name__ == "__main__":
+    main()

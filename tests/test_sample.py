@@ -200,7 +200,9 @@ def test_loading_holds_one_copy(tmp_path, kind, dtype):
     config = NextDiTConfig(grid=(2, 2), target_dim=5, cond_dim=6, dim=512, n_layer=16, n_head=8)
     model = NextDiT(config)
     if kind == "diffusers":
-        exchange.to_diffusers(model, tmp_path)
+        facts = dict(model_args=dataclasses.asdict(config), flow=exchange.VELOCITY, stats={})
+        facts |= dict(normalize="none", cond_tokens=4, code="")
+        exchange.save_model(tmp_path, facts, model.state_dict())
     else:
         stats = {
             f"{n}_{m}": torch.ones(c)
