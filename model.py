@@ -80,7 +80,7 @@ class NextDiTConfig:
         self.head_dim = self.dim // self.n_head
         self.kv_dim = self.n_kv_head * self.head_dim
         self.emb_dim = min(self.dim, 1024)  # of the embedding of time and pooled condition
-        self.cond_width = self.dim if self.cond_projection else self.cond_dim
+        self.cond_width = self.dim if self.cond_projection else self.cond_dim  # in the model
         if self.ffn_dim is None:  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
             hidden = int((self.ffn_dim_multiplier or 1) * (8 * self.dim // 3))
             self.ffn_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
@@ -88,7 +88,6 @@ class NextDiTConfig:
 
 def rope_2d(config, device):
     """Cosines and sines of a 2D rotary embedding, each (T, 1, head_dim / 2).
-
     Channels (2j, 2j + 1) turn with the row for even j, with the column for odd j, at frequency
     highest * theta^(-4k / head_dim), k = j // 2: Su et al. 2021 (arXiv 2104.09864), per axis."""
     H, W = config.grid
@@ -155,8 +154,7 @@ class Attention(nn.Module):
         self.k_norm = norm(kv_dim)
 
     def keys_values(self, cond):
-        """Of normalized condition tokens (B, S, C). The norm's weight goes into the matrix: that is
-        cheaper than to scale the tokens in each block, and backward to scale their gradient."""
+        """Of normalized condition tokens (B, S, C or dim). The norm's weight is in the matrix."""
         weight = self.cond_kv.weight * self.cond_norm.weight  # (2 * kv_dim, C)
         k, v = F.linear(cond, weight).chunk(2, -1)  # each (B, S, kv_dim)
         return self.cond_k_norm(k), v
@@ -167,8 +165,9 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), rope)
         y = attend(q, k, v, self.head_dim)  # (B, T, n_head, head_dim)
         if self.cross:
-            is_known = isinstance(condition, tuple)  # keys and values from an earlier call
-            k, v = condition if is_known else self.keys_values(condition)
+            if not isinstance(condition, tuple):  # else they were computed before
+                condition = self.keys_values(condition)
+            k, v = condition
             q = rotate(self.cond_q_norm(cond_q), rope)  # the reference turns it here too
             gate = self.gate.tanh()[:, None]  # (n_head, 1)
             y = y + gate * attend(q, k, v, self.head_dim)
@@ -231,8 +230,7 @@ class Prior(nn.Module):
     The model adds the rest, in units of that Gaussian's standard deviation. On the linear path this
     is the best linear estimate of the velocity (Bishop 2006, equation 2.116; Karras et al. 2022,
     arXiv 2206.00364, table 1, for unit variance), most of what a denoiser learns (Wang and Vastola
-    2024, arXiv 2412.09726). Tokens wider than the model pass through it whole.
-    """
+    2024, arXiv 2412.09726). Tokens wider than the model pass through it whole."""
 
     def __init__(self, channels):
         super().__init__()
@@ -273,8 +271,6 @@ class NextDiT(nn.Module):
         self.config = config
         dim = config.dim
         emb_dim = config.emb_dim
-        C = config.cond_dim
-        width = config.cond_width  # of the condition's tokens in the model: C or dim
         self.x_embed = nn.Linear(config.target_dim, dim)
         self.t_embed = nn.Sequential(
             nn.Linear(256, emb_dim),
@@ -284,16 +280,17 @@ class NextDiT(nn.Module):
         self.cond_projection = nn.Identity()
         if config.cond_projection:  # as PixArt-alpha's (Chen et al. 2023, arXiv 2310.00426)
             self.cond_projection = nn.Sequential(
-                nn.Linear(C, dim),
+                nn.Linear(config.cond_dim, dim),
                 nn.GELU("tanh"),
                 nn.Linear(dim, dim),
             )
         self.cond_embed = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, emb_dim),
+            nn.LayerNorm(config.cond_width),
+            nn.Linear(config.cond_width, emb_dim),
         )
-        self.cond_in = nn.Linear(width, dim) if config.conditioning == "aligned" else None
-        self.null_cond = nn.Parameter(torch.empty(C))  # stands for "no condition"
+        aligned = config.conditioning == "aligned"
+        self.cond_in = nn.Linear(config.cond_width, dim) if aligned else None
+        self.null_cond = nn.Parameter(torch.empty(config.cond_dim))  # stands for "no condition"
         self.prior = Prior(config.target_dim) if config.prior else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_ada = nn.Linear(emb_dim, dim)
@@ -329,8 +326,7 @@ class NextDiT(nn.Module):
 
     def embed_condition(self, cond):
         """cond (B, S, C) -> its part of adaLN's input (B, emb_dim); what is added to the target's
-        tokens (B, S, dim), if aligned, else None; the tokens for cross-attention, normalized, else
-        None."""
+        tokens (B, S, dim) if aligned, else None; normalized tokens for attention, else None."""
         cond = self.cond_projection(cond)  # (B, S, C or dim)
         added = tokens = None
         if self.cond_in is None:
@@ -345,8 +341,8 @@ class NextDiT(nn.Module):
         return self.cond_embed(cond.mean(1)), added, tokens
 
     def context(self, cond):
-        """What depends on cond (B, S, C) alone, for forward(): computed once per trajectory.
-        The null condition is one token, `null_cond.expand(B, 1, -1)`."""
+        """What depends on cond (B, S, C) alone, for forward(): computed once per trajectory. The
+        null condition is one token, `null_cond.expand(B, 1, -1)`."""
         cond_emb, added, tokens = self.embed_condition(cond)
         if tokens is None:
             return cond_emb, added, [None] * len(self.layers)
@@ -359,11 +355,10 @@ class NextDiT(nn.Module):
         context: from self.context(cond), instead of cond and drop
         Returns (B, T, D): the prediction (velocity, noise or data: flow.py decides).
         """
-        B, T, D = x_t.shape
         config = self.config
-        if (T, D) != (config.n_tokens, config.target_dim):
+        if x_t.shape[1:] != (config.n_tokens, config.target_dim):
             raise ValueError(
-                f"x_t has {T} tokens of {D} channels; "
+                f"x_t has {x_t.shape[1]} tokens of {x_t.shape[2]} channels; "
                 f"the model is for a grid of {config.grid} tokens of {config.target_dim} channels"
             )
         if context is None:

@@ -32,7 +32,7 @@ import flow
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
-from plumbing.checkpoint import ROOT, hash_files, replace_file
+from plumbing.checkpoint import ROOT, hash_files, load_weights, replace_file
 from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
 from plumbing.dataset import open_dataset, split_arrays
 from plumbing.distributed import (
@@ -111,7 +111,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     config = NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False})
     with torch.device("meta"):  # allocates nothing
         model = NextDiT(config)
-    exchange.load_weights(model, pairs, cast)
+    load_weights(model, pairs, cast)
     stats = ckpt["stats"] or {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
     return SimpleNamespace(
         model=model.eval().requires_grad_(False),

@@ -217,7 +217,7 @@ torch.manual_seed(seed)
 with torch.device("meta" if parameters else "cpu"):
     raw_model = NextDiT(model_config)
 if parameters:
-    exchange.load_weights(raw_model, parameters, torch.Tensor.float)
+    checkpoint.load_weights(raw_model, parameters, torch.Tensor.float)
 if prior and not ckpt:
     count = min(loader.n_train, math.ceil(65536 / T))  # samples, evenly spaced
     rows = np.linspace(0, loader.n_train - 1, count).astype(int)
@@ -401,8 +401,10 @@ wandb_log = wandb_log and rank == 0
 if wandb_log:  # before anything of an earlier run is replaced, since it can fail
     import wandb
 
-    options = dict(project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow")
-    wandb_id = wandb.init(config=config, dir=out_dir, **options).id
+    wandb_id = wandb.init(
+        project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
+        config=config, dir=out_dir,
+    ).id  # fmt: skip
 if rank == 0:
     checkpoint.open_run(out_dir, config, version, iteration, resume)
 
@@ -488,4 +490,5 @@ if wandb_log:
     wandb.finish()
 if not saved:
     sys.exit(f"error: {last} could not be written at the end: it is an older one")
-distributed.exit_process()
+if world_size > 1:
+    distributed.exit_process()

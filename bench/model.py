@@ -1,6 +1,6 @@
 """
-model.py beside diffusers' LuminaNextDiT2DModel: training steps and velocity evaluations, and the
-share of the machine's arithmetic that they use.
+model.py beside BLIP3-o's model, made of diffusers' parts: training steps and velocity evaluations,
+and the share of the machine's arithmetic that they use.
 
     python bench/model.py                      # both sizes and precisions, ten minutes on two cores
     python bench/model.py --sizes=256 --rounds=15
@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import flow
 from bench.speedrun import Reference
 from model import NextDiT, NextDiTConfig
-from plumbing import exchange
+from plumbing import checkpoint, exchange
 
 T, D, C = 64, 768, 1280
 SIZES = {
@@ -57,15 +57,15 @@ def build(dim, n_layer, n_head):
     """The reference, with open gates as after some training, and ours with the same weights."""
     torch.manual_seed(0)
     sizes = dict(dim=dim, n_layer=n_layer, n_head=n_head)
-    config = NextDiTConfig(grid=(8, 8), target_dim=D, cond_dim=C, **sizes)
+    config = NextDiTConfig((8, 8), target_dim=D, cond_dim=C, cond_projection=True, **sizes)
     reference = Reference(config)
     for block in reference.net.layers:
         torch.nn.init.normal_(block.gate, std=0.5)
+    ours = NextDiT(config)
     with tempfile.TemporaryDirectory() as folder:
         reference.net.save_pretrained(folder)
-        _, state = exchange.from_diffusers(folder)
-    ours = NextDiT(config)
-    ours.load_state_dict(state)
+        _, parameters = exchange.open_model(folder)
+        checkpoint.load_weights(ours, parameters, torch.clone)
     ours.null_cond.requires_grad_(False)  # the reference has none
     return reference, ours
 

@@ -1,6 +1,6 @@
 """
-What a sample costs, and how good it is: solvers beside each other, and the default beside diffusers
-with 50 Euler steps.
+What a sample costs, and how good it is: solvers beside each other, and the default beside BLIP3-o's
+model, made of diffusers' parts, with 50 Euler steps.
 
     python train.py config/train_digits.py
     python bench/sample.py out-digits [out-real ...]     # folders of runs, with their datasets
@@ -9,10 +9,10 @@ First a table, by solver and number of evaluations of the model (NFE), of sample
 validation split, one per condition, from the same noise. Error: root mean square distance to where
 ab2 with 1,000 steps ends, relative to the size of that; metrics of score.py; seconds.
 
-Then, if diffusers has such a model (config/train_blip3o.py before the config of the sizes), in one
+Then, for models that BLIP3-o has (config/train_blip3o.py before the config of the sizes), in one
 process and in turn, the whole way from raw conditions to raw embeddings: sample.generate as it is,
-and the same weights in diffusers' LuminaNextDiT2DModel driven by FlowMatchEulerDiscreteScheduler
-with 50 steps as BLIP3-o drives it, from noise that it need not draw, with torch's default
+and the same weights in diffusers' parts, driven by FlowMatchEulerDiscreteScheduler with 50 steps as
+BLIP3-o drives them, from noise that they need not draw, with torch's default
 float32_matmul_precision and with the one that sample.py sets.
 """
 
@@ -20,19 +20,19 @@ import argparse
 import logging
 import statistics
 import sys
-import tempfile
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LuminaNextDiT2DModel
-from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flow
 import sample
+from bench.speedrun import Reference
 from plumbing import exchange
 from plumbing.dataset import open_dataset
 from report import score
@@ -42,12 +42,13 @@ PRECISION = "medium"  # float32_matmul_precision of sample.py
 
 
 def reference(loaded):
-    """run(cond, noise, batch_size), raw to raw: the same weights in diffusers, 50 Euler steps."""
-    config, (H, W) = loaded.model.config, loaded.model.config.grid
-    with tempfile.TemporaryDirectory() as folder:
-        exchange.to_diffusers(loaded.model, folder)
-        model = LuminaNextDiT2DModel.from_pretrained(folder).eval()
-    rope = get_2d_rotary_pos_embed_lumina(config.dim // config.n_head, H, W)
+    """run(cond, noise, batch_size), raw to raw: the same weights in BLIP3-o's model of diffusers'
+    parts, 50 Euler steps."""
+    config = loaded.model.config
+    model = Reference(config)
+    state = exchange.reference_state(asdict(config), loaded.model.state_dict())
+    state.pop("pad_token")
+    model.net.load_state_dict(state)
 
     @torch.no_grad()
     def run(cond, noise, batch_size):
@@ -56,14 +57,11 @@ def reference(loaded):
             c = loaded.cond.encode(torch.as_tensor(cond[i : i + batch_size]))
             scheduler = FlowMatchEulerDiscreteScheduler()
             scheduler.set_timesteps(50, sigmas=np.linspace(1, 1 / 50, 50))
-            x = noise[i : i + batch_size].transpose(1, 2).unflatten(2, (H, W))
-            mask = torch.ones(c.shape[:2])
+            x = noise[i : i + batch_size]
             for timestep in scheduler.timesteps:
-                v = model(
-                    x, timestep.expand(len(x)), c, mask, rope, cross_attention_kwargs={}
-                ).sample
+                v = model.velocity(x, timestep.expand(len(x)), c)
                 x = scheduler.step(v, timestep, x).prev_sample
-            made.append(loaded.target.decode(x.flatten(2).transpose(1, 2)))
+            made.append(loaded.target.decode(x))
         return torch.cat(made)
 
     return run

@@ -1,6 +1,6 @@
 """
-How soon does train.py's default recipe reach the loss at which diffusers' NextDiT, trained as
-BLIP3-o trains it, ends?
+How soon does train.py's default recipe reach the loss at which BLIP3-o's DiT, trained as BLIP3-o
+trains it, ends?
 
     python bench/speedrun.py FOLDER data/digits --budget 100     # FOLDER gets the results
     python bench/speedrun.py FOLDER data/real --config config/train_real.py --budget 120
@@ -8,10 +8,11 @@ BLIP3-o trains it, ends?
         --rates --ours "" conv=False prior=True                  # variants of our recipe
     python bench/speedrun.py FOLDER --picture                    # curves of all races in FOLDER
 
-Reference: diffusers' LuminaNextDiT2DModel of the same dim, layers and heads; velocity, uniform t,
-AdamW with cosine decay. The first seed tries all learning rates of --rates; the best one races with
-the other seeds too. Ours: the defaults of train.py with what --config sets, for the whole budget, a
-fifth and a tenth of it. Or, for the whole budget, each of --ours: settings that differ from those.
+Reference: BLIP3-o's model of the same dim, layers and heads, made of diffusers' parts; velocity,
+uniform t, AdamW with cosine decay. The first seed tries all learning rates of --rates; the best one
+races with the other seeds too. Ours: the defaults of train.py with what --config sets, for the
+whole budget, a fifth and a tenth of it. Or, for the whole budget, each of --ours: settings that
+differ from those.
 
 All get the same samples, normalized by channel, warmup over a twentieth of their budget, averaged
 weights, threads and precision of products. They train in one process, in turn, a twelfth of the
@@ -61,14 +62,19 @@ OURS |= {"optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "grad_c
 OURS |= {"batch_size", "gradient_accumulation_steps"}
 # the reference trains as BLIP3-o does: what ours has besides is not its own
 PLAIN = dict(optimizer="adamw", t_sampling="uniform", t_shift=1.0, path="linear", prediction="v")
+PLAIN |= dict(conditioning="cross", cond_projection=True)
 
 
 class Reference(torch.nn.Module):
-    """diffusers' model with the arguments of ours. A dropped condition is zero, as in BLIP3-o."""
+    """diffusers' LuminaNextDiT2DModel with the arguments of ours; with cond_projection BLIP3-o's,
+    which puts a PixArtAlphaTextProjection before it. A dropped condition is zero, as in BLIP3-o."""
 
     def __init__(self, config):
         from diffusers import LuminaNextDiT2DModel
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+        from diffusers.models.embeddings import (
+            PixArtAlphaTextProjection,
+            get_2d_rotary_pos_embed_lumina,
+        )
 
         super().__init__()
         self.grid = config.grid
@@ -84,9 +90,12 @@ class Reference(torch.nn.Module):
             norm_eps=config.norm_eps,
             learn_sigma=False,
             qk_norm=True,
-            cross_attention_dim=config.cond_dim,
+            cross_attention_dim=config.cond_width,
         )
         del self.net.pad_token  # is never used
+        self.net.caption_projection = torch.nn.Identity()
+        if config.cond_projection:
+            self.net.caption_projection = PixArtAlphaTextProjection(config.cond_dim, config.dim)
         self.rope = get_2d_rotary_pos_embed_lumina(config.dim // config.n_head, *self.grid)
 
     def context(self, cond):
@@ -97,12 +106,16 @@ class Reference(torch.nn.Module):
             cond = context
         if drop is not None:
             cond = cond * ~drop[:, None, None]
+        # the reference counts time from data to noise, and its velocity runs that way
+        return -self.velocity(x_t, 1000 * (1 - t), cond)
+
+    def velocity(self, x_t, timestep, cond):
+        """Noise minus data at the reference's time, in our shapes."""
+        cond = self.net.caption_projection(cond)
         image = x_t.transpose(1, 2).unflatten(2, self.grid)  # (B, D, H, W)
         mask = torch.ones(cond.shape[:2])
-        # the reference counts time from data to noise, and its velocity runs that way
-        their_t = 1000 * (1 - t)
-        out = self.net(image, their_t, cond, mask, self.rope, cross_attention_kwargs={}).sample
-        return -out.flatten(2).transpose(1, 2)  # (B, T, D)
+        out = self.net(image, timestep, cond, mask, self.rope, cross_attention_kwargs={}).sample
+        return out.flatten(2).transpose(1, 2)  # (B, T, D)
 
 
 class Run:
@@ -326,12 +339,12 @@ def draw_race(axes, race):
     shades = {1.0: "#1d4e89", 0.2: "#4a90d9"}  # of ours, by the share of the budget
     losses = []
     for r in results:
-        style = dict(color="#b3541e", alpha=1.0, label=f"diffusers, AdamW {best['rate']:g}")
+        style = dict(color="#b3541e", alpha=1.0, label=f"BLIP3-o's, AdamW {best['rate']:g}")
         if not is_reference(r):
             share = round(r["budget"] / best["budget"], 2)
             style.update(color=shades.get(share, "#9cc9ee"), label=f"ours, {r['budget']:g} s")
         elif r["rate"] != best["rate"]:
-            style.update(alpha=0.25, label="diffusers, other rates")
+            style.update(alpha=0.25, label="BLIP3-o's, other rates")
         seconds, curve = zip(*r["curve"])
         axes.plot(seconds, curve, lw=1.4, **style)
         if style["alpha"] == 1:

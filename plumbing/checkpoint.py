@@ -91,7 +91,18 @@ def read_weights(path, key):
         yield name, ckpt[key][name]
 
 
-# what a run cannot change
+def load_weights(model, parameters, cast):
+    """Put (name, tensor) pairs into a model, which keeps cast(tensor) of each, not a copy of that.
+
+    Raises ValueError where they are not the model's.
+    """
+    try:
+        model.load_state_dict({name: cast(x) for name, x in parameters}, assign=True)
+    except RuntimeError as e:
+        raise ValueError(" ".join(str(e).split())) from e
+
+
+# what a run cannot change, nor one that starts from its weights
 FIXED = "optimizer normalize path prediction sigma_min sigma_max n_layer n_head n_kv_head dim"
 FIXED += " ffn_dim multiple_of ffn_dim_multiplier norm_eps qk_norm conditioning conv rope prior"
 FIXED += " cond_projection cond_dim target_dim"
@@ -135,8 +146,8 @@ def warn_of_distance(path, old, new):
     """
     for kind in ("cond", "target"):
         mean, std = f"{kind}_mean", f"{kind}_std"
-        square = (new[mean] - old[mean]).square().sum() + (new[std] - old[std]).square().sum()
-        distance = (square / old[std].square().sum()).sqrt().item()
+        square = (new[mean] - old[mean]) ** 2 + (new[std] - old[std]) ** 2
+        distance = (square.sum() / (old[std] ** 2).sum()) ** 0.5
         if distance > 0.5:
             print0(f"WARNING: {kind} is {distance:.2f} standard deviations from the data of {path}")
 

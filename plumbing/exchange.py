@@ -6,7 +6,7 @@ Models from and to files: runs of this project, and safetensors, in our names or
 
     ckpt, parameters = open_model("out-mine")    # a run, a checkpoint, a folder of safetensors
     model = NextDiT(NextDiTConfig(**ckpt["model_args"]))
-    load_weights(model, parameters, cast=torch.Tensor.float)
+    checkpoint.load_weights(model, parameters, cast=torch.Tensor.float)
     save_model("folder", ckpt, model.state_dict())
 
 diffusers' names are those of its LuminaNextDiT2DModel, and of the class of the same name that
@@ -16,7 +16,6 @@ sign goes into the last layer, the time into model.timestep_embedding.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -70,15 +69,15 @@ dim         hidden_size
 n_layer     num_layers
 n_head      num_attention_heads
 n_kv_head   num_kv_heads
+ffn_dim     multiple_of
 norm_eps    norm_eps
 qk_norm     qk_norm
 """
 FIRST = "patch_embedder.proj.weight"
-UNUSED = "pad_token"  # a parameter that the reference never uses
 # what the reference is, and how BLIP3-o trains it
 PLAIN = dict(conditioning="cross", conv=False, prior=False, rope="lumina")
 VELOCITY = dict(path="linear", prediction="v", sigma_min=0.0, sigma_max=1.0)
-META = ("model_args", "flow", "normalize", "stats", "cond_tokens", "code")
+META = "model_args flow normalize stats cond_tokens code".split()
 
 
 def stack_names(names):
@@ -106,7 +105,7 @@ def open_model(path, weights="ema", grid=None, prefix=""):
     Returns a dict(model_args, flow, normalize, stats, cond_tokens, config, files, ...), and an
     iterator of (name, tensor). Raises ValueError where there is no such model.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     files = sorted(path.glob("*.safetensors"))
     best = path / "ckpt_best.pt"
     if files and not best.exists():
@@ -126,8 +125,7 @@ def open_safetensors(folder, files, grid, prefix):
     from safetensors import safe_open
 
     given = json.loads((folder / "config.json").read_text())
-    ckpt = {name: given.get(name) for name in META}
-    ckpt |= {"files": files, "config": {"data_dir": None}}
+    ckpt = dict.fromkeys(META) | given | {"files": files, "config": {"data_dir": None}}
     if ckpt["stats"]:
         ckpt["stats"] = {name: torch.tensor(value) for name, value in ckpt["stats"].items()}
     places = {}  # name -> file
@@ -143,18 +141,20 @@ def open_safetensors(folder, files, grid, prefix):
         return ckpt, ((name, read(name)) for name in places)
     starts = [name.removesuffix(FIRST) for name in places if name.endswith(prefix + FIRST)]
     if len(starts) != 1:
-        raise ValueError(f"{len(starts)} parameters are named {prefix + FIRST}")
+        raise ValueError(
+            f"{len(starts)} parameters, not one, end in {prefix + FIRST}: see --prefix"
+        )
     start = starts[0]
     names = {name.removeprefix(start) for name in places if name.startswith(start)}
     stacks = stack_names(names)
-    surplus = names.difference([UNUSED], *stacks.values())
+    surplus = names.difference(["pad_token"], *stacks.values())  # which it never uses
     if surplus:
         raise ValueError(f"{len(surplus)} surplus parameters, such as {min(surplus)}")
     if not ckpt["model_args"]:
-        sizes = read_sizes(names, lambda name: read(start + name).shape)
+        sizes = PLAIN | read_sizes(names, lambda name: read(start + name).shape)
         sizes["norm_eps"] = given.get("norm_eps", 1e-5)
         sizes["grid"] = grid or [given.get("sample_size", 8)] * 2  # BLIP3-o's is 8x8
-        ckpt |= dict(model_args=PLAIN | sizes, flow=VELOCITY, normalize="none")
+        ckpt |= dict(model_args=sizes, flow=VELOCITY, normalize="none")
     null_cond = given.get("null_cond") or [0.0] * ckpt["model_args"]["cond_dim"]
 
     def read_stacks():
@@ -185,17 +185,6 @@ def read_sizes(names, shape):
         qk_norm="layers.0.attn1.norm_q.weight" in names,
         cond_projection=projection in names,
     )
-
-
-def load_weights(model, parameters, cast):
-    """Put (name, tensor) pairs into a model, which keeps cast(tensor) of each, not copies of that.
-
-    Raises ValueError where they are not the model's.
-    """
-    try:
-        model.load_state_dict({name: cast(x) for name, x in parameters}, assign=True)
-    except RuntimeError as e:
-        raise ValueError(" ".join(str(e).split())) from e
 
 
 def save_model(folder, ckpt, state):
@@ -230,8 +219,7 @@ def reference_config(args):
         ours, theirs = line.split()
         given[theirs] = args[ours]
     given["sample_size"], _ = args["grid"]
-    # its classes scale 8/3 dim, or 4 dim, and round it up: both arrive at this width
-    given["multiple_of"] = args["ffn_dim"]
+    # the feed-forward's width is 8/3 or 4 dim, times this, rounded up: both arrive at multiple_of
     given["ffn_dim_multiplier"] = args["ffn_dim"] / (16 / 3 * args["dim"])
     return given
 
@@ -240,7 +228,7 @@ def reference_state(args, state):
     """Our parameters in diffusers' names."""
     dim = args["dim"]
     kv_dim = dim // args["n_head"] * args["n_kv_head"]
-    theirs = {UNUSED: torch.zeros(dim)}
+    theirs = {"pad_token": torch.zeros(dim)}
     for ours, names in stack_names(state).items():
         value = -state[ours] if ours.startswith("final.") else state[ours]
         parts = value.chunk(len(names))
@@ -254,7 +242,7 @@ def main():
     user_errors_in_one_line()
     _, paths = configure_paths(globals())
     if len(paths) != 1 or not out:
-        sys.exit("error: name a model and a folder: python -m plumbing.exchange RUN --out=FOLDER")
+        raise ValueError("name a model and a folder: python -m plumbing.exchange RUN --out=FOLDER")
     ckpt, parameters = open_model(paths[0], weights, prefix=prefix)
     print(f"wrote {save_model(out, ckpt, dict(parameters))}")
 

@@ -12,6 +12,7 @@ import flow
 from conftest import TINY, checkpoint, log, make_pickle, refused, run, same
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
+from plumbing.checkpoint import load_weights
 
 SMALL = dict(grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8)
 OURS = dict(conditioning="aligned", conv=True, prior=True, rope="grid")
@@ -65,7 +66,7 @@ def read_model(folder, grid=None, prefix="", cast=lambda p: p):
     ckpt, parameters = exchange.open_model(folder, grid=grid, prefix=prefix)
     with torch.device("meta"):
         model = NextDiT(NextDiTConfig(**ckpt["model_args"]))
-    exchange.load_weights(model, parameters, cast)
+    load_weights(model, parameters, cast)
     return model
 
 
@@ -249,7 +250,9 @@ def test_a_model_within_a_larger_one(tmp_path):
     save_file(prefixed | other | {"lm_head.weight": torch.zeros(3)}, file)
     (tmp_path / "a" / "config.json").write_text('{"model_type": "qwen"}')  # of the larger model
     whole = ["-m", "plumbing.exchange", tmp_path / "a", f"--out={tmp_path / 'b'}"]
-    assert "2 parameters are named patch_embedder.proj.weight" in refused(*whole)
+    assert "2 parameters, not one, end in patch_embedder.proj.weight: see --prefix" in refused(
+        *whole
+    )
     run(*whole, "--prefix=model.dit.model.")
     assert torch.allclose(read_model(tmp_path / "b")(*inputs(T=64)), expected, atol=1e-5)
     save_file(prefixed | {"lm_head.weight": torch.zeros(3)}, file)
@@ -272,7 +275,7 @@ def test_files_that_are_no_model(tmp_path):
     refuse("Missing key.*layers.1.norm2.weight", fewer)
     refuse("1 surplus parameters, such as extra", plain | {"extra": torch.zeros(1)})
     refuse("size mismatch for layers.1.norm2.weight", plain | {name: torch.zeros(9)})
-    refuse("0 parameters are named patch_embedder.proj.weight", {"a": torch.zeros(1)})
+    refuse("0 parameters, not one, end in patch_embedder.proj.weight", {"a": torch.zeros(1)})
     refuse(
         "50 surplus parameters", {key: value for key, value in plain.items() if "gate" not in key}
     )
@@ -404,6 +407,14 @@ def test_a_run_as_safetensors(trained, dataset, tmp_path):
     assert made[0] == made[1]
     fine_tune(dataset, tmp_path / "out", folder, *STILL)
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(trained, "ckpt_best.pt")["ema"])
+    for path in (folder, trained):  # of which the new run has maps: it must not write into them
+        files = [file for file in path.iterdir() if file.is_file()]
+        before = [file.read_bytes() for file in files]
+        fine_tune(dataset, tmp_path / "moved", path, "--overwrite=True")
+        assert not same(
+            checkpoint(tmp_path / "moved")["model"], checkpoint(tmp_path / "out")["model"]
+        )
+        assert [file.read_bytes() for file in files] == before
     assert same(checkpoint(tmp_path / "out")["stats"], checkpoint(trained)["stats"])
     assert "add --cond=FILE.npy" in refused("sample.py", f"--out_dir={folder}")
 
