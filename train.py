@@ -84,7 +84,7 @@ t_mean = 0.0  # of logit(t), for logit_normal
 t_std = 1.0
 t_shift: float | None = None  # > 1 trains more near noise; None: by number of dimensions
 cond_dropout = 0.1  # share of samples trained on the null condition, which guidance needs
-learn_null_cond = True  # False: the null condition stays zero
+learn_null_cond = True  # False: the null condition stays what it is, zero in a new model
 l2_weight = 0.0  # weight of mean(output^2) in the loss
 # ---- optimizer
 optimizer = "adamw"  # adamw | adafactor (2 bytes of state per parameter instead of 8)
@@ -116,7 +116,7 @@ newest = best if best.exists() and not last.exists() else last
 resume = init_from == "resume" or (init_from == "auto" and newest.exists())
 ckpt = parameters = None
 flags = []  # the settings that come with the weights; those of the command line win
-if resume:  # wherever the run lies
+if resume:
     ckpt = checkpoint.read_checkpoint(newest)
     if Path(out_dir, "config.py").exists():
         flags = [f"{out_dir}/config.py"]
@@ -125,6 +125,7 @@ elif init_from not in ("scratch", "auto"):
     given = ckpt["model_args"] | ckpt["flow"] | {"normalize": ckpt["normalize"]}
     flags = [f"--{key}={value}" for key, value in given.items() if key in config]
     print0(textwrap.fill(f"{init_from}: {' '.join(flags)}", 110, break_on_hyphens=False))
+# a run goes on wherever it lies now, not where its config.py says
 config = configure(globals(), flags + sys.argv[1:] + [f"--out_dir={out_dir}"])
 if debug:
     subset_size, max_iters, num_epochs = 64, 10, None
