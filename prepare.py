@@ -1,17 +1,21 @@
 """
-Turn pickles of paired embeddings into memory-mapped arrays, without trusting the pickles.
+Turn files of paired embeddings into memory-mapped arrays, without trusting the files.
 
     python prepare.py embeddings.pkl --out=data/mine
     python prepare.py shards/ more.pt --out=data/mine --val_fraction=0.05 --dtype=float16
     python prepare.py cond.npy target.npy --out=data/mine
+    python prepare.py pairs/ --out=data/mine                 # pairs/cond/*.npy, pairs/target/*.npy
     python prepare.py embeddings.pkl --inspect=True          # what is in it? converts nothing
     python prepare.py --help
 
-A source is a pickle or torch.save file, or a folder of them (read in natural order, checked
-against embeddings_manifest.json if there is one), or .npy files, first the conditions, then as many
-targets. A pickle holds a dict with two entries of N samples, each an array or tensor
-(N, tokens, channels) or (N, rows, columns, channels), or a list of (tokens, channels) samples or
-(n, tokens, channels) batches; and, if you like, lists `captions` and `keys` and a dict `config`.
+A source is a pickle, torch.save or safetensors file, or a folder of them (read in natural order,
+checked against embeddings_manifest.json if there is one), or .npy files, first the conditions, then
+as many targets, or a folder of .npy files in cond/ and target/, paired by their names.
+
+A file holds a dict with two entries of N samples, each an array or tensor (N, tokens, channels),
+(N, rows, columns, channels) or, pooled, (N, channels), or a list of (tokens, channels) samples,
+(channels,) vectors or (n, tokens, channels) batches; and, if you like, lists `captions`, `keys` and
+`labels` and a dict `config`. In a folder of .npy pairs, a file is one element of such a list.
 
 DIR then holds train_*.npy and val_*.npy, *_items.jsonl, stats.npz and meta.json. They are made in a
 temporary folder inside DIR and moved once all are complete, meta.json last.
@@ -326,9 +330,9 @@ def prepare(sources, config):
 # ---------------------------------------------------------------- the command line
 
 
-def print_contents(shards):
+def print_contents(shards, arrays):
     """Print what the files hold, with the value range of the first samples."""
-    for paths in shards:
+    for paths in shards + arrays:
         for path, content in zip(paths, load_contents(paths)):
             print(f"{path}:")
             for key, value in itertools.islice(content.items(), 100):
@@ -348,8 +352,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C
     try:
         if inspect:
-            shards, arrays = find_files(sources)
-            return print_contents(shards + arrays)
+            return print_contents(*find_files(sources))
         meta = prepare(sources, config)
     except DataError as e:  # names in a hostile file may hold what a terminal obeys
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000])

@@ -201,12 +201,12 @@ class Rows:
     def convert(self, x):
         """Some samples of a piece -> (n, T, C); values that are too large become Inf."""
         if x.dtype == unpickle.BFLOAT16:
-            x = (x["bfloat16"].astype(np.uint32) << 16).view(np.float32)
+            x = (x["bfloat16"].astype("uint32") << 16).view("float32")
         x = x.reshape(len(x), -1, self.channels)[:, self.n_cls :]  # (n, H * W, C)
         if self.pool > 1:
             p = self.pool
             x = x.reshape(len(x), -1, p, self.grid[1], p, self.channels)  # (n, H, p, W, p, C)
-            x = x.mean((2, 4), dtype=np.result_type(x, np.float32))  # (n, H, W, C)
+            x = x.mean((2, 4), dtype=np.result_type(x, "float32"))  # (n, H, W, C)
             x = x.reshape(len(x), -1, self.channels)  # (n, T, C)
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(x, self.dtype)

@@ -122,7 +122,7 @@ class LazyTensor:
         if count and max(count, last + 1) > len(values):
             raise UnpicklingError(f"a tensor larger than its storage: shape {tuple(self.size)}")
         strides = [step * values.itemsize for step in self.stride]
-        return np.ndarray.__new__(Tensor, self.size, values.dtype, values, 0, strides)
+        return Tensor(self.size, values.dtype, values, 0, strides)
 
 
 def make_array(data, dtype, shape, order):
@@ -161,6 +161,7 @@ NAMES = {
     "torch.Size": lambda size: tuple(size[:8]),
     "torch._utils._rebuild_tensor_v2": LazyTensor,
     "torch._utils._rebuild_parameter": lambda data, *flags: data,
+    "torch.BFloat16Storage": BFLOAT16,
 }
 # the storages of torch, the same types in a safetensors file, and in numpy
 TYPES = """\
@@ -177,7 +178,6 @@ torch.LongStorage            I64  <i8
 torch.ComplexFloatStorage    C64  <c8
 torch.ComplexDoubleStorage   C128 <c16
 """
-NAMES["torch.BFloat16Storage"] = BFLOAT16
 SAFETENSORS = {"BF16": BFLOAT16}
 for line in TYPES.splitlines():
     storage, name, kind = line.split()

@@ -92,6 +92,25 @@ def test_a_broken_dataset_is_refused(dataset, tmp_path, spoil, words):
         open_dataset(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("shapes", [((6,), (5,)), ((6,), (4, 5)), ((4, 6), (5,))])
+def test_pooled_embeddings_train_and_sample(tmp_path, shapes):
+    """On both sides or on one, with the default settings but for the size."""
+    rng = np.random.default_rng(0)
+    for name, shape in zip(("c", "t"), shapes):
+        np.save(tmp_path / f"{name}.npy", rng.standard_normal((40, *shape), np.float32))
+    data, out = f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}"
+    pair = tmp_path / "c.npy", tmp_path / "t.npy"
+    done = run("prepare.py", *pair, f"--out={tmp_path / 'data'}")
+    assert ("cross-attention" in done.stdout) == (len(shapes[0]) != len(shapes[1]))
+    run("train.py", *TINY, data, out)
+    assert "ridge" in run("sample.py", out, "--steps=2", "--guidance=2").stdout
+    made = tmp_path / "made.npy"
+    run("sample.py", out, "--steps=2", f"--cond={pair[0]}", f"--save={made}")
+    tokens = 1 if len(shapes[1]) == 1 else 4
+    generated = np.load(made)
+    assert generated.shape == (40, tokens, 5) and np.isfinite(generated).all()
+
+
 def test_conditioning_on_a_label_as_in_the_readme(tmp_path):
     """The condition is noise, the label decides the target: the samples follow the label."""
     code = tmp_path / "code"
@@ -120,7 +139,6 @@ def test_conditioning_on_a_label_as_in_the_readme(tmp_path):
     items = (tmp_path / "data" / "val_items.jsonl").read_text().splitlines()
     has_nine = np.array([json.loads(line)["label"] == 9 for line in items])
     for guidance in (1.0, 2.0):
-        made = run("sample.py", out, f"--guidance={guidance}", "--plot=True", cwd=code)
-        assert "ridge" in made.stdout  # which is told the label as well
+        run("sample.py", out, f"--guidance={guidance}", cwd=code)
         generated = np.load(tmp_path / "out" / "generated.npy").mean((1, 2))  # (N,)
         assert ((generated > 0) == has_nine).mean() > 0.9
