@@ -296,7 +296,7 @@ def prepare(sources, config):
     shapes = {}
     for name in ARRAYS:
         which, kind = name.split("_")
-        shapes[name] = [np.count_nonzero(splits == which), *layout[kind][:2]]
+        shapes[name] = [int(np.sum(splits == which)), *layout[kind][:2]]
     meta = dict(
         shapes=shapes,
         grid=shard["target"].grid,

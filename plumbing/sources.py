@@ -57,7 +57,7 @@ def find_files(sources):
                 f"{path}: no such file, and no folder of .pkl or .pt files, of .safetensors, "
                 "or of cond/*.npy and target/*.npy"
             )
-        if path.suffix == ".npy":
+        if path.suffix == ".npy" and path.is_file():
             arrays += found
         else:
             shards += sorted(found, key=natural_order)
@@ -253,7 +253,7 @@ def items(content, n, path):
         fits = isinstance(values, list) and len(values) == n
         if not fits or not set(map(type, values)) <= {str, int, type(None)}:
             raise DataError(f"{path}: {name}s is not a list of {n} strings or integers")
-        if sum(len(str(value or "")) for value in values) > path.stat().st_size:
+        if sum(len(str(value)) for value in values) > path.stat().st_size:
             raise DataError(f"{path}: {name}s repeat the same strings: more than the file has")
         columns[name] = values
     for values in zip(*columns.values()):
