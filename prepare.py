@@ -1,17 +1,21 @@
 """
-Turn pickles of paired embeddings into memory-mapped arrays, without trusting the pickles.
+Turn files of paired embeddings into memory-mapped arrays, without trusting the files.
 
     python prepare.py embeddings.pkl --out=data/mine
     python prepare.py shards/ more.pt --out=data/mine --val_fraction=0.05 --dtype=float16
     python prepare.py cond.npy target.npy --out=data/mine
+    python prepare.py pairs/ --out=data/mine                 # pairs/cond/*.npy, pairs/target/*.npy
     python prepare.py embeddings.pkl --inspect=True          # what is in it? converts nothing
     python prepare.py --help
 
-A source is a pickle or torch.save file, or a folder of them (read in natural order, checked
-against embeddings_manifest.json if there is one), or .npy files, first the conditions, then as many
-targets. A pickle holds a dict with two entries of N samples, each an array or tensor
-(N, tokens, channels) or (N, rows, columns, channels), or a list of (tokens, channels) samples or
-(n, tokens, channels) batches; and, if you like, lists `captions` and `keys` and a dict `config`.
+A source is a pickle, torch.save or safetensors file, or a folder of them (read in natural order,
+checked against embeddings_manifest.json if there is one), or .npy files, first the conditions, then
+as many targets, or a folder of .npy files in cond/ and target/, paired by their names.
+
+A file holds a dict with two entries of N samples, each an array or tensor (N, tokens, channels),
+(N, rows, columns, channels) or, pooled, (N, channels), or a list of (tokens, channels) samples,
+(channels,) vectors or (n, tokens, channels) batches; and, if you like, lists `captions`, `keys` and
+`labels` and a dict `config`. In a folder of .npy pairs, a file is one element of such a list.
 
 DIR then holds train_*.npy and val_*.npy, *_items.jsonl, stats.npz and meta.json. They are made in a
 temporary folder inside DIR and moved once all are complete, meta.json last.
@@ -41,9 +45,8 @@ from plumbing.sources import (
     describe,
     find_files,
     items,
-    load_pickle,
+    load_contents,
     load_shard,
-    pair_arrays,
     plain,
 )  # fmt: skip
 from plumbing.unpickle import drop_pages
@@ -51,6 +54,7 @@ from plumbing.unpickle import drop_pages
 SLICE = 1 << 21  # bytes of samples that a thread converts: few enough to stay in the cache
 AHEAD = 5  # slices that are converted while one is written
 BLOCK = 1 << 18  # float64 values that are summed at a time
+KINDS = ("cond", "target")
 
 # ---- the dataset
 out = ""  # DIR, its folder
@@ -99,7 +103,7 @@ def survey(shards, load):
     counts, keys = [], []
     for paths in shards:
         shard = load(paths)
-        for kind in ("cond", "target"):
+        for kind in KINDS:
             found = shard[kind].layout, shard[kind].grid
             expected = first[kind].layout, first[kind].grid
             if found != expected:
@@ -203,7 +207,7 @@ def write_arrays(shards, counts, load, splits, keys, files):
             names = splits[n_before : n_before + n]
             for which, item in zip(names, items(shard["content"], n, paths[0])):
                 files[which].write(json.dumps(item) + "\n")
-            for kind in ("cond", "target"):
+            for kind in KINDS:
                 i = n_before  # samples that are written
                 slices = convert(shard[kind], names == "train", threads)
                 for number, (runs, is_finite, sums) in enumerate(slices):
@@ -230,7 +234,7 @@ def write_arrays(shards, counts, load, splits, keys, files):
 def statistics(totals, shapes):
     """Mean and standard deviation of each channel over the tokens of the training split."""
     stats = {}
-    for kind in ("cond", "target"):
+    for kind in KINDS:
         n_samples, n_tokens, _ = shapes[f"train_{kind}"]
         mean, square = totals[kind] / (n_samples * n_tokens)  # (C,) each
         variance = square - mean**2
@@ -265,12 +269,18 @@ def prepare(sources, config):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
     if pool < 1:
         raise DataError(f"--pool={pool} must be 1 or more")
-    paths = find_files(sources)
+    shards, arrays = find_files(sources)
+    paths = [*itertools.chain(*shards, *arrays)]
     written = [(folder / name).resolve() for name in FILES]
     for path in paths:
         if path.resolve() in written:
             raise DataError(f"{path} is both a source and a file to be written")
-    shards = pair_arrays(paths)
+    half, odd = divmod(len(arrays), 2)
+    if odd:
+        raise DataError(
+            f"{len(arrays)} .npy files: name all conditions first, then as many targets"
+        )
+    shards += [cond + target for cond, target in zip(arrays[:half], arrays[half:])]
     options = dict(dtype=dtype, grid=read_grid(grid), drop_cls=drop_cls, pool=pool)
 
     @functools.lru_cache(8)
@@ -280,7 +290,7 @@ def prepare(sources, config):
     counts, keys = survey(shards, load)
     check_manifests(sources, shards, counts)
     shard = load(shards[0])
-    layout = {kind: shard[kind].layout for kind in ("cond", "target")}
+    layout = {kind: shard[kind].layout for kind in KINDS}
     splits = np.full(sum(counts), "train")
     splits[split(len(splits), val_fraction, seed)[1]] = "val"
     shapes = {}
@@ -320,19 +330,19 @@ def prepare(sources, config):
 # ---------------------------------------------------------------- the command line
 
 
-def print_contents(paths):
+def print_contents(shards, arrays):
     """Print what the files hold, with the value range of the first samples."""
-    for path in paths:
-        print(f"{path}:")
-        content = load_pickle(path)
-        for key, value in itertools.islice(content.items(), 100):
-            line = f"  {str(key)[:80]!r}: {describe(value)}"
-            with contextlib.suppress(DataError):  # which says that these are no embeddings
-                rows = Rows(content, key, path)
-                x = rows[:8]
-                line += f"; {len(rows)} samples, the first {len(x)} "
-                line += f"from {x.min():.4g} to {x.max():.4g}"
-            print(line)
+    for paths in shards + arrays:
+        for path, content in zip(paths, load_contents(paths)):
+            print(f"{path}:")
+            for key, value in itertools.islice(content.items(), 100):
+                line = f"  {str(key)[:80]!r}: {describe(value)}"
+                with contextlib.suppress(DataError):  # which says that these are no embeddings
+                    rows = Rows(content, key, path)
+                    x = rows[:8]
+                    line += f"; {len(rows)} samples, the first {len(x)} "
+                    line += f"from {x.min():.4g} to {x.max():.4g}"
+                print(line)
 
 
 def main():
@@ -342,7 +352,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C
     try:
         if inspect:
-            return print_contents(find_files(sources))
+            return print_contents(*find_files(sources))
         meta = prepare(sources, config)
     except DataError as e:  # names in a hostile file may hold what a terminal obeys
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000])

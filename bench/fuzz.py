@@ -4,10 +4,10 @@ Mutate valid files at random and convert them: every case must end in a dataset 
     python bench/fuzz.py FOLDER --cases=20000 --seed=0
 
 FOLDER is for temporary files. A case is one of a dozen small valid files (pickles of protocols 3 to
-5, torch.save files, .npy pairs) with a few mutations: bytes flipped, cut out, repeated or inserted,
-opcodes swapped, lengths replaced by extreme ones, the end cut off. It fails on any exception but
-DataError, if it takes longer than --seconds, or if the process's memory grows by more than
---megabytes. Prints how the cases ended.
+5, torch.save files, safetensors, .npy pairs) with a few mutations: bytes flipped, cut out, repeated
+or inserted, opcodes swapped, lengths replaced by extreme ones, the end cut off. It fails on any
+exception but DataError, if it takes longer than --seconds, or if the process's memory grows by more
+than --megabytes. Prints how the cases ended.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare  # noqa: E402
@@ -64,6 +65,7 @@ def seeds(folder):
             _use_new_zipfile_serialization=zipped,
         )
         found.append((".pt", (folder / "seed.pt").read_bytes()))
+    found.append((".safetensors", save({COND: tx.bfloat16(), TARGET: ty, "keys": torch.arange(8)})))
     np.save(folder / "seed.npy", x)
     return [*found, (".npy", (folder / "seed.npy").read_bytes())]
 

@@ -4,13 +4,10 @@ What the sources of a dataset hold: shards of paired samples, opened without rea
 unpickle.py opens a file. Here its entries become Rows, which convert samples a slice at a time.
 """
 
-import contextlib
 import itertools
 import json
 import math
-import pickle
 import re
-import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -28,45 +25,64 @@ class DataError(ValueError):
 # ---------------------------------------------------------------- files
 
 
-def natural_order(path):
+class Pair(tuple):
+    """(cond/NAME.npy, target/NAME.npy): each is a sample, (channels,) or (tokens, channels), or a
+    batch of samples."""
+
+
+def natural_order(paths):
     """A sort key that puts shard_2 before shard_10."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(20), path.name)
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), paths[0].name)
+
+
+def list_folder(folder):
+    """The shards in a folder: (file,) of one kind, or Pairs."""
+    for ending in ("pkl", "safetensors", "pt"):  # beside pickles, other files may be anything
+        shards = [(path,) for path in folder.glob(f"*.{ending}")]
+        if shards:
+            return shards
+    names = {path.name for kind in ("cond", "target") for path in folder.glob(f"{kind}/*.npy")}
+    # where a file has no partner, opening that fails
+    return [Pair((folder / "cond" / name, folder / "target" / name)) for name in sorted(names)]
 
 
 def find_files(sources):
-    """The files that the sources name, those of a folder in natural order."""
-    files = []
+    """The shards that the sources name, those of a folder in natural order, and .npy files (file,),
+    of which two will be a shard."""
+    shards, arrays = [], []
     for path in map(Path, sources):
-        found = [path]
-        if not path.is_file():  # beside pickles, torch files may be anything
-            found = list(path.glob("*.pkl")) or list(path.glob("*.pt"))
+        found = [(path,)] if path.is_file() else list_folder(path)
         if not found:
-            raise DataError(f"{path}: no such file, and no folder of .pkl or .pt files")
-        files += sorted(found, key=natural_order)
-    return files
-
-
-def pair_arrays(files):
-    """The files as shards: (pickle,) or (conditions.npy, targets.npy)."""
-    arrays = [path for path in files if path.suffix == ".npy"]
-    shards = [(path,) for path in files if path not in arrays]
-    half, odd = divmod(len(arrays), 2)
-    if odd:
-        raise DataError(
-            f"{len(arrays)} .npy files: name all conditions first, then as many targets"
-        )
-    return shards + list(zip(arrays[:half], arrays[half:]))
+            raise DataError(
+                f"{path}: no such file, and no folder of .pkl or .pt files, of .safetensors, "
+                "or of cond/*.npy and target/*.npy"
+            )
+        if path.suffix == ".npy" and path.is_file():
+            arrays += found
+        else:
+            shards += sorted(found, key=natural_order)
+    return shards, arrays
 
 
 def load_pickle(path):
-    """The dict in a pickle, .pt or .npy file: see unpickle.load. Raises DataError."""
+    """The dict in a file of any kind: see unpickle.load. Raises DataError."""
     try:
         content = unpickle.load(path)
-    except (OSError, pickle.UnpicklingError) as e:
+    except (OSError, unpickle.UnpicklingError) as e:
         raise DataError(f"{path}: not a readable pickle of embeddings: {e}") from e
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {describe(content)}, not a dict of embeddings")
     return content
+
+
+def load_contents(paths):
+    """The dicts in the files of a shard. In a Pair, a single sample is named like its file."""
+    contents = [load_pickle(path) for path in paths]
+    for content in contents:
+        array = content.get("array")
+        if isinstance(paths, Pair) and getattr(array, "ndim", 3) < 3:
+            content.update(array=array[None], keys=[paths[0].stem])
+    return contents
 
 
 # ---------------------------------------------------------------- in words
@@ -99,22 +115,17 @@ def plain(value):
 # ---------------------------------------------------------------- samples
 
 
-def is_embeddings(x):
-    """Whether x is an array (n, T, C) or (n, H, W, C) of floats."""
-    if not isinstance(x, np.ndarray):
-        return False
-    return dtype_name(x) in FLOATS and x.ndim in (3, 4) and x.size > 0
-
-
 def find_pieces(value, where):
-    """The arrays (n, T, C) or (n, H, W, C) that make up an entry, all of one kind."""
+    """The arrays (n, C), (n, T, C) or (n, H, W, C) that make up an entry, all of one kind."""
     pieces = [value]
     if isinstance(value, list) and value:
-        pieces = [x[None] if getattr(x, "ndim", 0) == 2 else x for x in value]
+        pieces = [x[None] if getattr(x, "ndim", 3) < 3 else x for x in value]
     for piece in pieces:
-        if not is_embeddings(piece) or describe(piece[:1]) != describe(pieces[0][:1]):
+        is_array = isinstance(piece, np.ndarray) and 1 < piece.ndim < 5 and piece.size
+        is_float = is_array and dtype_name(piece) in FLOATS
+        if not is_float or describe(piece[:1]) != describe(pieces[0][:1]):
             raise DataError(
-                f"{where}: {describe(piece)}; expected floats of shape "
+                f"{where}: {describe(piece)}; expected floats of shape (samples, channels) or "
                 "(samples, tokens, channels), the same in all of a list"
             )
     n, tokens, *_ = pieces[0].shape
@@ -142,7 +153,8 @@ def find_grid(shape, asked, drop_cls):
 class Rows:
     """The samples of one entry of a file, converted when a slice rows[i:j] is taken.
 
-    The entry is an array (N, T, C) or (N, H, W, C), or a list of (T, C) samples or of such arrays.
+    The entry is an array (N, C), which is one token, (N, T, C) or (N, H, W, C), or a list of (C,)
+    or (T, C) samples or of (n, T, C) or (n, H, W, C) batches.
     dtype, grid, drop_cls and pool are what prepare.py's flags say, the grid as (H, W).
     """
 
@@ -151,7 +163,7 @@ class Rows:
         if key not in content:
             raise DataError(
                 f"{path}: no key {key!r} (choose --cond_key, --target_key); "
-                f"it holds {reprlib.repr(list(content))}"
+                f"it holds {str(list(content))[:200]}"
             )
         self.pieces = find_pieces(content[key], self.where)
         self.base = self.pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
@@ -164,17 +176,14 @@ class Rows:
         self.tokens = math.prod(shape) - self.n_cls
         self.pool = pool
         if pool > 1:
-            height, width = self.grid or (0, 0)
-            self.grid = height // pool, width // pool
+            self.grid = tuple(side // pool for side in self.grid or (0, 0))
             if math.prod(self.grid) * pool**2 != self.tokens:
                 raise DataError(
                     f"{self.where}: {self.tokens} tokens are not a grid that --pool={pool} divides"
                 )
             self.tokens = math.prod(self.grid)
-        if dtype == "source":
-            dtype = FLOATS[dtype_name(self.base)]
-        self.dtype = dtype
-        self.layout = [self.tokens, self.channels, dtype]
+        self.dtype = FLOATS[dtype_name(self.base)] if dtype == "source" else dtype
+        self.layout = [self.tokens, self.channels, self.dtype]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -192,25 +201,25 @@ class Rows:
     def convert(self, x):
         """Some samples of a piece -> (n, T, C); values that are too large become Inf."""
         if x.dtype == unpickle.BFLOAT16:
-            x = (x["bfloat16"].astype(np.uint32) << 16).view(np.float32)
+            x = (x["bfloat16"].astype("uint32") << 16).view("float32")
         x = x.reshape(len(x), -1, self.channels)[:, self.n_cls :]  # (n, H * W, C)
         if self.pool > 1:
             p = self.pool
             x = x.reshape(len(x), -1, p, self.grid[1], p, self.channels)  # (n, H, p, W, p, C)
-            x = x.mean((2, 4), dtype=np.promote_types(x.dtype, np.float32))  # (n, H, W, C)
+            x = x.mean((2, 4), dtype=np.result_type(x, "float32"))  # (n, H, W, C)
             x = x.reshape(len(x), -1, self.channels)  # (n, T, C)
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(x, self.dtype)
 
 
 def load_shard(paths, cond_key, target_key, **options):
-    """dict(cond, target, content) of a pickle, or of a .npy of conditions and one of targets.
+    """dict(cond, target, content) of a file, or of a .npy of conditions and one of targets.
 
-    cond and target are Rows with these options; content is all that the pickle holds.
+    cond and target are Rows with these options; content is all that the first file holds.
     """
     if len(paths) == 2:
         cond_key = target_key = "array"
-    contents = [load_pickle(path) for path in paths]
+    contents = load_contents(paths)
     cond = Rows(contents[0], cond_key, paths[0], **options)
     target = Rows(contents[-1], target_key, paths[-1], **options)
     if len(cond) != len(target):
@@ -225,31 +234,34 @@ def load_shard(paths, cond_key, target_key, **options):
     return dict(cond=cond, target=target, content=contents[0])
 
 
-# ---------------------------------------------------------------- keys and captions
+# ---------------------------------------------------------------- keys, captions and labels
 
 
 def items(content, n, path):
-    """Yields {"key": ..., "caption": ...} of each of a file's n samples."""
-    columns = []
-    for name in ("keys", "captions"):
-        values = content.get(name)
+    """Yields {"key": ..., "caption": ...} of each of a file's n samples, with a "label" if it has
+    labels."""
+    columns = {"key": [None] * n, "caption": [None] * n}
+    for name in ("key", "caption", "label"):
+        values = content.get(f"{name}s")
         if values is None:
-            values = [None] * n
+            continue
         if isinstance(values, np.ndarray) and values.shape == (n,):
-            with contextlib.suppress(Exception):  # numpy does not take all bytes for text
+            try:
                 values = values.tolist()
+            except Exception:  # numpy does not take all bytes for text
+                pass
         fits = isinstance(values, list) and len(values) == n
         if not fits or not set(map(type, values)) <= {str, int, type(None)}:
-            raise DataError(f"{path}: {name} is not a list of {n} strings or integers")
-        if sum(len(str(value or "")) for value in values) > path.stat().st_size:
-            raise DataError(f"{path}: {name} repeat the same strings: more than the file has")
-        columns.append(values)
-    for key, caption in zip(*columns):
-        yield {"key": key, "caption": caption}
+            raise DataError(f"{path}: {name}s is not a list of {n} strings or integers")
+        if sum(len(str(value)) for value in values) > path.stat().st_size:
+            raise DataError(f"{path}: {name}s repeat the same strings: more than the file has")
+        columns[name] = values
+    for values in zip(*columns.values()):
+        yield dict(zip(columns, values))
 
 
 def no_items(n):
-    return [{"key": None, "caption": None}] * n
+    return list(items({}, n, None))
 
 
 def read_items(path):
@@ -257,7 +269,7 @@ def read_items(path):
 
 
 def read_conditions(path, key):
-    """The conditions in a .npy, .pkl or .pt file, and a function that lists their items.
+    """The conditions in a .npy or another file, and a function that lists their items.
 
     A .npy may hold any real numbers and is returned as it is, the entry of another file as Rows.
     """
@@ -265,9 +277,11 @@ def read_conditions(path, key):
     content = load_pickle(path)
     array = content.get("array")
     if path.suffix == ".npy" and isinstance(array, np.ndarray):
-        conditions = array
-        if array.ndim != 3 or 0 in array.shape:
-            raise DataError(f"{path}: shape {array.shape} is not that of conditions, (B, S, C)")
+        conditions = array[:, None] if array.ndim == 2 else array
+        if conditions.ndim != 3 or 0 in array.shape:
+            raise DataError(
+                f"{path}: shape {array.shape} is not that of conditions, (B, S, C) or (B, C)"
+            )
     else:
         conditions = Rows(content, key, path)
     named = list(items(content, len(conditions), path))

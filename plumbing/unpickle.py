@@ -1,5 +1,5 @@
 """
-Open a pickle, a torch.save file or a .npy of embeddings without trusting it and without loading it.
+Open a pickle, torch.save file, .safetensors or .npy without trusting it and without loading it.
 
 The file is memory-mapped and parsed by the standard library's unpickler, with no opcodes left but
 those that plain values need and no names but those of arrays and tensors. Long byte strings become
@@ -11,6 +11,7 @@ torch.load is not used: with weights_only=True, a file of 244 bytes still makes 
 """
 
 import io
+import json
 import math
 import mmap
 import pickle
@@ -114,17 +115,14 @@ class LazyTensor:
         for n in (self.offset, *self.size, *self.stride):
             if type(n) is not int or n < 0:
                 raise UnpicklingError("a tensor of impossible shape or stride")
-        if type(self.storage) is not Storage:
-            raise UnpicklingError("a tensor without a storage")
-        dtype, data = self.storage.dtype, self.storage.data
+        values = np.frombuffer(self.storage.data, self.storage.dtype)[self.offset :]
         # the number of elements, and where the last one stands: numpy's own check overflows
         count = math.prod(self.size)
-        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride))
-        if count and max(count, last + 1) * dtype.itemsize > len(data):
+        last = sum((n - 1) * step for n, step in zip(self.size, self.stride))
+        if count and max(count, last + 1) > len(values):
             raise UnpicklingError(f"a tensor larger than its storage: shape {tuple(self.size)}")
-        strides = [step * dtype.itemsize for step in self.stride]
-        start = self.offset * dtype.itemsize
-        return np.ndarray.__new__(Tensor, self.size, dtype, data, start, strides)
+        strides = [step * values.itemsize for step in self.stride]
+        return Tensor(self.size, values.dtype, values, 0, strides)
 
 
 def make_array(data, dtype, shape, order):
@@ -163,23 +161,27 @@ NAMES = {
     "torch.Size": lambda size: tuple(size[:8]),
     "torch._utils._rebuild_tensor_v2": LazyTensor,
     "torch._utils._rebuild_parameter": lambda data, *flags: data,
-}
-STORAGES = {
-    "torch.storage.UntypedStorage": "u1",
-    "torch.FloatStorage": "<f4",
-    "torch.DoubleStorage": "<f8",
-    "torch.HalfStorage": "<f2",
     "torch.BFloat16Storage": BFLOAT16,
-    "torch.BoolStorage": "?",
-    "torch.ByteStorage": "u1",
-    "torch.CharStorage": "i1",
-    "torch.ShortStorage": "<i2",
-    "torch.IntStorage": "<i4",
-    "torch.LongStorage": "<i8",
-    "torch.ComplexFloatStorage": "<c8",
-    "torch.ComplexDoubleStorage": "<c16",
 }
-NAMES |= {name: np.dtype(spec) for name, spec in STORAGES.items()}
+# the storages of torch, the same types in a safetensors file, and in numpy
+TYPES = """\
+torch.storage.UntypedStorage U8   u1
+torch.FloatStorage           F32  <f4
+torch.DoubleStorage          F64  <f8
+torch.HalfStorage            F16  <f2
+torch.BoolStorage            BOOL ?
+torch.ByteStorage            U8   u1
+torch.CharStorage            I8   i1
+torch.ShortStorage           I16  <i2
+torch.IntStorage             I32  <i4
+torch.LongStorage            I64  <i8
+torch.ComplexFloatStorage    C64  <c8
+torch.ComplexDoubleStorage   C128 <c16
+"""
+SAFETENSORS = {"BF16": BFLOAT16}
+for line in TYPES.splitlines():
+    storage, name, kind = line.split()
+    NAMES[storage] = SAFETENSORS[name] = np.dtype(kind)
 
 OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
     BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE
@@ -194,6 +196,8 @@ class Dispatch(dict):
 
 class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     """get_storage(key, dtype) -> Storage, where the pickle is one of torch."""
+
+    dispatch = Dispatch()
 
     def __init__(self, reader, get_storage=None):
         super().__init__(reader)
@@ -233,21 +237,22 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
         state = self.stack.pop()
         self.stack[-1].build(state)  # of an Array or a DType, nothing else has that method
 
-    def load_text(self):
+    def load_binunicode(self):
         (n,) = struct.unpack("<I", self.read(4))
         if n > LONGEST_TEXT:
             raise UnpicklingError(SAVE_AGAIN)
         self.append(str(self.read(n), "utf-8", "surrogatepass"))
 
-    dispatch = Dispatch()
-    for name in OPCODES.split():
-        dispatch[getattr(pickle, name)[0]] = pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
-    dispatch[pickle.FRAME[0]] = load_frame
-    dispatch[pickle.REDUCE[0]] = load_reduce
-    dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Dict())
-    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
-    dispatch[pickle.BINUNICODE[0]] = load_text
+    def load_empty_dictionary(self):
+        self.append(Dict())
+
+    load_bytearray8 = pickle._Unpickler.load_binbytes8
+
+
+for name in OPCODES.split():
+    opcode = getattr(pickle, name)[0]
+    method = pickle._Unpickler.dispatch[opcode].__name__
+    Unpickler.dispatch[opcode] = getattr(Unpickler, method)
 
 
 # ---------------------------------------------------------------- files
@@ -313,6 +318,22 @@ def load_file(reader):
     return value
 
 
+def load_safetensors(data):
+    """{name: array} of a safetensors file: the length of a JSON header, the header, the values."""
+    (n,) = struct.unpack("<Q", data[:8])
+    if n > LONGEST_TEXT:
+        raise UnpicklingError(f"a header of {n} bytes")
+    header = json.loads(bytes(data[8 : 8 + n]))
+    content = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            dtype = SAFETENSORS.get(entry["dtype"], entry["dtype"])
+            values = np.frombuffer(data[8 + n :][start:end], dtype)
+            content[name] = values.reshape(entry["shape"])
+    return content
+
+
 def resolve(content):
     """The dict, with values in place of Array and LazyTensor, also in a list under a key."""
     lists = {}  # by identity: the same one may be there under many keys
@@ -327,11 +348,11 @@ def resolve(content):
 
 
 def resolve_one(value):
-    return value.resolve() if isinstance(value, (Array, LazyTensor)) else value
+    return value.resolve() if hasattr(value, "resolve") else value
 
 
 def load(path):
-    """What a pickle, a torch.save file or a .npy (as {"array": ...}) holds.
+    """What a pickle, a torch.save file, a .safetensors or a .npy (as {"array": ...}) holds.
 
     Arrays and tensors are read-only numpy arrays over a memory map, bfloat16 of dtype BFLOAT16.
     Nothing but the functions in NAMES can be called by the file. Raises OSError where it cannot be
@@ -341,15 +362,15 @@ def load(path):
         with open(path, "rb") as f:
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         if data[:6] == b"\x93NUMPY":
-            return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
+            return {"array": np.load(path, mmap_mode="r")}
+        if str(path).endswith(".safetensors"):
+            return load_safetensors(data)
         room = [ROOM + len(data) // 2]
         is_zip = data[:2] == b"PK"
         value = load_zip(data, room) if is_zip else load_file(Reader(data, room))
         return resolve(value) if isinstance(value, dict) else value
     except OSError:
         raise
-    except KeyError as e:
-        raise UnpicklingError(f"it refers to {e}, which it does not hold") from e
     except Exception as e:  # a hostile or broken file can raise anything: all of it means the same
         raise UnpicklingError(" ".join(str(e).split()) or type(e).__name__) from e
 
@@ -359,5 +380,5 @@ def drop_pages(array):
     while hasattr(array, "base"):
         array = array.base
     owner = getattr(array, "obj", array)
-    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    if hasattr(owner, "madvise"):  # as a mmap has, but not on Windows
         owner.madvise(mmap.MADV_DONTNEED)

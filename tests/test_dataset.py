@@ -1,6 +1,7 @@
 """The prepared dataset: which rows a batch has, and what reading costs."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT, TINY, make_pickle, run
 from plumbing.dataset import Loader, open_dataset
 
 
@@ -88,3 +90,55 @@ def test_a_broken_dataset_is_refused(dataset, tmp_path, spoil, words):
         open_dataset(folder)
     with pytest.raises(ValueError, match="does not exist; make it with: python prepare.py"):
         open_dataset(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("shapes", [((6,), (5,)), ((6,), (4, 5)), ((4, 6), (5,))])
+def test_pooled_embeddings_train_and_sample(tmp_path, shapes):
+    """On both sides or on one, with the default settings but for the size."""
+    rng = np.random.default_rng(0)
+    for name, shape in zip(("c", "t"), shapes):
+        np.save(tmp_path / f"{name}.npy", rng.standard_normal((40, *shape), np.float32))
+    data, out = f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}"
+    pair = tmp_path / "c.npy", tmp_path / "t.npy"
+    done = run("prepare.py", *pair, f"--out={tmp_path / 'data'}")
+    assert ("cross-attention" in done.stdout) == (len(shapes[0]) != len(shapes[1]))
+    run("train.py", *TINY, data, out)
+    assert "ridge" in run("sample.py", out, "--steps=2", "--guidance=2").stdout
+    made = tmp_path / "made.npy"
+    run("sample.py", out, "--steps=2", f"--cond={pair[0]}", f"--save={made}")
+    tokens = 1 if len(shapes[1]) == 1 else 4
+    generated = np.load(made)
+    assert generated.shape == (40, tokens, 5) and np.isfinite(generated).all()
+
+
+def test_conditioning_on_a_label_as_in_the_readme(tmp_path):
+    """The condition is noise, the label decides the target: the samples follow the label."""
+    code = tmp_path / "code"
+    for folder in ("plumbing", "report"):
+        shutil.copytree(ROOT / folder, code / folder)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, code)
+    section = (ROOT / "README.md").read_text().split("### Conditioning on a label")[1]
+    snippet = section.split("```python\n")[1].split("```")[0]
+    file = code / "plumbing" / "dataset.py"
+    text = file.read_text()
+    assert text.count("    return data\n") == 1
+    file.write_text(text.replace("    return data\n", snippet + "    return data\n"))
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200) * 9  # 0 or 9
+    target = np.where(labels == 9, 2, -2)[:, None] + 0.3 * rng.standard_normal((200, 5))
+    cond = rng.standard_normal((200, 3))
+    names = ("eva_blip3o_embeddings", "clip_blip3o_embeddings")
+    content = dict(zip(names, (cond.astype("f2"), target.astype("f4"))))
+    make_pickle(tmp_path / "e.pkl", keys=None, captions=None, labels=labels, **content)
+    data, out = f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}"
+    run("prepare.py", tmp_path / "e.pkl", f"--out={tmp_path / 'data'}", cwd=code)
+    long = ["--max_iters=60", "--batch_size=16", "--gradient_accumulation_steps=1"]
+    run("train.py", *TINY, *long, "--eval_interval=30", "--save_interval=60", data, out, cwd=code)
+    items = (tmp_path / "data" / "val_items.jsonl").read_text().splitlines()
+    has_nine = np.array([json.loads(line)["label"] == 9 for line in items])
+    for guidance in (1.0, 2.0):
+        run("sample.py", out, f"--guidance={guidance}", cwd=code)
+        generated = np.load(tmp_path / "out" / "generated.npy").mean((1, 2))  # (N,)
+        assert ((generated > 0) == has_nine).mean() > 0.9

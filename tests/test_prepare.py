@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import prepare
 from conftest import ROOT, make_pickle, refused, run
@@ -268,7 +269,8 @@ def test_bad_files(tmp_path):
         (tmp_path / "e.pkl").write_bytes(data)
         assert re.search(message, refused_here([tmp_path / "e.pkl"], out))
     (tmp_path / "empty").mkdir()
-    assert "no folder of .pkl or .pt" in refused_here([tmp_path / "empty"], out)
+    line = refused_here([tmp_path / "empty"], out)
+    assert "no folder of .pkl or .pt files, of .safetensors, or of cond/*.npy" in line
     make_pickle(tmp_path / "a.pkl", seed=1)
     make_pickle(tmp_path / "b.pkl", seed=2, grid=(3, 3))
     pair = [tmp_path / "a.pkl", tmp_path / "b.pkl"]
@@ -384,6 +386,146 @@ def test_npy_pairs(tmp_path):
     assert "3 .npy files: name all conditions first" in refused(
         "prepare.py", *paths[:3], f"--out={tmp_path / 'o'}"
     )
+
+
+def test_pooled_embeddings_are_one_token(tmp_path):
+    """Arrays (N, D), or lists of vectors, on both sides or on one."""
+    rng = np.random.default_rng(0)
+    cond = rng.standard_normal((12, 7), np.float32)
+    target = rng.standard_normal((12, 5), np.float32)
+    grids = rng.standard_normal((12, 4, 5), np.float32)
+    pooled = cond[:, None], target[:, None]  # one token each
+    np.save(tmp_path / "c.npy", cond)
+    np.save(tmp_path / "t.npy", np.asfortranarray(target))
+    for i, source in enumerate(
+        (
+            {COND: cond, TARGET: torch.tensor(target)},
+            {COND: list(cond), TARGET: [*map(torch.tensor, target)]},
+            [tmp_path / "c.npy", tmp_path / "t.npy"],
+        )
+    ):
+        data, grid = arrays(source, tmp_path / f"{i}", drop_cls=True)
+        assert grid == [1, 1]
+        same(data, *pooled)
+    data, grid = arrays({COND: cond, TARGET: grids}, tmp_path / "to grid")
+    assert grid == [2, 2]
+    same(data, pooled[0], grids)
+    data, grid = arrays({COND: grids, TARGET: target}, tmp_path / "from grid")
+    assert grid == [1, 1]
+    same(data, grids, pooled[1])
+    with pytest.raises(DataError, match=r"1 tokens are not \(2, 2\)"):
+        arrays({COND: grids, TARGET: target}, tmp_path / "asked", grid="2x2")
+    with pytest.raises(DataError, match="1 conditions but 12 targets"):
+        arrays({COND: [cond[0]], TARGET: target}, tmp_path / "one")
+
+
+def save_pairs(folder, **lists):
+    """One .npy per array, in the folders cond and target; the names are not in natural order."""
+    for kind, values in lists.items():
+        (folder / kind).mkdir(parents=True)
+        for i, x in enumerate(values):
+            np.save(folder / kind / f"s{i}.npy", x)
+
+
+def test_folders_of_npy_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    cond = rng.standard_normal((12, 4, 9), np.float32)
+    target = rng.standard_normal((12, 5), np.float32).astype("f2")
+    save_pairs(tmp_path / "a", cond=cond, target=target)  # one sample per file
+    data, grid = arrays([tmp_path / "a"], tmp_path / "1")
+    same(data, cond, target[:, None])
+    assert grid == [1, 1]
+    named = [item["key"] for item in load(tmp_path / "1" / "data")[1]["val"]]
+    assert named == [f"s{i}" for i in prepare.split(12, 0.25, 0)[1]]  # s2 before s10
+    assert (len(data["meta"]["sources"])) == 24
+    out = run("prepare.py", tmp_path / "a", "--inspect=True").stdout
+    assert "s2.npy:\n  'array': array of shape (1, 4, 9), float32; 1 samples, the first 1" in out
+    # batches, of any number of samples; two such folders
+    save_pairs(
+        tmp_path / "b", cond=[cond[:1], cond[1:9]], target=[target[:1, None], target[1:9, None]]
+    )
+    save_pairs(tmp_path / "c", cond=[cond[9:]], target=[target[9:, None]])
+    data, _ = arrays([tmp_path / "b", tmp_path / "c"], tmp_path / "2")
+    same(data, cond, target[:, None])
+    assert load(tmp_path / "2" / "data")[1]["val"][0] == {"key": None, "caption": None}
+    # the same pooled arrays, named as files, are batches
+    save_pairs(tmp_path / "d", cond=[cond[:, 0]], target=[target])
+    files = [tmp_path / "d" / "cond" / "s0.npy", tmp_path / "d" / "target" / "s0.npy"]
+    same(arrays(files, tmp_path / "3")[0], cond[:, :1], target[:, None])
+
+
+def test_bad_folders_of_npy_pairs(tmp_path):
+    save_pairs(tmp_path / "a", cond=np.ones((12, 4, 9)), target=np.ones((12, 4, 9)))
+    paths = {kind: tmp_path / "a" / kind / "s7.npy" for kind in ("cond", "target")}
+    paths["target"].rename(tmp_path / "s7.npy")
+    assert f"{paths['target']}: " in refused("prepare.py", tmp_path / "a", f"--out={tmp_path}/out")
+    paths["cond"].unlink()
+    (tmp_path / "s7.npy").rename(paths["target"])
+    line = refused_here([tmp_path / "a"], tmp_path / "out")
+    assert f"{paths['cond']}: " in line and "No such file" in line
+    for wrong, message in (
+        (np.ones((3, 9)), f"{paths['cond']}: cond is"),
+        (np.ones((2, 4, 9)), f"{paths['cond']}: 2 conditions but 1 targets"),
+        (
+            np.ones((4, 9), int),
+            f"{paths['cond']}: array: array of shape (1, 4, 9), int64; expected",
+        ),
+        (np.ones(()), "array of shape (1,), float64; expected floats"),
+    ):
+        np.save(paths["cond"], wrong)
+        assert message in refused_here([tmp_path / "a"], tmp_path / "out")
+    paths["cond"].write_bytes(pickle.dumps({"a": 1}))
+    assert "no key 'array'" in refused_here([tmp_path / "a"], tmp_path / "out")
+
+
+def test_open_files_do_not_grow_with_a_folder_of_pairs(tmp_path):
+    save_pairs(tmp_path / "a", cond=np.ones((200, 4, 9)), target=np.ones((200, 4, 9)))
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))"
+    script = (
+        f"import sys, runpy; sys.argv.pop(0); {few}; runpy.run_path('prepare.py', None, '__main__')"
+    )
+    run("-c", script, "prepare.py", tmp_path / "a", f"--out={tmp_path / 'out'}")
+    assert len(open_dataset(tmp_path / "out")["val_cond"]) == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_safetensors(tmp_path, dtype):
+    content = make_pickle(tmp_path / "e.pkl", n=12)
+    content = {key: content[key].to(dtype) for key in (COND, TARGET)}
+    wide = [x.float() if dtype == torch.bfloat16 else x for x in content.values()]
+    names = {"keys": torch.arange(12), "mask": torch.ones(3, dtype=torch.bool)}
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i, rows in ((2, slice(5)), (10, slice(5, 12))):
+        part = {key: x[rows].contiguous() for key, x in content.items()}
+        save_file(part, folder / f"e_{i}.safetensors", metadata={"made": "by hand"})
+    save_file(content | names, tmp_path / "e.safetensors")
+    pair = [folder / "e_2.safetensors", folder / "e_10.safetensors"]
+    for i, source in enumerate(([tmp_path / "e.safetensors"], pair, [folder])):
+        same(arrays(source, tmp_path / f"{i}")[0], *wide)
+    items = load(tmp_path / "0" / "data")[1]["val"]
+    assert [item["key"] for item in items] == prepare.split(12, 0.25, 0)[1].tolist()
+    out = run("prepare.py", tmp_path / "e.safetensors", "--inspect=True").stdout
+    kind = str(dtype).removeprefix("torch.")
+    assert f"'{COND}': array of shape (12, 4, 6), {kind}; 12 samples, the first 8 from" in out
+    assert "'mask': array of shape (3,), bool\n" in out
+    conditions, _ = sources.read_conditions(tmp_path / "e.safetensors", COND)
+    assert np.array_equal(conditions[:], wide[0])
+
+
+def test_labels_are_kept(tmp_path):
+    for i, labels in enumerate((list("abc") * 10, np.arange(30), torch.arange(30))):
+        make_pickle(tmp_path / "e.pkl", n=30, labels=labels)
+        prepare_here([tmp_path / "e.pkl"], tmp_path / f"{i}")
+        val = prepare.split(30, 0.25, 0)[1]
+        values = list(labels) if isinstance(labels, list) else labels.tolist()
+        assert load(tmp_path / f"{i}")[1]["val"] == [
+            {"key": f"key 0.{i}", "caption": f"caption 0.{i}", "label": values[i]} for i in val
+        ]
+        out = run("prepare.py", tmp_path / "e.pkl", "--inspect=True").stdout
+        assert re.search("'labels': (list of 30|array of|tensor of)", out)
+    assert "labels is not a list of 40" in bad(tmp_path, labels=["a", "b"])
+    assert "labels is not a list of 40" in bad(tmp_path, labels=[0.5] * 40)
 
 
 def test_output_dtype(tmp_path):
@@ -599,6 +741,9 @@ def test_conditions_from_files(tmp_path):
         conditions, get_items = sources.read_conditions(tmp_path / "c.npy", "c")
         assert len(conditions) == 2 and np.array_equal(conditions[1:], x[1:])
         assert get_items() == sources.no_items(2)
+        np.save(tmp_path / "c.npy", x[:, 0].astype(dtype))  # pooled: one token each
+        conditions, get_items = sources.read_conditions(tmp_path / "c.npy", "c")
+        assert np.array_equal(conditions, x[:, :1]) and get_items() == sources.no_items(2)
     batches = {
         "c": [torch.tensor(x[:1]).bfloat16(), torch.tensor(x[1:]).bfloat16()],
         "keys": [1, 2],

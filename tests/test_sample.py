@@ -287,7 +287,7 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     assert "interpolate=(1, 10): there are 10 conditions" in refuse(*args, "--interpolate=1,10")
     assert "interpolate takes tuple, not '1;2'" in refuse(*args, "--interpolate=1;2")
     assert "interval 0.5 to 0.2" in refuse(*args, "--guidance=2.0", "--guidance_interval=0.5,0.2")
-    assert "shape (3, 6)" in refuse(*args, f"--cond={tmp_path}/flat.npy")
+    assert "shape (1, 6)" in refuse(*args, f"--cond={tmp_path}/flat.npy")
     assert "device='tpu'" in refuse(*args, "--device=tpu")
     assert "shape (0, 4, 6)" in refuse(*args, f"--cond={tmp_path}/none.npy")
     assert "subset_size=0" in refuse(*args, "--subset_size=0")

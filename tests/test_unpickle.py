@@ -3,6 +3,7 @@
 import builtins
 import functools
 import io
+import json
 import operator
 import os
 import pickle
@@ -15,6 +16,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conftest import ROOT, run
 from plumbing import sources, unpickle
@@ -148,6 +150,55 @@ def test_torch_files_of_numpy_arrays(tmp_path, zipped):
     zipped = dict(_use_new_zipfile_serialization=zipped)
     torch.save(content, tmp_path / "e.pt", pickle_protocol=4, **zipped)
     check(tmp_path / "e.pt", content)
+
+
+def safetensors(header, data=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def test_safetensors_are_views(tmp_path):
+    base = torch.from_numpy(FLOATS)
+    kinds = "float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64".split()
+    content = {kind: base.to(getattr(torch, kind)) for kind in kinds}
+    content |= {"base": base, "empty": torch.ones(0, 3), "one": torch.tensor(2.0)}
+    save_file(content, tmp_path / "e.safetensors", metadata={"dtype": "none"})
+    read = unpickle.load(tmp_path / "e.safetensors")
+    check(tmp_path / "e.safetensors", {key: content[key] for key in read})
+    assert len(read) == len(content)
+
+
+def test_bad_safetensors_end_in_one_line(tmp_path):
+    x = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    good = safetensors({"x": x}, bytes(24))
+    (tmp_path / "e.safetensors").write_bytes(good)
+    assert sources.load_pickle(tmp_path / "e.safetensors")["x"].shape == (2, 3)
+    bad = [good[:n] for n in range(len(good))]  # cut short anywhere
+    changes = [
+        {"data_offsets": offsets} for offsets in ([0, 20], [4, 28], [24, 0], [-4, 20], [0], 3)
+    ]
+    changes += [{"data_offsets": [0.0, 24.0]}, {"data_offsets": [2**70, 2**71]}]
+    changes += [
+        {"shape": shape} for shape in ([2**40, 2**40], [3, 3], [-1, -1], [2.0, 3.0], "23", [[2], 3])
+    ]
+    changes += [{"shape": [2**62, 2**62, 4]}, {"shape": [1] * 99 + [6]}]
+    changes += [
+        {"dtype": dtype} for dtype in ("F8_E4M3", "O", "U16", "F4", "", 1, [], {}, None, "i4,f4")
+    ]
+    bad += [safetensors({"x": x | change}, bytes(24)) for change in changes]
+    bad += [
+        safetensors(header, bytes(24))
+        for header in ([x], 1, {"x": 1}, {"x": {}}, b"", b"{", b"\xff")
+    ]
+    bad.append(safetensors(b"[" * 900_000))
+    bad.append(safetensors(b" " * (1 << 20) + json.dumps({"x": x}).encode(), bytes(24)))
+    bad.append(struct.pack("<Q", 2**63) + good[8:])
+    bad.append(struct.pack("<Q", 2**64 - 1) + good[8:])
+    for data in bad:
+        (tmp_path / "e.safetensors").write_bytes(data)
+        with pytest.raises(sources.DataError) as e:
+            sources.load_pickle(tmp_path / "e.safetensors")
+        assert "\n" not in str(e.value) and len(str(e.value)) < 1000, data[:200]
 
 
 def test_long_lists_are_read_in_order(tmp_path):
