@@ -20,7 +20,6 @@ From Python:
 import json
 import pickle
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +44,7 @@ from plumbing.distributed import (
     print0,
 )
 from plumbing.output import Output
-from plumbing.sources import no_items, read_conditions, read_items
+from plumbing.sources import DataError, Rows, items, load_pickle
 from plumbing.unpickle import drop_pages
 from report import score
 
@@ -53,8 +52,8 @@ from report import score
 out_dir = "out"  # the folder of a run, or of safetensors: of plumbing/exchange.py, of BLIP3-o
 checkpoint = ""  # in out_dir; empty: ckpt_best.pt
 weights = "ema"  # ema | model (the raw ones)
-cond = ""  # .npy (B, S, C), .pkl or .pt of conditions; empty: those of the dataset
-cond_key = "eva_blip3o_embeddings"  # their key in a .pkl or .pt
+cond = ""  # .npy (B, S, C) or (B, C), .pkl, .pt or .safetensors; empty: those of the dataset
+cond_key = "eva_blip3o_embeddings"  # their key in a file that is no .npy
 data_dir = ""  # dataset with conditions and truth; empty: the one that the model was trained on
 split = "val"  # val | train
 subset_size: int | None = None  # the first so many conditions only
@@ -204,6 +203,24 @@ def line(a, b, n):
 # ---- the script
 
 
+def read_conditions(path, key):
+    """The conditions in a file (N, S, C), and a list of their items {"key": ..., ...}.
+
+    A .npy may hold any real numbers and is returned as it is, the entry of another file as Rows.
+    """
+    content = load_pickle(path)
+    array = content.get("array")
+    if path.suffix == ".npy" and isinstance(array, np.ndarray):
+        conditions = array[:, None] if array.ndim == 2 else array
+        if conditions.ndim != 3 or 0 in array.shape:
+            raise DataError(
+                f"{path}: shape {array.shape} is not that of conditions, (B, S, C) or (B, C)"
+            )
+    else:
+        conditions = Rows(content, key, path)
+    return conditions, list(items(content, len(conditions), path))
+
+
 def main():
     user_errors_in_one_line()
     config = configure(globals())
@@ -231,14 +248,14 @@ def run(config):
     folder = data_dir or loaded.data_dir
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
     if cond:
-        conditions, get_items = read_conditions(cond, cond_key)
+        conditions, named = read_conditions(Path(cond), cond_key)
         truth = None
     else:
         if not folder:
             raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
         data = data or open_dataset(folder)
         conditions, truth = split_arrays(data, split)
-        get_items = partial(read_items, Path(folder, f"{split}_items.jsonl"))
+        named = map(json.loads, open(Path(folder, f"{split}_items.jsonl")))
         if truth.shape[1:] != shape:
             raise ValueError(
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
@@ -249,7 +266,7 @@ def run(config):
             raise ValueError(f"interpolate={interpolate}: there are {len(conditions)} conditions")
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
         truth = None
-        get_items = partial(no_items, n)
+        named = [{}] * n
     if subset_size is not None:
         conditions = conditions[:subset_size]
         suffix += f"_first{subset_size}"
@@ -325,15 +342,15 @@ def run(config):
     elif not save and not interpolate:
         metrics_path.unlink(missing_ok=True)
     if save_pickle:
-        items = get_items()[:n]
         results = {
             "eva_embeddings": np.asarray(conditions[:]),
             "clip_targets": None if truth is None else np.asarray(truth[:n]),
             "generated_clip": np.load(target),
-            "captions": [item["caption"] for item in items],
-            "keys": [item["key"] for item in items],
             "generation_metrics": metrics,
         }
+        named = list(named)[:n]
+        for name in ("caption", "key", "label"):
+            results[f"{name}s"] = [item.get(name) for item in named]
         replace_file(save_pickle, lambda f: pickle.dump(results, f, protocol=5))
         print(f"wrote {save_pickle}")
     if plot:

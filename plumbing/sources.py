@@ -258,31 +258,3 @@ def items(content, n, path):
         columns[name] = values
     for values in zip(*columns.values()):
         yield dict(zip(columns, values))
-
-
-def no_items(n):
-    return list(items({}, n, None))
-
-
-def read_items(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def read_conditions(path, key):
-    """The conditions in a .npy or another file, and a function that lists their items.
-
-    A .npy may hold any real numbers and is returned as it is, the entry of another file as Rows.
-    """
-    path = Path(path)
-    content = load_pickle(path)
-    array = content.get("array")
-    if path.suffix == ".npy" and isinstance(array, np.ndarray):
-        conditions = array[:, None] if array.ndim == 2 else array
-        if conditions.ndim != 3 or 0 in array.shape:
-            raise DataError(
-                f"{path}: shape {array.shape} is not that of conditions, (B, S, C) or (B, C)"
-            )
-    else:
-        conditions = Rows(content, key, path)
-    named = list(items(content, len(conditions), path))
-    return conditions, lambda: named

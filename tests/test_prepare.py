@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import prepare
+import sample
 from conftest import ROOT, make_pickle, refused, run
 from plumbing import sources
 from plumbing.configurator import configure
@@ -509,7 +510,7 @@ def test_safetensors(tmp_path, dtype):
     kind = str(dtype).removeprefix("torch.")
     assert f"'{COND}': array of shape (12, 4, 6), {kind}; 12 samples, the first 8 from" in out
     assert "'mask': array of shape (3,), bool\n" in out
-    conditions, _ = sources.read_conditions(tmp_path / "e.safetensors", COND)
+    conditions, _ = sample.read_conditions(tmp_path / "e.safetensors", COND)
     assert np.array_equal(conditions[:], wide[0])
 
 
@@ -738,25 +739,25 @@ def test_conditions_from_files(tmp_path):
     x = np.arange(24).reshape(2, 3, 4)
     for dtype in ("i8", "u1", ">f4", "longdouble"):
         np.save(tmp_path / "c.npy", x.astype(dtype))
-        conditions, get_items = sources.read_conditions(tmp_path / "c.npy", "c")
+        conditions, named = sample.read_conditions(tmp_path / "c.npy", "c")
         assert len(conditions) == 2 and np.array_equal(conditions[1:], x[1:])
-        assert get_items() == sources.no_items(2)
+        assert named == [{"key": None, "caption": None}] * 2
         np.save(tmp_path / "c.npy", x[:, 0].astype(dtype))  # pooled: one token each
-        conditions, get_items = sources.read_conditions(tmp_path / "c.npy", "c")
-        assert np.array_equal(conditions, x[:, :1]) and get_items() == sources.no_items(2)
+        conditions, named = sample.read_conditions(tmp_path / "c.npy", "c")
+        assert np.array_equal(conditions, x[:, :1]) and named[0]["key"] is None
     batches = {
         "c": [torch.tensor(x[:1]).bfloat16(), torch.tensor(x[1:]).bfloat16()],
         "keys": [1, 2],
     }
     (tmp_path / "c.pkl").write_bytes(pickle.dumps(batches))
-    conditions, get_items = sources.read_conditions(tmp_path / "c.pkl", "c")
+    conditions, named = sample.read_conditions(tmp_path / "c.pkl", "c")
     assert len(conditions) == 2 and np.array_equal(conditions[:], x)
-    assert [item["key"] for item in get_items()] == [1, 2]
+    assert [item["key"] for item in named] == [1, 2]
     np.save(tmp_path / "scalar.npy", 1.0)
     with pytest.raises(sources.DataError, match=r"shape \(\) is not that of conditions"):
-        sources.read_conditions(tmp_path / "scalar.npy", "c")
+        sample.read_conditions(tmp_path / "scalar.npy", "c")
     (tmp_path / "renamed.npy").write_bytes((tmp_path / "c.pkl").read_bytes())
-    assert len(sources.read_conditions(tmp_path / "renamed.npy", "c")[0]) == 2
+    assert len(sample.read_conditions(tmp_path / "renamed.npy", "c")[0]) == 2
 
 
 def test_rows_of_a_file_are_sliced(tmp_path):
