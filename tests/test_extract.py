@@ -122,7 +122,7 @@ def one_process(one_thread, monkeypatch):
 
 def call(*args):
     """Run the script's main() here."""
-    argv = [SCRIPT, "--workers=0", "--device=cpu", *map(str, args)]
+    argv = [SCRIPT, "--device=cpu", *map(str, args)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", argv)
         extract.main()
@@ -322,19 +322,21 @@ def test_unreadable_pictures_are_skipped_and_listed(tmp_path, encoders, capfd):
     (folder / "4.png").symlink_to("nowhere")
     (folder / "4.jpg").unlink()
     (folder / "5.jpg").write_bytes(b"")
+    (folder / "6.jpg").write_bytes(jpeg(6))
+    (folder / "6.txt").write_bytes(b"\xff")  # no UTF-8
     more = flags(tmp_path / "out", encoders["dino"], encoders["clip"], "--batch_size=2")
     for _ in range(2):  # of a whole shard they are known, the others are tried again
         call(folder, *more, "--shard_size=3", "--dtype=float32")
         (found,) = shards(tmp_path / "out")
         assert found["keys"] == ["1", "2"]
         assert manifest(tmp_path / "out")["total_samples"] == 2
-        assert manifest(tmp_path / "out")["skipped"] == ["0", "3", "4", "5"]
+        assert manifest(tmp_path / "out")["skipped"] == ["0", "3", "4", "5", "6"]
         for row, key in zip(found[TARGET], found["keys"]):
             picture = Image.open(folder / f"{key}.jpg")
             close(row, pooled(tokens_of(encoders["clip"], "clip", picture), 1))
     output = capfd.readouterr().out
     assert "skipped 0: " in output
-    assert "2 pictures, 4 skipped" in output
+    assert "2 pictures, 5 skipped" in output
     run("prepare.py", tmp_path / "out", f"--out={tmp_path / 'data'}", "--val_fraction=0.5")
 
 

@@ -6,12 +6,13 @@ Turn pictures into shards of paired token embeddings, by two vision encoders of 
     torchrun --standalone --nproc_per_node=8 data/images/extract.py PICTURES ...    # on 8 GPUs
     python prepare.py data/shards --out=data/mine
 
-PICTURES are folders, searched to any depth in natural order, and webdataset tars. NAME is a model
-on the Hugging Face Hub, or a local folder that holds one: CLIP, SigLIP, DINOv2, ... The caption of
-a.jpg is in a.txt, or in captions.jsonl in the folder, as {"file_name": "a.jpg", "caption": ...}.
+PICTURES are folders, read to any depth in natural order, and webdataset tars. The caption of a.jpg
+is in a.txt, or in a line {"file_name": "a.jpg", "caption": ...} of the folder's captions.jsonl.
+NAME is a model on the Hugging Face Hub, or a local folder that holds one: CLIP, SigLIP, DINOv2, ...
+Tokens are averaged to the smaller of the two encoders' grids; CLS and registers are dropped.
 
-The same command continues an interrupted run: shards that are complete stay as they are. Pictures
-that cannot be read are left out; the output and embeddings_manifest.json list them.
+The same command continues an interrupted run: complete shards are kept. Pictures that cannot be
+read are skipped; the output and embeddings_manifest.json list them.
 """
 
 import functools
@@ -61,18 +62,18 @@ out = ""  # DIR, their folder
 shard_size = 1000  # pictures per shard
 dtype = "float16"  # of the arrays: float16 | float32
 # ---- the encoders
-cond = ""  # NAME of the conditions' encoder
-target = ""  # NAME of the targets' encoder
-cond_processor = ""  # NAME of its image processor, if it comes without one
+cond = ""  # NAME of the encoder of the conditions
+target = ""  # NAME of the encoder of the targets
+cond_processor = ""  # NAME of an image processor, if the encoder comes without one
 target_processor = ""
-trust_remote_code = False  # run the code that comes with an encoder, such as EVA-CLIP
-layer = -1  # hidden state: -1 is the model's output, -2 one layer before
-pool = 1  # average squares of pool x pool tokens
+trust_remote_code = False  # run the code that comes with an encoder, as EVA-CLIP needs
+layer = -1  # which hidden state: -1 is the model's output, -2 that of the layer before the last
+pool = 1  # average squares of pool x pool tokens, after that
 # ---- the machine
 device = "auto"  # auto | cpu | cuda | ...
 precision = "auto"  # of the encoders: float32 | bfloat16 | float16 (auto: bfloat16 on cuda)
 batch_size = 64
-workers = 4  # processes that decode pictures ahead; 0 for none
+workers: int | None = None  # processes that decode ahead (None: 8 on a GPU, none on a CPU)
 # ----
 
 
@@ -103,7 +104,7 @@ def find_samples(source):
     if "captions.jsonl" in files:
         for row in map(json.loads, read(*files["captions.jsonl"]).splitlines()):
             captions[row["file_name"]] = row["caption"]
-    # a name ends at its last dot; the files of a sample in a tar are named alike up to the first
+    # a key ends before the last dot of a file's name, in a tar before the first
     letter = "[^/]" if source.is_dir() else "[^/.]"
     pattern = rf"(?i)((?:.*/)?[^/.]{letter}*)(?:\.[^/]*)?\.(?:jpe?g|png|webp|gif|bmp|tiff?)"
     for name, picture in files.items():
@@ -118,8 +119,9 @@ def decode(processors, samples):
     for key, picture, text, caption in samples:
         try:
             image = Image.open(BytesIO(read(*picture)))
-            pictures.append(ImageOps.exif_transpose(image).convert("RGB"))
+            image = ImageOps.exif_transpose(image).convert("RGB")
             captions[key] = read(*text).decode().strip() if text else caption
+            pictures.append(image)
         except Exception as e:  # a damaged file can raise anything
             print(f"skipped {key}: {e}")
     return captions, [p(pictures, return_tensors="pt").pixel_values for p in processors if captions]
@@ -127,11 +129,14 @@ def decode(processors, samples):
 
 def load_encoder(name, processor):
     """(image processor, vision model)"""
-    options = dict(trust_remote_code=trust_remote_code)
-    processor = AutoImageProcessor.from_pretrained(processor or name, backend="pil", **options)
-    model = AutoModel.from_pretrained(name, dtype=getattr(torch, precision), **options)
+    processor = AutoImageProcessor.from_pretrained(
+        processor or name, backend="pil", trust_remote_code=trust_remote_code
+    )
+    model = AutoModel.from_pretrained(
+        name, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code
+    )
     for key, buffer in model.named_buffers():
-        if "position_ids" in key:  # transformers 5 leaves remote code's uninitialized
+        if "position_ids" in key:  # transformers 5 leaves those of remote code uninitialized
             buffer.copy_(torch.arange(buffer.numel()))
     # CLIP and SigLIP have a text model too
     return processor, getattr(model, "vision_model", model).to(device).eval()
@@ -144,22 +149,25 @@ def encode(model, pixels):
     x = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
     side = pixels.shape[-1] // model.config.patch_size
     n_registers = getattr(model.config, "num_register_tokens", 0)
-    if x.shape[1] - side**2 - n_registers not in (0, 1):
+    n_cls = x.shape[1] - n_registers - side**2
+    if n_cls not in (0, 1):
         raise ValueError(f"{x.shape[1]} tokens are not {side}x{side}, {n_registers} registers, CLS")
     return x[:, -(side**2) :].float().mT.unflatten(2, (side, side))
 
 
 def main():
-    global device, precision
+    global device, precision, workers
     config, sources = configure_paths(globals())
     user_errors_in_one_line()
-    check_numbers(config, positive="shard_size batch_size pool", any_sign="layer")
+    check_numbers(config, "shard_size batch_size pool", "layer")
     if not (sources and out and cond and target) or dtype not in ("float16", "float32"):
         sys.exit("error: name pictures, --out, --cond and --target; --dtype is float16 or float32")
     device = pick_device(device)
     if WORLD_SIZE > 1:
         device = init_distributed(device, timeout=10_000)
     precision = pick_dtype(precision, device)
+    if workers is None:
+        workers = 0 if device == "cpu" else 8
 
     samples = []
     for source in map(Path, sources):
@@ -171,10 +179,11 @@ def main():
     if len({key for key, *_ in samples}) < len(samples):
         raise ValueError("two pictures have the same key")
 
-    encoders = [load_encoder(cond, cond_processor), load_encoder(target, target_processor)]
-    processors, models = zip(*encoders)
+    processors, models = zip(
+        load_encoder(cond, cond_processor), load_encoder(target, target_processor)
+    )
     sides = []
-    for processor, model in encoders:
+    for processor, model in zip(processors, models):
         pixels = processor(Image.new("RGB", (64, 64)), return_tensors="pt").pixel_values
         sides.append(encode(model, pixels).shape[-1])
     if min(sides) % pool or max(sides) % min(sides):
@@ -195,12 +204,16 @@ def main():
         path = folder / f"embeddings_shard_{i // shard_size:05d}.pkl"
         if path.exists():
             continue
-        part = samples[i : i + shard_size]
-        decoder = functools.partial(decode, processors)
-        loader = DataLoader(part, batch_size, collate_fn=decoder, num_workers=workers)
+        loader = DataLoader(
+            samples[i : i + shard_size],
+            batch_size,
+            collate_fn=functools.partial(decode, processors),
+            num_workers=workers,
+        )
+        bar = tqdm(loader, path.name, unit=" pictures", unit_scale=batch_size, disable=RANK > 0)
         content = dict(keys=[], captions=[], config=config)
         arrays = [], []
-        for captions, pixels in tqdm(loader, path.name, unit=" pictures", unit_scale=batch_size):
+        for captions, pixels in bar:
             content["keys"] += captions
             content["captions"] += captions.values()
             for blocks, model, x in zip(arrays, models, pixels):
