@@ -492,6 +492,9 @@ def test_remote_code_runs_only_where_the_flag_says_so(tmp_path, encoders, pictur
         pixels = make_processor("clip")(image, return_tensors="pt")["pixel_values"]
         x = torch.nn.functional.conv2d(pixels, **weights, stride=8).flatten(2).mT
         close(row, (x[0] + positions[1:]).numpy())
+    more += ["--trust_remote_code=True", "--precision=bfloat16", f"--out={tmp_path / 'half'}"]
+    call(pictures, *more)
+    np.testing.assert_allclose(shards(tmp_path / "half")[0][COND], found[COND], rtol=0.1, atol=0.2)
 
 
 # ---------------------------------------------------------------- README
