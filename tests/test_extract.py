@@ -447,21 +447,27 @@ from transformers.modeling_outputs import BaseModelOutput
 class RemoteConfig(CLIPVisionConfig):
     model_type = "remote"
 
-class RemoteModel(PreTrainedModel):
-    config_class = RemoteConfig
-
+class Tower(torch.nn.Module):
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         width = config.hidden_size
         self.patches = torch.nn.Conv2d(3, width, config.patch_size, config.patch_size)
         self.positions = torch.nn.Embedding(17, width)
         self.register_buffer("position_ids", torch.arange(17).expand(1, -1), persistent=False)
-        self.post_init()
 
     def forward(self, pixel_values, output_hidden_states):
         x = self.patches(pixel_values).flatten(2).mT
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positions(self.position_ids)
         return BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
+
+class RemoteModel(PreTrainedModel):
+    config_class = RemoteConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_model = Tower(config)
+        self.post_init()
 """
 
 
@@ -480,6 +486,7 @@ def test_remote_code_runs_only_where_the_flag_says_so(tmp_path, encoders, pictur
     weights = dict(weight=torch.randn(16, 3, 8, 8), bias=torch.randn(16))
     positions = torch.randn(17, 16)
     state = {f"patches.{k}": v for k, v in weights.items()} | {"positions.weight": positions}
+    state = {f"vision_model.{k}": v for k, v in state.items()}
     torch.save(state, folder / "pytorch_model.bin")
     processor = f"--cond_processor={encoders['clip']}"
     more = flags(tmp_path / "out", folder, encoders["clip"], processor, "--dtype=float32")

@@ -145,7 +145,8 @@ def load_encoder(name, processor):
 @torch.inference_mode()
 def encode(model, pixels):
     """Pixels (B, 3, height, width) -> tokens (B, C, H, W), without CLS and registers."""
-    output = model(pixel_values=pixels.to(device, model.dtype), output_hidden_states=True)
+    pixels = pixels.to(device, getattr(torch, precision))
+    output = model(pixel_values=pixels, output_hidden_states=True)
     x = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
     side = pixels.shape[-1] // model.config.patch_size
     n_registers = getattr(model.config, "num_register_tokens", 0)
