@@ -23,7 +23,7 @@ test: .venv/dev
 	$(BIN)/pip install -q -r requirements.txt $(DEMO_PACKAGES)
 	touch $@
 
-.venv/dev: requirements.txt requirements-dev.txt
+.venv/dev: requirements.txt requirements-images.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@ .venv/demo
