@@ -79,7 +79,7 @@ workers: int | None = None  # processes that decode ahead (None: 8 on a GPU, non
 
 def order(path):
     """A sort key: folder by folder, a2 before a10."""
-    return [natural_order(part) for part in (*reversed(path.parents), path)]
+    return [natural_order([part]) for part in (*reversed(path.parents), path)]
 
 
 def list_files(source):
