@@ -270,7 +270,7 @@ def prepare(sources, config):
     if pool < 1:
         raise DataError(f"--pool={pool} must be 1 or more")
     shards, arrays = find_files(sources)
-    paths = [*itertools.chain(*shards, *arrays)]
+    paths = [*itertools.chain(*shards), *arrays]
     written = [(folder / name).resolve() for name in FILES]
     for path in paths:
         if path.resolve() in written:
@@ -280,12 +280,14 @@ def prepare(sources, config):
         raise DataError(
             f"{len(arrays)} .npy files: name all conditions first, then as many targets"
         )
-    shards += [cond + target for cond, target in zip(arrays[:half], arrays[half:])]
-    options = dict(dtype=dtype, grid=read_grid(grid), drop_cls=drop_cls, pool=pool)
+    shards += zip(arrays[:half], arrays[half:])
 
     @functools.lru_cache(8)
     def load(paths):
-        return load_shard(paths, cond_key, target_key, **options)
+        return load_shard(
+            paths, cond_key, target_key,
+            dtype=dtype, grid=read_grid(grid), drop_cls=drop_cls, pool=pool,
+        )  # fmt: skip
 
     counts, keys = survey(shards, load)
     check_manifests(sources, shards, counts)
@@ -332,7 +334,7 @@ def prepare(sources, config):
 
 def print_contents(shards, arrays):
     """Print what the files hold, with the value range of the first samples."""
-    for paths in shards + arrays:
+    for paths in shards + [[path] for path in arrays]:
         for path, content in zip(paths, load_contents(paths)):
             print(f"{path}:")
             for key, value in itertools.islice(content.items(), 100):

@@ -30,9 +30,9 @@ class Pair(tuple):
     batch of samples."""
 
 
-def natural_order(paths):
-    """A sort key that puts shard_2 before shard_10."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(20), paths[0].name)
+def natural_order(path):
+    """A sort key of paths that puts shard_2 before shard_10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(path))
 
 
 def list_folder(folder):
@@ -47,20 +47,20 @@ def list_folder(folder):
 
 
 def find_files(sources):
-    """The shards that the sources name, those of a folder in natural order, and .npy files (file,),
-    of which two will be a shard."""
+    """(shards, arrays): the shards that the sources name, those of a folder in natural order, and
+    the .npy files, of which two will be a shard."""
     shards, arrays = [], []
     for path in map(Path, sources):
+        if path.suffix == ".npy" and path.is_file():
+            arrays.append(path)
+            continue
         found = [(path,)] if path.is_file() else list_folder(path)
         if not found:
             raise DataError(
                 f"{path}: no such file, and no folder of .pkl or .pt files, of .safetensors, "
                 "or of cond/*.npy and target/*.npy"
             )
-        if path.suffix == ".npy" and path.is_file():
-            arrays += found
-        else:
-            shards += sorted(found, key=natural_order)
+        shards += sorted(found, key=lambda paths: natural_order(paths[0]))
     return shards, arrays
 
 

@@ -197,13 +197,6 @@ def read_curves(out_dir):
     return {name: np.array(points).T for name, points in curves.items()}
 
 
-def smooth(values, span):
-    """Mean over a window of `span` values, shorter at the ends."""
-    window = np.ones(span)
-    counts = np.convolve(np.ones(len(values)), window, "same")
-    return np.convolve(values, window, "same") / counts
-
-
 def draw_curves(path, out_dirs):
     """Write a PNG with the curves of runs: losses, validation loss by t, token cosine of samples,
     learning rate."""
@@ -216,10 +209,7 @@ def draw_curves(path, out_dirs):
             if name in run:
                 ax.plot(*run[name], color=f"C{i}", **style)
 
-        if "loss" in run:
-            iterations, values = run["loss"]
-            run["loss"] = iterations, smooth(values, 1 + len(values) // 50)
-        draw(losses, "loss", alpha=0.35)
+        draw(losses, "loss", alpha=0.4, lw=0.8)
         draw(losses, "val_loss_raw", ls=":")
         draw(losses, "val_loss")
         draw(cosines, "val_token_cosine")

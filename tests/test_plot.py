@@ -8,15 +8,7 @@ import torch
 from conftest import refused, run
 from plumbing.dataset import open_dataset
 from report import score
-from report.plot import new_figure, principal_colours, read_curves, smooth, token_cosines
-
-
-def test_smooth_is_the_mean_of_a_window():
-    values = np.random.default_rng(0).standard_normal(50)
-    by_hand = [values[max(i - 3, 0) : i + 4].mean() for i in range(50)]
-    assert smooth(values, 7) == pytest.approx(by_hand) and smooth(values, 1) == pytest.approx(
-        values
-    )
+from report.plot import new_figure, principal_colours, read_curves, token_cosines
 
 
 def test_curves(tmp_path, trained):

@@ -110,6 +110,14 @@ def test_torch_files(tmp_path, zipped):
     assert span[1] - span[0] == 2 * 4 * 50 * 4  # one storage
 
 
+def test_many_small_tensors(tmp_path, monkeypatch):
+    """What is read of a tensor in a list, but not kept, does not count against the room."""
+    monkeypatch.setattr(unpickle, "ROOM", 1 << 16)
+    x = torch.randn(300, 768)
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps({"x": [row.clone() for row in x]}))
+    assert np.array_equal(np.stack(unpickle.load(tmp_path / "e.pkl")["x"]), x)
+
+
 class Call:
     """Pickles to a call of the function with these arguments."""
 
@@ -125,7 +133,7 @@ def test_a_zip_file_nested_in_a_pickle_is_refused(tmp_path):
     torch.save(torch.randn(6, 4, 50).untyped_storage(), file)
     storage = Call(torch.storage._load_from_bytes, file.getvalue())
     (tmp_path / "e.pkl").write_bytes(pickle.dumps({"x": storage}))
-    with pytest.raises(pickle.UnpicklingError, match="a zip file inside a pickle"):
+    with pytest.raises(pickle.UnpicklingError, match="it uses the opcode b'P'"):
         unpickle.load(tmp_path / "e.pkl")
 
 

@@ -18,7 +18,6 @@ read are skipped; the output and embeddings_manifest.json list them.
 import functools
 import json
 import pickle
-import re
 import sys
 import tarfile
 import zlib
@@ -33,11 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from plumbing.checkpoint import replace_file  # noqa: E402
-from plumbing.configurator import (  # noqa: E402
-    check_numbers,
-    configure_paths,
-    user_errors_in_one_line,
-)  # fmt: skip
+from plumbing.configurator import configure_paths, user_errors_in_one_line  # noqa: E402
 from plumbing.distributed import (  # noqa: E402
     RANK,
     WORLD_SIZE,
@@ -55,6 +50,7 @@ try:
 except ImportError as e:
     sys.exit(f"error: {e}: pip install -r requirements-images.txt")
 
+SUFFIXES = "jpg jpeg png webp gif bmp tif tiff".split()
 KEYS = ("eva_blip3o_embeddings", "clip_blip3o_embeddings")  # conditions, targets
 
 # ---- the shards
@@ -73,19 +69,14 @@ pool = 1  # average squares of pool x pool tokens, after that
 device = "auto"  # auto | cpu | cuda | ...
 precision = "auto"  # of the encoders: float32 | bfloat16 | float16 (auto: bfloat16 on cuda)
 batch_size = 64
-workers: int | None = None  # processes that decode ahead (None: 8 on a GPU, none on a CPU)
+workers = 8  # processes that decode ahead, on a GPU; on a CPU encoding takes nearly all the time
 # ----
 
 
-def order(path):
-    """A sort key: folder by folder, a2 before a10."""
-    return [natural_order([part]) for part in (*reversed(path.parents), path)]
-
-
 def list_files(source):
-    """{name: (path, offset, size)} of the files in a folder or tar."""
+    """{name: (path, offset, size)} of the files in a folder, in natural order, or in a tar."""
     if source.is_dir():
-        paths = sorted(source.rglob("*"), key=order)
+        paths = sorted(source.rglob("[!.]*"), key=natural_order)
         return {str(path.relative_to(source)): (path, 0, -1) for path in paths}
     with tarfile.open(source, "r:") as tar:
         return {file.name: (source, file.offset_data, file.size) for file in tar}
@@ -104,13 +95,10 @@ def find_samples(source):
     if "captions.jsonl" in files:
         for row in map(json.loads, read(*files["captions.jsonl"]).splitlines()):
             captions[row["file_name"]] = row["caption"]
-    # a key ends before the last dot of a file's name, in a tar before the first
-    letter = "[^/]" if source.is_dir() else "[^/.]"
-    pattern = rf"(?i)((?:.*/)?[^/.]{letter}*)(?:\.[^/]*)?\.(?:jpe?g|png|webp|gif|bmp|tiff?)"
     for name, picture in files.items():
-        match = re.fullmatch(pattern, name)
-        if match:
-            yield match[1], picture, files.get(f"{match[1]}.txt"), captions.get(name)
+        key, _, suffix = name.rpartition(".")
+        if suffix.lower() in SUFFIXES:
+            yield key, picture, files.get(f"{key}.txt"), captions.get(name)
 
 
 def decode(processors, samples):
@@ -157,25 +145,22 @@ def encode(model, pixels):
 
 
 def main():
-    global device, precision, workers
+    global device, precision
     config, sources = configure_paths(globals())
     user_errors_in_one_line()
-    check_numbers(config, "shard_size batch_size pool", "layer")
     if not (sources and out and cond and target) or dtype not in ("float16", "float32"):
         sys.exit("error: name pictures, --out, --cond and --target; --dtype is float16 or float32")
     device = pick_device(device)
     if WORLD_SIZE > 1:
         device = init_distributed(device, timeout=10_000)
     precision = pick_dtype(precision, device)
-    if workers is None:
-        workers = 0 if device == "cpu" else 8
 
     samples = []
     for source in map(Path, sources):
-        for path in [source, *sorted(source.rglob("*.tar"), key=order)]:
+        for path in [source, *sorted(source.rglob("*.tar"), key=natural_order)]:
             try:
                 samples += find_samples(path)
-            except (tarfile.TarError, LookupError) as e:
+            except (tarfile.TarError, LookupError) as e:  # no tar, or no captions
                 raise ValueError(f"{path}: {e!r}") from e
     if len({key for key, *_ in samples}) < len(samples):
         raise ValueError("two pictures have the same key")
@@ -209,7 +194,7 @@ def main():
             samples[i : i + shard_size],
             batch_size,
             collate_fn=functools.partial(decode, processors),
-            num_workers=workers,
+            num_workers=0 if device == "cpu" else workers,
         )
         bar = tqdm(loader, path.name, unit=" pictures", unit_scale=batch_size, disable=RANK > 0)
         content = dict(keys=[], captions=[], config=config)
