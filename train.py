@@ -144,8 +144,10 @@ device_type = device.split(":")[0]
 dtype = distributed.pick_dtype(dtype, device)
 one_pass = world_size == 1 and gradient_accumulation_steps == 1
 if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
-    needs = "one process, --gradient_accumulation_steps=1, --grad_clip=0 and no float16"
-    raise ValueError(f"optimizer_in_backward=True needs {needs}")
+    raise ValueError(
+        "optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, "
+        "--grad_clip=0 and no float16"
+    )
 if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
     raise ValueError("fsdp=True needs several processes, float32 or bfloat16, and adamw")
 if gradient_accumulation_steps % world_size:
@@ -210,8 +212,8 @@ flow_config = FlowConfig(**settings)
 settings = {name: globals()[name] for name in NextDiTConfig.__dataclass_fields__ if name in config}
 model_config = NextDiTConfig(grid, target_dim=D, cond_dim=C, **settings)
 # config.py and the checkpoints have the settings as they were decided
-config |= asdict(flow_config) | settings | {"learning_rate": learning_rate}
-config["init_from"] = "scratch" if init_from == "auto" else init_from
+decided = {name: getattr(model_config, name) for name in settings}
+config |= asdict(flow_config) | decided | {"learning_rate": learning_rate}
 # these belong to this start, not to the run
 config |= {"overwrite": False, "time_limit": None, "debug": False}
 torch.manual_seed(seed)
@@ -393,7 +395,8 @@ if eval_only:
 if dry_run:
     loss, _ = forward_backward(micros[0]).tolist()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else peak
+    if device_type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     print0(f"dry run: loss {loss * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
     distributed.exit_process()
 version = checkpoint.code_version()
@@ -431,8 +434,8 @@ while not stop:
             stop = True
             break
         val_loss = record["val_loss"]
-        # never the untrained model
-        if iteration > 0 and val_loss < best_val_loss and save(best, val_loss):
+        # never an untrained model
+        if (iteration or parameters) and val_loss < best_val_loss and save(best, val_loss):
             best_val_loss = val_loss
         clock += time.perf_counter() - start
     if iteration >= max_iters:
@@ -476,8 +479,10 @@ while not stop:
     if len(record) > 1:
         write_log(record)
     if bad_in_a_row >= max_bad_steps:
-        words = f"no finite loss and gradient in {bad_in_a_row} iterations in a row"
-        sys.exit(f"error: {words}; lower {learning_rate=}")
+        sys.exit(
+            f"error: no finite loss and gradient in {bad_in_a_row} iterations in a row; "
+            f"lower {learning_rate=}"
+        )
     iteration += 1
 
 # ---------------------------------------------------------------- the end

@@ -139,7 +139,7 @@ def restore(path, ckpt, config, stats, models, scaler):
 
 
 def warn_of_distance(path, old, new):
-    """Warn where a dataset's statistics `new` are far from those of a model's data, `old`.
+    """Warn where a dataset's statistics `new` are far from those that a model normalizes by, `old`.
 
     Both are {cond_mean, cond_std (C,), target_mean, target_std (D,)}. The figure is the Frechet
     distance of Gaussians with independent channels, in units of the old standard deviation.
@@ -149,7 +149,7 @@ def warn_of_distance(path, old, new):
         square = (new[mean] - old[mean]) ** 2 + (new[std] - old[std]) ** 2
         distance = (square.sum() / (old[std] ** 2).sum()) ** 0.5
         if distance > 0.5:
-            print0(f"WARNING: {kind} is {distance:.2f} standard deviations from the data of {path}")
+            print0(f"WARNING: {kind} is {distance:.2f} standard deviations from that of {path}")
 
 
 def restore_optimizer(ckpt, opt):

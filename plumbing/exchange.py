@@ -7,7 +7,7 @@ Models from and to files: runs of this project, and safetensors, in our names or
     ckpt, parameters = open_model("out-mine")    # a run, a checkpoint, a folder of safetensors
     model = NextDiT(NextDiTConfig(**ckpt["model_args"]))
     checkpoint.load_weights(model, parameters, cast=torch.Tensor.float)
-    save_model("folder", ckpt, model.state_dict())
+    save_model(Path("folder"), ckpt, model.state_dict())
 
 diffusers' names are those of its LuminaNextDiT2DModel, and of the class of the same name that
 BLIP3-o trains, which has a caption_projection. Their velocity runs from data to noise, ours from
@@ -106,27 +106,28 @@ def open_model(path, weights="ema", grid=None, prefix=""):
     iterator of (name, tensor). Raises ValueError where there is no such model.
     """
     path = Path(path)
-    files = sorted(path.glob("*.safetensors"))
-    best = path / "ckpt_best.pt"
-    if files and not best.exists():
-        try:
-            return open_safetensors(path, files, grid, prefix)
-        except Exception as e:  # a damaged file can raise anything
-            words = " ".join(str(e).split())
-            raise ValueError(f"{path} cannot be read as a model: {words}") from e
     if path.is_dir():
+        best = path / "ckpt_best.pt"
+        if not best.exists():
+            try:
+                return open_safetensors(path, grid, prefix)
+            except Exception as e:  # a damaged file can raise anything
+                raise ValueError(f"{path}: no {best.name}, and no safetensors model: {e}") from e
         path = best
     ckpt = read_checkpoint(path)
     return ckpt | {"files": [path]}, read_weights(path, weights)
 
 
-def open_safetensors(folder, files, grid, prefix):
+def open_safetensors(folder, grid, prefix):
     """open_model() for a folder of such files."""
     from safetensors import safe_open
 
+    files = sorted(folder.glob("*.safetensors"))
     given = json.loads((folder / "config.json").read_text())
-    ckpt = dict.fromkeys(META) | given | {"files": files, "config": {"data_dir": None}}
-    if ckpt["stats"]:
+    ckpt = dict.fromkeys(META) | {"files": files, "config": {"data_dir": None}}
+    is_ours = "model_args" in given
+    if is_ours:
+        ckpt |= {name: given[name] for name in META}
         ckpt["stats"] = {name: torch.tensor(value) for name, value in ckpt["stats"].items()}
     places = {}  # name -> file
     for path in files:
@@ -137,7 +138,7 @@ def open_safetensors(folder, files, grid, prefix):
         with safe_open(places[name], "pt") as file:  # what an open file has read stays in memory
             return file.get_tensor(name)
 
-    if "x_embed.weight" in places:
+    if is_ours and "x_embed.weight" in places:
         return ckpt, ((name, read(name)) for name in places)
     starts = [name.removesuffix(FIRST) for name in places if name.endswith(prefix + FIRST)]
     if len(starts) != 1:
@@ -150,12 +151,12 @@ def open_safetensors(folder, files, grid, prefix):
     surplus = names.difference(["pad_token"], *stacks.values())  # which it never uses
     if surplus:
         raise ValueError(f"{len(surplus)} surplus parameters, such as {min(surplus)}")
-    if not ckpt["model_args"]:
+    if not is_ours:
         sizes = PLAIN | read_sizes(names, lambda name: read(start + name).shape)
         sizes["norm_eps"] = given.get("norm_eps", 1e-5)
         sizes["grid"] = grid or [given.get("sample_size", 8)] * 2  # BLIP3-o's is 8x8
         ckpt |= dict(model_args=sizes, flow=VELOCITY, normalize="none")
-    null_cond = given.get("null_cond") or [0.0] * ckpt["model_args"]["cond_dim"]
+    null_cond = given.get("null_cond", [0.0] * ckpt["model_args"]["cond_dim"])
 
     def read_stacks():
         for ours, theirs in stacks.items():
@@ -189,18 +190,17 @@ def read_sizes(names, shape):
 
 def save_model(folder, ckpt, state):
     """Write safetensors and config.json, in diffusers' layout where diffusers or BLIP3-o has such
-    a model, else in our names. Returns the file of the weights.
+    a model, else in our names.
 
-    ckpt, state: from open_model(), the state as a dict. Raises ValueError where the folder holds a
-    model already.
+    ckpt, state: from open_model(), the state as a dict. Raises ValueError where the folder holds
+    anything.
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    if list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds a model already")
+    if list(folder.glob("*")):
+        raise ValueError(f"{folder} is not empty: choose another --out")
     args = ckpt["model_args"]
-    given = {name: ckpt[name] for name in META}
+    given = {name: ckpt[name] for name in META if ckpt["stats"]}  # else nothing of it is known
     file = folder / "model.safetensors"
     if PLAIN.items() <= args.items() and VELOCITY.items() <= ckpt["flow"].items():
         file = folder / "diffusion_pytorch_model.safetensors"
@@ -209,7 +209,6 @@ def save_model(folder, ckpt, state):
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, file, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(given, default=torch.Tensor.tolist))
-    return file
 
 
 def reference_config(args):
@@ -227,25 +226,22 @@ def reference_config(args):
 def reference_state(args, state):
     """Our parameters in diffusers' names."""
     dim = args["dim"]
-    kv_dim = dim // args["n_head"] * args["n_kv_head"]
-    theirs = {"pad_token": torch.zeros(dim)}
+    theirs = {} if args["cond_projection"] else {"pad_token": torch.zeros(dim)}
     for ours, names in stack_names(state).items():
         value = -state[ours] if ours.startswith("final.") else state[ours]
         parts = value.chunk(len(names))
         if ours.endswith("qkvq.weight"):
+            kv_dim = len(value) // 2 - dim
             parts = value.split([dim, kv_dim, kv_dim, dim])
         theirs |= zip(names, parts)
     return theirs
 
 
-def main():
+if __name__ == "__main__":
     user_errors_in_one_line()
     _, paths = configure_paths(globals())
     if len(paths) != 1 or not out:
         raise ValueError("name a model and a folder: python -m plumbing.exchange RUN --out=FOLDER")
     ckpt, parameters = open_model(paths[0], weights, prefix=prefix)
-    print(f"wrote {save_model(out, ckpt, dict(parameters))}")
-
-
-if __name__ == "__main__":
-    main()
+    save_model(Path(out), ckpt, dict(parameters))
+    print(f"wrote {out}")

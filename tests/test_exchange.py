@@ -198,10 +198,13 @@ def test_diffusers_and_we_read_each_other(tmp_path, cond_projection):
     assert dataclasses.replace(ours.config, multiple_of=8) == config
     assert torch.allclose(ours(x, t, cond), expected, atol=1e-5)
     ckpt = facts(ours.config)
-    file = exchange.save_model(tmp_path / "b", ckpt, ours.state_dict())
+    exchange.save_model(tmp_path / "b", ckpt, ours.state_dict())
+    file = tmp_path / "b" / "diffusion_pytorch_model.safetensors"
     if cond_projection:  # what the class of BLIP3-o adds to that of diffusers
         again = reference(tmp_path / "c", config)
+        del again.pad_token
         again.load_state_dict(load_file(file))
+        again.pad_token = None
     else:
         again = LuminaNextDiT2DModel.from_pretrained(tmp_path / "b")
     again.grid = config.grid
@@ -231,7 +234,7 @@ def test_what_we_write_we_read(tmp_path, changes):
     assert (tmp_path / "model.safetensors").exists() == in_ours
     moved = read_model(tmp_path, cast=lambda p: p.to("meta", torch.float16))
     assert {(p.device.type, p.dtype) for p in moved.parameters()} == {("meta", torch.float16)}
-    with pytest.raises(ValueError, match="holds a model already"):
+    with pytest.raises(ValueError, match="is not empty"):
         exchange.save_model(tmp_path, ckpt, model.state_dict())
 
 
@@ -282,13 +285,20 @@ def test_files_that_are_no_model(tmp_path):
     file.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="header"):
         read_model(tmp_path)
+    ours = tmp_path / "ours"
+    write_model(ours, **OURS)
+    text = (ours / "config.json").read_text()
+    for name in ("model_args", "flow", "normalize", "stats"):
+        (ours / "config.json").write_text(text.replace(f'"{name}"', '"other"'))
+        with pytest.raises(ValueError, match="no safetensors model"):
+            read_model(ours)
     given.write_text("{")
     with pytest.raises(ValueError, match="Expecting property name"):
         read_model(tmp_path)
     given.unlink()
     with pytest.raises(ValueError, match="config.json"):
         read_model(tmp_path)
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint: .*No such file"):
+    with pytest.raises(ValueError, match="nowhere cannot be read as a checkpoint: .*No such file"):
         read_model(tmp_path / "nowhere")
 
 
@@ -357,7 +367,7 @@ def test_starts_from_ones_own_weights(trained, dataset, other_data, tmp_path):
         moved += (stats["target_std"] - old["stats"]["target_std"].numpy()) ** 2
     distance = (moved.sum() / (old["stats"]["target_std"] ** 2).sum().item()) ** 0.5
     assert 2 < distance < 8
-    warning = f"WARNING: target is {distance:.2f} standard deviations from the data of {trained}"
+    warning = f"WARNING: target is {distance:.2f} standard deviations from that of {trained}"
     assert warning in done.stdout and "WARNING: cond" not in done.stdout
     assert f"{trained}: --dim=32 --n_layer=2" in " ".join(done.stdout.split())
     assert "--normalize=channel" in done.stdout
