@@ -62,6 +62,7 @@ layers.N.ffn.w2          layers.N.feed_forward.linear_2
 final_ada                norm_out.linear_1
 final                    norm_out.linear_2
 """
+# NextDiTConfig's arguments and the reference's; of ffn_dim see reference_config.
 CONFIG = """
 target_dim  in_channels
 cond_dim    cross_attention_dim
@@ -81,7 +82,8 @@ META = "model_args flow normalize stats cond_tokens code".split()
 
 
 def stack_names(names):
-    """{our parameter: [the reference's, ...]}, of those that are in `names`, ours or theirs."""
+    """{our parameter: [the reference's, in the order in which ours stacks them]}, of those that are
+    in `names`, ours or theirs."""
     n_layer = sum(name.endswith(".gate") for name in names)
     stacks = {}
     for line in MODULES.strip().splitlines():
