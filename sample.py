@@ -60,7 +60,7 @@ subset_size: int | None = None  # the first so many conditions only
 # ---- output (of a part of the data, names end in _train, _first{subset_size} or both)
 save = ""  # .npy to write (B, T, D); empty: generated.npy, or interpolation.npy, in out_dir
 save_draws = False  # keep all draws (B, draws, T, D), as *_draws.npy
-save_pickle = ""  # .pkl with conditions, truth, samples, captions, keys and metrics
+save_pickle = ""  # .pkl with conditions, truth, samples, captions, keys, labels and metrics
 plot = False  # draw samples.png in out_dir; with --save or --interpolate, a .png beside the .npy
 # ---- sampling
 steps = 10  # of the solver

@@ -125,6 +125,7 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
         "generated_clip",
         "captions",
         "keys",
+        "labels",
         "generation_metrics",
     }
     assert not list(run_dir.glob("*.partial"))

@@ -339,7 +339,7 @@ BOMBS = {
     "FRAME": (b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"}.", None),
     "LONG4": (entry(b"\x8b" + struct.pack("<i", 1 << 20) + b"\x7f" * (1 << 20)), "opcode"),
     "extension code": (entry(b"\x82\x01"), "opcode"),
-    "persistent id": (entry(b"K\x01Q"), "persistent id"),
+    "persistent id": (entry(b"K\x01Q"), "cannot unpack"),
     "persistent text": (entry(b"Pos.system\n"), "opcode"),
     "out-of-band buffer": (entry(b"\x97"), "opcode"),
     "INST": (entry(b"(ios\nsystem\n"), "opcode"),
