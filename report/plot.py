@@ -109,6 +109,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         if decoded:
             weights = np.load(decoder)[kind]  # (D + 1,)
             for label, x in arrays.items():
+                x = x[..., : len(weights) - 1]  # further channels are none of its images
                 pixels.append((label, x @ weights[:-1] + weights[-1], PIXELS))
             for label in ("sample 2", "sample 3"):  # their pixels are enough
                 arrays.pop(label, None)

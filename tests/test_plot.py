@@ -8,7 +8,7 @@ import torch
 from conftest import refused, run
 from plumbing.dataset import open_dataset
 from report import score
-from report.plot import new_figure, principal_colours, read_curves, token_cosines
+from report.plot import draw_samples, new_figure, principal_colours, read_curves, token_cosines
 
 
 def test_curves(tmp_path, trained):
@@ -114,3 +114,13 @@ def test_pictures_say_what_they_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         new_figure(4)
+
+
+def test_a_decoder_of_fewer_channels(tmp_path):
+    """Conditions that were widened, by labels say, are decoded as before."""
+    rng = np.random.default_rng(0)
+    cond, samples = rng.standard_normal((3, 4, 8)), rng.standard_normal((3, 1, 4, 5))
+    stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
+    np.savez(tmp_path / "decoder.npz", cond=np.ones(7), target=np.ones(6))
+    draw_samples(tmp_path / "a.png", cond, None, samples, (2, 2), stats, tmp_path)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
