@@ -69,7 +69,7 @@ def load_pickle(path):
     try:
         content = unpickle.load(path)
     except (OSError, unpickle.UnpicklingError) as e:
-        raise DataError(f"{path}: not a readable pickle of embeddings: {e}") from e
+        raise DataError(f"{path}: cannot be read as embeddings: {e}") from e
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {describe(content)}, not a dict of embeddings")
     return content
@@ -174,8 +174,8 @@ class Rows:
         _, *shape, self.channels = self.base.shape
         self.n_cls, self.grid = find_grid(shape, grid, drop_cls)
         self.tokens = math.prod(shape) - self.n_cls
-        self.pool = pool
-        if pool > 1:
+        self.pool = pool if self.tokens > 1 else 1  # pooled embeddings are one token already
+        if self.pool > 1:
             self.grid = tuple(side // pool for side in self.grid or (0, 0))
             if math.prod(self.grid) * pool**2 != self.tokens:
                 raise DataError(
@@ -252,7 +252,9 @@ def items(content, n, path):
                 pass
         fits = isinstance(values, list) and len(values) == n
         if not fits or not set(map(type, values)) <= {str, int, type(None)}:
-            raise DataError(f"{path}: {name}s is not a list of {n} strings or integers")
+            raise DataError(
+                f"{path}: {name}s is not a list of {n} strings or integers: {describe(values)}"
+            )
         if sum(len(str(value)) for value in values) > path.stat().st_size:
             raise DataError(f"{path}: {name}s repeat the same strings: more than the file has")
         columns[name] = values

@@ -107,10 +107,10 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     decoded = decoder.is_file()
     for kind, arrays in (("cond", conditions), ("target", targets)):
         if decoded:
-            weights = np.load(decoder)[kind]  # (D + 1,)
+            *weights, bias = np.load(decoder)[kind]  # (D + 1,)
             for label, x in arrays.items():
-                x = x[..., : len(weights) - 1]  # further channels are none of its images
-                pixels.append((label, x @ weights[:-1] + weights[-1], PIXELS))
+                x = x[..., : len(weights)]  # further channels are none of its images
+                pixels.append((label, x @ weights + bias, PIXELS))
             for label in ("sample 2", "sample 3"):  # their pixels are enough
                 arrays.pop(label, None)
         encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])

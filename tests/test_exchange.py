@@ -427,6 +427,9 @@ def test_a_run_as_safetensors(trained, dataset, tmp_path):
         assert [file.read_bytes() for file in files] == before
     assert same(checkpoint(tmp_path / "out")["stats"], checkpoint(trained)["stats"])
     assert "add --cond=FILE.npy" in refused("sample.py", f"--out_dir={folder}")
+    run("-m", "plumbing.exchange", trained, f"--out={tmp_path / 'raw'}", "--weights=model")
+    raw = load_file(tmp_path / "raw" / "model.safetensors")
+    assert same(raw, checkpoint(trained, "ckpt_best.pt")["model"])
 
 
 def test_fine_tunes_a_model_of_blip3o(dataset, tmp_path):

@@ -387,6 +387,8 @@ def test_two_processes_make_what_one_makes(tmp_path, encoders, pictures):
             more += ["--shard_size=2", "--device=cpu", "--workers=0"]
             done = run(SCRIPT, pictures, *more, processes=n)
             assert f"{tmp_path / str(n)}: 6 pictures, 1 skipped" in done.stdout
+            assert "shard_00000.pkl: 100%" in done.stderr and "2/2" in done.stderr
+            assert "pictures/s" in done.stderr
     finally:
         (pictures / "sub10" / "broken.jpg").unlink()
     one, two = (sorted((tmp_path / f"{n}").iterdir()) for n in (1, 2))
@@ -402,7 +404,7 @@ def test_two_processes_make_what_one_makes(tmp_path, encoders, pictures):
     [
         ("three by three", [], r"grids of \[3, 4\]"),  # 3 does not divide 4
         ("dino", ["--pool=3"], "pool=3"),
-        ("distilled", [], "18 tokens are not 4x4, 0 registers"),
+        ("distilled", [], "18 tokens are not a grid of 4x4, 0 registers"),
     ],
 )
 def test_refused_grids(tmp_path, encoders, pictures, cond, more, words):
@@ -418,14 +420,18 @@ def test_refused_sources(tmp_path, encoders, pictures):
     (tmp_path / "short.tar").write_bytes(data[:1000])
     (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg"}')
     for source, words in {
-        "short.tar": "short.tar: ReadError",
+        "short.tar": "short.tar or its captions cannot be read: ReadError",
         "missing": "No such file",
         "": "KeyError",
     }.items():
         with pytest.raises((ValueError, OSError), match=words):
             call(tmp_path / source, *more)
-    with pytest.raises(ValueError, match="two pictures have the same key"):
+    with pytest.raises(ValueError, match="2 pictures have the key 001"):
         call(tmp_path / "x.tar", tmp_path / "x.tar", *more)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures in"):
+        call(tmp_path / "empty", *more)
+    assert "pool=0 must be above 0" in refused(SCRIPT, pictures, *more, "--pool=0")
 
 
 def test_errors_are_one_line(tmp_path, encoders):

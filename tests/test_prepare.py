@@ -263,7 +263,7 @@ def test_bad_files(tmp_path):
     line = refused_here([tmp_path / "three.pkl"], out, val_fraction=0.1)
     assert "3 samples with val_fraction=0.1" in line
     for data, message in (
-        ((tmp_path / "three.pkl").read_bytes()[:-200], "not a readable pickle"),
+        ((tmp_path / "three.pkl").read_bytes()[:-200], "cannot be read as embeddings"),
         (pickle.dumps({}), r"it holds \[\]"),
         (pickle.dumps([1, 2]), "holds a list of 2, not a dict"),
     ):

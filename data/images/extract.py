@@ -21,6 +21,7 @@ import pickle
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -32,7 +33,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from plumbing.checkpoint import replace_file  # noqa: E402
-from plumbing.configurator import configure_paths, user_errors_in_one_line  # noqa: E402
+from plumbing.configurator import (  # noqa: E402
+    check_numbers,
+    configure_paths,
+    user_errors_in_one_line,
+)  # fmt: skip
 from plumbing.distributed import (  # noqa: E402
     RANK,
     WORLD_SIZE,
@@ -63,8 +68,8 @@ target = ""  # NAME of the encoder of the targets
 cond_processor = ""  # NAME of an image processor, if the encoder comes without one
 target_processor = ""
 trust_remote_code = False  # run the code that comes with an encoder, as EVA-CLIP needs
-layer = -1  # which hidden state: -1 is the model's output, -2 that of the layer before the last
-pool = 1  # average squares of pool x pool tokens, after that
+layer = -1  # which hidden state: -1 is the model's output, -2 that of the last layer but one
+pool = 1  # then average squares of pool x pool tokens
 # ---- the machine
 device = "auto"  # auto | cpu | cuda | ...
 precision = "auto"  # of the encoders: float32 | bfloat16 | float16 (auto: bfloat16 on cuda)
@@ -140,7 +145,10 @@ def encode(model, pixels):
     n_registers = getattr(model.config, "num_register_tokens", 0)
     n_cls = x.shape[1] - n_registers - side**2
     if n_cls not in (0, 1):
-        raise ValueError(f"{x.shape[1]} tokens are not {side}x{side}, {n_registers} registers, CLS")
+        raise ValueError(
+            f"{x.shape[1]} tokens are not a grid of {side}x{side}, {n_registers} registers "
+            "and at most one class token"
+        )
     return x[:, -(side**2) :].float().mT.unflatten(2, (side, side))
 
 
@@ -148,6 +156,7 @@ def main():
     global device, precision
     config, sources = configure_paths(globals())
     user_errors_in_one_line()
+    check_numbers(config, "shard_size batch_size pool", "layer")
     if not (sources and out and cond and target) or dtype not in ("float16", "float32"):
         sys.exit("error: name pictures, --out, --cond and --target; --dtype is float16 or float32")
     device = pick_device(device)
@@ -157,13 +166,16 @@ def main():
 
     samples = []
     for source in map(Path, sources):
-        for path in [source, *sorted(source.rglob("*.tar"), key=natural_order)]:
+        for path in [source, *sorted(source.rglob("[!.]*.tar"), key=natural_order)]:
             try:
                 samples += find_samples(path)
-            except (tarfile.TarError, LookupError) as e:  # no tar, or no captions
-                raise ValueError(f"{path}: {e!r}") from e
-    if len({key for key, *_ in samples}) < len(samples):
-        raise ValueError("two pictures have the same key")
+            except (tarfile.TarError, LookupError, ValueError) as e:  # no tar, or no captions
+                raise ValueError(f"{path} or its captions cannot be read: {e!r}") from e
+    if not samples:
+        raise ValueError(f"no pictures in {sources}")
+    key, count = Counter(key for key, *_ in samples).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{count} pictures have the key {key}: rename them, or make two folders")
 
     processors, models = zip(
         load_encoder(cond, cond_processor), load_encoder(target, target_processor)
@@ -173,7 +185,7 @@ def main():
         pixels = processor(Image.new("RGB", (64, 64)), return_tensors="pt").pixel_values
         sides.append(encode(model, pixels).shape[-1])
     if min(sides) % pool or max(sides) % min(sides):
-        raise ValueError(f"grids of {sides} tokens per side cannot be pooled to one, pool={pool}")
+        raise ValueError(f"grids of {sides} tokens per side have no common one with {pool=}")
     side = min(sides) // pool
 
     for name in "out device batch_size workers".split():
@@ -190,21 +202,24 @@ def main():
         path = folder / f"embeddings_shard_{i // shard_size:05d}.pkl"
         if path.exists():
             continue
+        part = samples[i : i + shard_size]
         loader = DataLoader(
-            samples[i : i + shard_size],
+            part,
             batch_size,
             collate_fn=functools.partial(decode, processors),
             num_workers=0 if device == "cpu" else workers,
         )
-        bar = tqdm(loader, path.name, unit=" pictures", unit_scale=batch_size, disable=RANK > 0)
+        bar = tqdm(desc=path.name, total=len(part), unit=" pictures", disable=RANK > 0)
         content = dict(keys=[], captions=[], config=config)
         arrays = [], []
-        for captions, pixels in bar:
+        for captions, pixels in loader:
+            bar.update(len(captions))
             content["keys"] += captions
             content["captions"] += captions.values()
             for blocks, model, x in zip(arrays, models, pixels):
                 x = adaptive_avg_pool2d(encode(model, x), side).flatten(2).mT  # (B, T, C)
                 blocks.append(x.cpu().numpy().astype(dtype))
+        bar.close()
         if content["keys"]:
             content |= zip(KEYS, map(np.concatenate, arrays))
             replace_file(path, lambda f: pickle.dump(content, f))
