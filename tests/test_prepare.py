@@ -414,6 +414,10 @@ def test_pooled_embeddings_are_one_token(tmp_path):
     data, grid = arrays({COND: grids, TARGET: target}, tmp_path / "from grid")
     assert grid == [1, 1]
     same(data, grids, pooled[1])
+    data, grid = arrays({COND: cond, TARGET: grids}, tmp_path / "smaller", pool=2)
+    train, _ = prepare.split(12, 0.25, 0)
+    assert grid == [1, 1] and np.array_equal(data["train_cond"], pooled[0][train])
+    assert np.allclose(data["train_target"], grids.mean(1, keepdims=True)[train], atol=1e-6)
     with pytest.raises(DataError, match=r"1 tokens are not \(2, 2\)"):
         arrays({COND: grids, TARGET: target}, tmp_path / "asked", grid="2x2")
     with pytest.raises(DataError, match="1 conditions but 12 targets"):
