@@ -248,7 +248,7 @@ def items(content, n, path):
         if isinstance(values, np.ndarray) and values.shape == (n,):
             try:
                 values = values.tolist()
-            except Exception:  # numpy does not take all bytes for text
+            except (ValueError, SystemError):  # its bytes are no text
                 pass
         fits = isinstance(values, list) and len(values) == n
         if not fits or not set(map(type, values)) <= {str, int, type(None)}:
