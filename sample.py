@@ -106,11 +106,11 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         # here lets later tensors reuse memory: a quarter less time for the samples of the demo.
         torch.empty(33_000_000, dtype=torch.uint8)
 
-    ckpt, pairs = exchange.open_model(path, weights, grid)
+    ckpt, parameters = exchange.open_model(path, weights, grid)
     config = NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False})
     with torch.device("meta"):  # allocates nothing
         model = NextDiT(config)
-    load_weights(model, pairs, cast)
+    load_weights(model, parameters, cast)
     stats = ckpt["stats"] or {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
     return SimpleNamespace(
         model=model.eval().requires_grad_(False),
