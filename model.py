@@ -239,11 +239,13 @@ class Prior(nn.Module):
         self.register_buffer("variance", torch.ones(channels))
 
     def fit(self, tokens):
-        """To tokens (n, D) as the model will be given them."""
+        """To tokens (n, D) as the model will be given them. In float64, which not every device
+        has: TF32 and float32 lose small variances."""
+        tokens = tokens.cpu().double()
         mean = tokens.mean(0)  # (D,)
         centered = tokens - mean
         covariance = centered.T @ centered / len(tokens)  # (D, D)
-        variance, basis = torch.linalg.eigh(covariance.double())  # (D,), (D, D)
+        variance, basis = torch.linalg.eigh(covariance)  # (D,), (D, D)
         variance = variance.clamp(min=1e-4 * variance.mean())
         self.load_state_dict(
             {

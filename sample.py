@@ -35,6 +35,7 @@ from plumbing.checkpoint import ROOT, hash_files, load_weights, replace_file
 from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
 from plumbing.dataset import open_dataset, split_arrays
 from plumbing.distributed import (
+    LAUNCHED,
     RANK,
     WORLD_SIZE,
     exit_process,
@@ -71,11 +72,12 @@ guidance_interval = (0.0, 1.0)  # as 0.1,0.8: guide from this t to that (0: nois
 draws: int | None = None  # per condition; the first is saved. None: 4 where they are scored, else 1
 trajectory = False  # also save all states of the first draw (B, steps + 1, T, D), *_trajectory.npy
 interpolate = ()  # i,j or i,j,n: instead, n (8) samples from condition i to j, from the same noise
-batch_size = 32  # conditions at a time; larger for a small model on a GPU
+batch_size: int | None = None  # conditions at a time; None: 128 on cuda, else 32
 seed = 0
 # ---- system
 device = "auto"  # auto (cuda, else mps, else cpu) | cuda | cpu | mps | cuda:1
 dtype = "auto"  # auto (bfloat16 on cuda, else float32) | float32 | bfloat16 | float16
+compile: bool | None = None  # torch.compile; None: on cuda, for 5,000 samples or more
 # ----
 
 
@@ -90,7 +92,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     grid: (H, W) of a model from elsewhere; by default square
     Returns a namespace: model, shape (T, D) of a sample, flow (FlowConfig), cond and target
     (Normalizer), stats, data_dir and cond_tokens (None where unknown), files (of the weights),
-    device, dtype.
+    device, dtype, batch_size.
     Raises ValueError with one line on what is wrong.
     """
     device = pick_device(device)
@@ -124,6 +126,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         files=ckpt["files"],
         device=device,
         dtype=dtype,
+        batch_size=128 if device.startswith("cuda") else 32,  # where none is asked for
     )
 
 
@@ -134,7 +137,7 @@ def generate(
     steps=10,
     first=0,
     same_noise=False,
-    batch_size=32,
+    batch_size=None,
     guidance=1.0,
     guidance_interval=(0.0, 1.0),
     seed=0,
@@ -147,7 +150,7 @@ def generate(
     first, same_noise: sample i starts from noise that is a function of (seed, first + i, draw)
         alone, or all from that of (seed, first, draw); so neither the batch size nor the number of
         conditions changes a sample
-    batch_size: how many conditions at a time
+    batch_size: how many conditions at a time; None: 128 on cuda, else 32
     guidance, guidance_interval: see flow.guided_velocity
     steps, and in `solver` method, shift, trajectory: see flow.integrate
     Returns raw targets (N, T, D), float32 on the CPU; with trajectory (steps + 1, N, T, D).
@@ -161,6 +164,7 @@ def generate(
     kind = getattr(torch, loaded.dtype)
     autocast = torch.autocast(loaded.device.split(":")[0], kind, enabled=kind != torch.float32)
     batches = []
+    batch_size = batch_size or loaded.batch_size
     for i in range(0, N, batch_size):
         c = as_tensor(cond[i : i + batch_size])  # (B, S, C)
         bad = (~c.isfinite()).flatten(1).any(1).nonzero()
@@ -236,7 +240,7 @@ def main():
 def run(config):
     torch.set_float32_matmul_precision("medium")  # as in train.py
     own_device = pick_device(device)
-    if WORLD_SIZE > 1:
+    if LAUNCHED:
         # minutes: those that are ready wait for the slowest at the end
         own_device = init_distributed(own_device, timeout=10_000)
 
@@ -245,6 +249,7 @@ def run(config):
     grid = tuple(data["meta"]["grid"]) if data else None
     loaded = load(Path(out_dir, checkpoint), own_device, weights, dtype, grid)
     shape = loaded.shape  # (T, D)
+    config["batch_size"] = size = batch_size or loaded.batch_size
     folder = data_dir or loaded.data_dir
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
     if cond:
@@ -308,13 +313,16 @@ def run(config):
     # ---- samples
     names = "batch_size steps method shift guidance guidance_interval seed trajectory"
     settings = {name: config[name] for name in names.split()}
-    batches = range(RANK, -(-n // batch_size), WORLD_SIZE)  # those of this process
+    if compile or compile is None and "cuda" in own_device and n * n_draws >= 5000:
+        for block in loaded.model.layers:
+            block.compile()
+    batches = range(RANK, -(-n // size), WORLD_SIZE)  # those of this process
     if output.done:
         print0(f"{output.done} of {len(batches)} batches were there")
     for batch in tqdm(batches[output.done :], unit="batch", disable=RANK > 0):
-        first = batch * batch_size
+        first = batch * size
         number = interpolate[0] if interpolate else first
-        c = conditions[first : first + batch_size]  # (B, S, C)
+        c = conditions[first : first + size]  # (B, S, C)
         states = []
         for draw in range(n_draws if first < n_with_draws else 1):
             x = generate(

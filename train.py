@@ -51,8 +51,10 @@ wandb_run_name: str | None = None  # None: wandb invents one
 data_dir = "data/digits"
 normalize = "channel"  # channel (mean 0, variance 1) | l2 (tokens of equal norm) | none
 subset_size: int | None = None  # train on the first so many samples only
-batch_size = 32  # samples per micro-batch
-gradient_accumulation_steps = 8  # micro-batches per iteration, divided among all processes
+# samples per micro-batch, and micro-batches per iteration, divided among all processes; None: such
+# that an iteration has 256 samples, on cuda in one micro-batch per process
+batch_size: int | None = None
+gradient_accumulation_steps: int | None = None
 eval_batch_size = 64
 eval_size = 2048  # validation samples per evaluation, the first ones
 eval_samples = 64  # how many of them are also generated and scored
@@ -142,17 +144,23 @@ rank, world_size = distributed.RANK, distributed.WORLD_SIZE
 device = distributed.pick_device(device)
 device_type = device.split(":")[0]
 dtype = distributed.pick_dtype(dtype, device)
-one_pass = world_size == 1 and gradient_accumulation_steps == 1
+if gradient_accumulation_steps is None:
+    micro = batch_size or (256 // world_size if device_type == "cuda" else 32)
+    gradient_accumulation_steps = world_size * max(1, 256 // (micro * world_size))
+if batch_size is None:
+    batch_size = max(1, 256 // gradient_accumulation_steps)
+config |= {name: globals()[name] for name in ("batch_size", "gradient_accumulation_steps")}
+one_pass = not distributed.LAUNCHED and gradient_accumulation_steps == 1
 if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
     raise ValueError(
         "optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, "
         "--grad_clip=0 and no float16"
     )
-if fsdp and (world_size == 1 or dtype == "float16" or optimizer == "adafactor"):
+if fsdp and (not distributed.LAUNCHED or dtype == "float16" or optimizer == "adafactor"):
     raise ValueError("fsdp=True needs several processes, float32 or bfloat16, and adamw")
 if gradient_accumulation_steps % world_size:
     raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {world_size} processes")
-if world_size > 1:
+if distributed.LAUNCHED:
     device = distributed.init_distributed(device, dist_timeout)
 interrupts = distributed.Interrupts(time_limit, device)
 # "high": TF32 on cuda. On a CPU "medium" chooses oneDNN, up to twice as fast as MKL; it computes in
@@ -230,13 +238,14 @@ if prior and not ckpt:
 raw_model.null_cond.requires_grad_(learn_null_cond and cond_dropout > 0)
 ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-iteration, best_val_loss, bad_steps, wandb_id = 0, math.inf, 0, None
+iteration, bad_steps, wandb_id = 0, 0, None
+saver = checkpoint.Saver(math.inf, device)
 if resume:
     # without averages both are the raw model, and the last one counts
     models = {"ema": ema_model, "model": raw_model}
     checkpoint.restore(newest, ckpt, config, data_stats, models, scaler)
-    iteration, best_val_loss = ckpt["iter"], ckpt["best_val_loss"]
-    bad_steps, wandb_id = ckpt["bad_steps"], ckpt["wandb_id"]
+    iteration, bad_steps, wandb_id = ckpt["iter"], ckpt["bad_steps"], ckpt["wandb_id"]
+    saver.best_val_loss = ckpt["best_val_loss"]
     config["init_from"] = ckpt["config"]["init_from"]  # where the run began
 # they were made on the CPU, and are sharded before they move: no GPU ever holds a whole one
 for net in dict.fromkeys([raw_model, ema_model]):
@@ -256,11 +265,12 @@ if optimizer_in_backward:
 if compile is None:
     compile = device_type == "cuda"
 if compile:  # block by block: they are all alike, and DDP or FSDP work between them
-    for block in raw_model.layers:
-        block.compile()
+    torch._dynamo.config.optimize_ddp = False  # would cut each of them at DDP's buckets
+    for block in [*raw_model.layers, *ema_model.layers]:
+        block.compile(dynamic=False)
 model = raw_model
-if world_size > 1 and not fsdp:
-    model = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+if distributed.LAUNCHED and not fsdp:
+    model = DDP(model, gradient_as_bucket_view=True, bucket_cap_mb=100)
 
 # ---------------------------------------------------------------- steps, evaluations, checkpoints
 micro_steps = gradient_accumulation_steps // world_size  # of this process
@@ -297,7 +307,7 @@ def forward_backward(micro):
     is_last = micro == micros[-1]  # only then are gradients summed over the processes
     if fsdp:
         model.set_requires_gradient_sync(is_last)
-    elif world_size > 1:
+    elif distributed.LAUNCHED:
         model.require_backward_grad_sync = is_last
     with autocast:
         losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
@@ -359,18 +369,14 @@ def evaluate():
     return results
 
 
-def save(file, best_val_loss):
-    """Write a checkpoint, all processes together. Returns whether that worked: if not, training
-    goes on without."""
-    state = dict(
+def state():
+    """What a checkpoint holds."""
+    return dict(
         model=raw_model.state_dict(), ema=ema_model.state_dict(), optimizer=opt.state_dict(),
-        scaler=scaler.state_dict(), iter=iteration, best_val_loss=best_val_loss,
-        bad_steps=bad_steps, wandb_id=wandb_id, config=config, code=version,
-        model_args=asdict(model_config), flow=asdict(flow_config), normalize=normalize,
-        stats=stats, data_stats=data_stats, cond_tokens=S,
+        scaler=scaler.state_dict(), iter=iteration, bad_steps=bad_steps, wandb_id=wandb_id,
+        config=config, code=version, model_args=asdict(model_config), flow=asdict(flow_config),
+        normalize=normalize, stats=stats, data_stats=data_stats, cond_tokens=S,
     )  # fmt: skip
-    saved = torch.tensor([float(checkpoint.save(file, state))], device=device)
-    return all_reduce_sum(saved).item() == world_size
 
 
 def write_log(record):
@@ -417,7 +423,7 @@ flops = flops_per_sample(model_config, S)
 peak_flops = world_size * distributed.matmul_rate(device, dtype)  # per second
 torch.autograd.set_detect_anomaly(debug)
 first_iteration = iteration
-bad_in_a_row, saved, stop = 0, True, False
+bad_in_a_row, stop = 0, False
 clock = time.perf_counter()  # of training alone: the time of evaluations is taken out
 sys.excepthook = sys.__excepthook__  # from here on an error is the program's own
 while not stop:
@@ -425,6 +431,7 @@ while not stop:
     for group in opt.param_groups:
         group["lr"] = lr
     record = {"iter": iteration}
+    files, val_loss = [], None  # to be written
 
     if iteration % eval_interval == 0 or iteration >= max_iters:
         start = time.perf_counter()
@@ -433,17 +440,20 @@ while not stop:
         except InterruptedError:
             stop = True
             break
-        val_loss = record["val_loss"]
+        saver.wait()
         # never an untrained model
-        if (iteration or parameters) and val_loss < best_val_loss and save(best, val_loss):
-            best_val_loss = val_loss
+        if (iteration or parameters) and record["val_loss"] < saver.best_val_loss:
+            files, val_loss = [best], record["val_loss"]
         clock += time.perf_counter() - start
-    if iteration >= max_iters:
+    # not while updates are skipped: the last good checkpoint is where to go on from
+    done = iteration >= max_iters
+    if done or (iteration > 0 and iteration % save_interval == 0 and bad_in_a_row == 0):
+        files.append(last)
+    if files:
+        saver.start(files, state(), val_loss)
+    if done:
         write_log(record)
         break
-    # not while updates are skipped: the last good checkpoint is where to go on from
-    if iteration > 0 and iteration % save_interval == 0 and bad_in_a_row == 0:
-        saved = save(last, best_val_loss)
 
     loss, output_norm = sum(forward_backward(micro) for micro in micros)
     grad_norm = clip_gradients()
@@ -465,17 +475,21 @@ while not stop:
     scaler.update()
     opt.zero_grad()
 
+    if iteration == first_iteration:
+        clock = time.perf_counter()  # the first iteration compiles: it is not part of the pace
     if iteration % log_interval == 0:
-        pace = (time.perf_counter() - clock) / (iteration + 1 - first_iteration)
-        rate = samples_per_iter / pace
-        mfu = flops * rate / peak_flops
-        left = pace * (max_iters - iteration - 1)
-        record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, mfu=mfu)
-        record |= dict(ms=1000 * pace, samples_per_s=rate, seconds_left=left, bad_steps=bad_steps)
-        print0(
-            f"iter {iteration} | loss {loss:.4f} | out {output_norm:.3g} | grad {grad_norm:.3g} | "
-            f"lr {lr:.1e} | {rate:.4g} samples/s | mfu {mfu:.0%} | {left / 60:.0f} min left"
-        )
+        text = f"iter {iteration} | loss {loss:.4f} | out {output_norm:.3g} | "
+        text += f"grad {grad_norm:.3g} | lr {lr:.1e}"
+        record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr)
+        record["bad_steps"] = bad_steps
+        if iteration > first_iteration:
+            pace = (time.perf_counter() - clock) / (iteration - first_iteration)
+            rate = samples_per_iter / pace
+            mfu = flops * rate / peak_flops
+            left = pace * (max_iters - iteration - 1)
+            record |= dict(ms=1000 * pace, samples_per_s=rate, mfu=mfu, seconds_left=left)
+            text += f" | {rate:.4g} samples/s | mfu {mfu:.0%} | {left / 60:.0f} min left"
+        print0(text)
     if len(record) > 1:
         write_log(record)
     if bad_in_a_row >= max_bad_steps:
@@ -486,15 +500,17 @@ while not stop:
     iteration += 1
 
 # ---------------------------------------------------------------- the end
-if not stop or bad_in_a_row == 0:
-    saved = save(last, best_val_loss)
+if stop and bad_in_a_row == 0:
+    saver.start([last], state())
+saved = saver.wait()
 if stop:
     print0(f"stopped before iteration {iteration} by {interrupts.reason or 'another process'}")
 else:
-    print0(f"done: {max_iters} iterations, best validation loss {best_val_loss:.4f}, in {out_dir}")
+    loss = f"best validation loss {saver.best_val_loss:.4f}"
+    print0(f"done: {max_iters} iterations, {loss}, in {out_dir}")
 if wandb_log:
     wandb.finish()
 if not saved:
     sys.exit(f"error: {last} could not be written at the end: it is an older one")
-if world_size > 1:
+if distributed.LAUNCHED:
     distributed.exit_process()

@@ -2,7 +2,7 @@
 The files of a run: checkpoints, written whole or not at all and read through a memory map, its
 config.py and its log.
 
-    save("out/ckpt_last.pt", state)     # tensors and plain Python values
+    saver.start([Path("out/ckpt_last.pt")], state)    # tensors and plain Python values
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
 """
 
@@ -12,38 +12,69 @@ import json
 import math
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from plumbing.distributed import RANK, print0
+from plumbing.distributed import RANK, WORLD_SIZE, all_reduce_sum, print0
 
 ROOT = Path(__file__).parents[1]
 
 
-def save(path, state):
-    """Write a checkpoint, all processes together; the first one gathers what is sharded.
+class Saver:
+    """Writes the checkpoints of a run, all processes together; the first one gathers what is
+    sharded. From a GPU they are copied first and written by a thread, while training goes on.
 
-    Returns whether that worked. If not, the previous one is untouched.
+    best_val_loss: that of the ckpt_best.pt on the disk
     """
-    state = gather(state)
-    try:
-        if RANK == 0:
-            replace_file(path, lambda f: torch.save(state, f))
-    except OSError as e:
-        print(f"WARNING: {e}; the previous one is untouched", flush=True)
-        return False
-    return True
+
+    def __init__(self, best_val_loss, device):
+        self.best_val_loss = best_val_loss
+        self.device = device
+        self.in_background = device.startswith("cuda")
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = self.new_best = None
+
+    def start(self, paths, state, best_val_loss=None):
+        """Write `state` to each path. best_val_loss: given if one of them is ckpt_best.pt."""
+        self.wait()
+        self.new_best = self.best_val_loss if best_val_loss is None else best_val_loss
+        state = gather(state | {"best_val_loss": self.new_best}, self.in_background)
+        self.writing = self.thread.submit(self.write, paths if RANK == 0 else [], state)
+        if not self.in_background:
+            self.wait()
+
+    def write(self, paths, state):
+        for path in paths:
+            try:
+                replace_file(path, lambda f: torch.save(state, f))
+            except OSError as e:
+                print(f"WARNING: {e}; the previous one is untouched", flush=True)
+                return False
+        return True
+
+    def wait(self):
+        """Until the last checkpoint is written. Returns whether that worked, in all processes: if
+        not, training goes on without."""
+        if self.writing is None:
+            return True
+        written = torch.tensor([float(self.writing.result())], device=self.device)
+        if all_reduce_sum(written).item() < WORLD_SIZE:
+            return False
+        self.best_val_loss = self.new_best
+        return True
 
 
-def gather(state):
-    """A state dict with its sharded tensors gathered on the CPU of the first process."""
+def gather(state, copy):
+    """A state dict on the CPU of the first process, its sharded tensors gathered."""
     if isinstance(state, dict):
-        return {name: gather(value) for name, value in state.items()}
-    if not hasattr(state, "full_tensor"):
-        return state
-    tensor = state.full_tensor()
-    return tensor.cpu() if RANK == 0 else None
+        return {name: gather(value, copy) for name, value in state.items()}
+    if hasattr(state, "full_tensor"):
+        state = state.full_tensor()
+    if RANK > 0:
+        return None
+    return state.to("cpu", copy=copy) if torch.is_tensor(state) else state
 
 
 def replace_file(path, write):

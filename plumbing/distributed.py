@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 import timeit
+import warnings
 
 import torch
 import torch.distributed as dist
 
 RANK, WORLD_SIZE = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+# by torchrun, even if it is one process: then it takes the same way as many
+LAUNCHED = "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def print0(*args):
@@ -30,15 +33,18 @@ def pick_device(name):
         return accelerator.type if accelerator else "cpu"
     try:
         torch.empty(0, device=name)
+        if ":" in name:  # else cuda:1 would not be what "cuda" stands for
+            torch.accelerator.set_device_index(torch.device(name).index)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device={name!r} is not there; --device=auto takes what is") from e
     return name
 
 
 def pick_dtype(name, device):
-    """'auto' as bfloat16 on cuda, else float32."""
+    """'auto' as bfloat16 where cuda has it in hardware, else float32."""
     if name == "auto":
-        return "bfloat16" if device.startswith("cuda") else "float32"
+        fast = "cuda" in device and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if fast else "float32"
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={name!r} is unknown: auto, float32, bfloat16 or float16")
     return name
@@ -48,13 +54,18 @@ def init_distributed(device, timeout):
     """Join the other processes that torchrun has started; returns the device of this one.
 
     timeout: minutes after which a process that waits for another gives up
+    Raises ValueError where a variable of torchrun's is missing.
     """
-    backend = "gloo"
+    backend, device_id = "gloo", None
     if device.startswith("cuda"):
         backend = "nccl"
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+        device = f"cuda:{os.getenv('LOCAL_RANK', 0)}"
+        device_id = torch.device(device)  # else the first barrier would have to guess it
+        torch.cuda.set_device(device_id)
+    timeout = datetime.timedelta(minutes=timeout)
+    # of DDP, about the few values of a depthwise convolution; of FSDP, about a view as output
+    warnings.filterwarnings("ignore", "Grad strides|FSDP2-wrapped")
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     # on Linux: SIGTERM for this process when torchrun dies, so that it stops and saves
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     dist.barrier()  # nobody ends because of an error of its own before all have come
@@ -124,7 +135,12 @@ def shard_model(model, dtype):
 def matmul_rate(device, dtype):
     """Floating point operations per second of a product of two large matrices on a device."""
     n = 8192 if device.startswith("cuda") else 512
-    x = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
-    # item() waits for the device
-    seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=10))
+    x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))  # zeros would be faster
+
+    def products():
+        for _ in range(9):
+            x @ x
+        (x @ x)[0, 0].item()  # waits for the device
+
+    seconds = min(timeit.repeat(products, number=1, repeat=4)) / 10
     return 2 * n**3 / seconds

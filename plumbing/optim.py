@@ -5,6 +5,7 @@ How the parameters are stepped: torch's AdamW, or Adafactor in a few lines aroun
     gradient_norm = step_in_backward(opt)    # then loss.backward() is a whole step
 """
 
+import functools
 import math
 
 import torch
@@ -79,18 +80,21 @@ def step_in_backward(opt):
     none.
     """
     norms = []
+    groups = opt.param_groups
 
-    def step(p):
+    def step(group, p):
         norm = p.grad.norm()
         norms.append(norm)
         if norm.isfinite():
-            opt.step()  # of p alone: no other parameter has a gradient now
+            opt.param_groups = [group | {"params": [p]}]  # to look at no other parameter
+            opt.step()
+            opt.param_groups = groups
         p.grad = None
 
-    for group in opt.param_groups:
+    for group in groups:
         for p in group["params"]:
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(step)
+                p.register_post_accumulate_grad_hook(functools.partial(step, group))
 
     def gradient_norm():
         norm = torch.stack(norms or [torch.tensor(math.nan)]).norm()

@@ -1,5 +1,6 @@
 """A run that is ended, by whatever, goes on as if it had not been."""
 
+import math
 import shutil
 import signal
 
@@ -19,7 +20,7 @@ from conftest import (
     train,
     wait_for,
 )
-from plumbing.checkpoint import read_checkpoint, restore_optimizer, save
+from plumbing.checkpoint import Saver, read_checkpoint, restore_optimizer
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -170,7 +171,7 @@ def test_restoring_holds_one_copy_of_the_optimizer(tmp_path):
         p.grad = torch.ones_like(p)
     opt.step()
     state = {"optimizer": opt.state_dict(), "model": dict(enumerate(params)), "model_args": {}}
-    save(tmp_path / "ckpt.pt", state)
+    Saver(math.inf, "cpu").start([tmp_path / "ckpt.pt"], state)
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
