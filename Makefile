@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
-DEMO_PACKAGES = $(shell grep -E '^(scikit-learn|matplotlib)==' requirements-dev.txt)
+DEMO_PACKAGES = $(shell grep -E '^(torch|scikit-learn|matplotlib)==' requirements-dev.txt)
 
 demo: .venv/demo
 	$(BIN)/python data/digits/make.py

@@ -16,7 +16,6 @@ channels, S condition tokens, C condition channels.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -268,18 +267,16 @@ def derive_seed(stream, *numbers):
 
 def sample_noise(indices, shape, seed, draw=0):
     """x_0 of shape (B, *shape): row i is a function of (seed, indices[i], draw) alone."""
-
-    def noise(index):
+    noise = []
+    for index in indices:
         try:
             generator = torch.Generator().manual_seed(derive_seed(SAMPLING, seed, index, draw))
         except (TypeError, ValueError) as e:
             raise ValueError(
                 f"seed={seed}, draw={draw} and a sample's number must be integers of 0 or more"
             ) from e
-        return draw_noise(shape, generator)
-
-    with ThreadPoolExecutor() as threads:  # a GPU waits for this
-        return torch.stack(list(threads.map(noise, indices)))
+        noise.append(draw_noise(shape, generator))
+    return torch.stack(noise)
 
 
 # ---------------------------------------------------------------- normalization

@@ -157,7 +157,7 @@ if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
         "--grad_clip=0 and no float16"
     )
 if fsdp and (not distributed.LAUNCHED or dtype == "float16" or optimizer == "adafactor"):
-    raise ValueError("fsdp=True needs several processes, float32 or bfloat16, and adamw")
+    raise ValueError("fsdp=True needs torchrun, float32 or bfloat16, and adamw")
 if gradient_accumulation_steps % world_size:
     raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {world_size} processes")
 if distributed.LAUNCHED:

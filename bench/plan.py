@@ -8,7 +8,8 @@ Plans for two recipes, train.py's defaults and config/train_blip3o.py, on (64, 1
 Three numbers come from the model: its parameters, the operations of a training step per sample
 (matrix products, counted by torch), and what autograd keeps per sample for the backward pass.
 
-What is assumed is printed above the tables: the share of a GPU's peak that is reached, bandwidths.
+What is assumed is printed above the tables: bandwidths, and what bench/gpu.py measured on an H200,
+the share of the GPU's peak that forward and backward reach and the time of the optimizer.
 Reading is taken to be hidden behind arithmetic, and all-reduce behind the backward pass of the last
 micro-batch, two thirds of its arithmetic. The column "share" is the time of all-reduce over the
 time of an iteration's arithmetic. Samples per second and hours are those of DDP.
@@ -95,7 +96,9 @@ def parse_args():
     shape = "tokens, channels of the condition, channels of the target"
     option("--shape", type=int, nargs=3, default=[64, 1280, 768], help=shape)
     option("--tflops", type=float, default=989, help="peak per GPU in bfloat16, 10^12 per second")
-    option("--share", type=float, default=0.4, help="of that peak that is reached")
+    option("--share", type=float, default=0.38, help="of that peak that forward and backward reach")
+    what = "picoseconds per parameter for clipping, update and averages"
+    option("--optimizer", type=float, default=15.3, help=what)
     option("--node", type=int, default=8, help="GPUs per node")
     option("--nvlink", type=float, default=450, help="GB/s per GPU inside a node, one way")
     option("--network", type=float, default=50, help="GB/s per GPU between nodes (400 Gbit/s)")
@@ -120,7 +123,8 @@ def plan(args, gpus, params, flops, activations):
     bandwidth = args.nvlink if gpus <= args.node else args.network
     all_reduce = sent / (1e9 * bandwidth)  # seconds per iteration
     hidden = 2 / 3 * arithmetic / args.accumulate
-    rate = batch / (arithmetic + max(0, all_reduce - hidden))  # samples per second
+    update = args.optimizer * params / 1e12  # seconds per iteration
+    rate = batch / (arithmetic + update + max(0, all_reduce - hidden))  # samples per second
     samples = args.pairs * args.epochs
     read = min(gpus, args.node) / gpus * rate * T * (C + D) * 2  # bytes per second and node
     state = BYTES_IN_MEMORY * params
@@ -146,7 +150,8 @@ def main():
     rows = max(n for n in range(1, math.isqrt(T) + 1) if T % n == 0)
     grid = (rows, T // rows)
     print(f"""assumed:
-  GPUs of {args.tflops:g} TFLOP/s (H100 SXM, bfloat16), {args.share:.0%} of it reached
+  GPUs of {args.tflops:g} TFLOP/s (H100 SXM, bfloat16), {args.share:.0%} of it reached by forward and
+  backward; {args.optimizer:g} ps per parameter for clipping, AdamW and the averages
   {args.per_gpu} samples per GPU and micro-batch, {args.accumulate} micro-batches per iteration
   data in float16 on disk
   {args.nvlink:g} GB/s inside a node of {args.node}, {args.network:g} GB/s per GPU between nodes

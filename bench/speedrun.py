@@ -113,8 +113,9 @@ class Reference(torch.nn.Module):
         """Noise minus data at the reference's time, in our shapes."""
         cond = self.net.caption_projection(cond)
         image = x_t.transpose(1, 2).unflatten(2, self.grid)  # (B, D, H, W)
-        mask = torch.ones(cond.shape[:2])
-        out = self.net(image, timestep, cond, mask, self.rope, cross_attention_kwargs={}).sample
+        mask = torch.ones(cond.shape[:2], device=cond.device)
+        rope = self.rope.to(cond.device)
+        out = self.net(image, timestep, cond, mask, rope, cross_attention_kwargs={}).sample
         return out.flatten(2).transpose(1, 2)  # (B, T, D)
 
 

@@ -19,3 +19,4 @@ learning_rate = 2e-2
 warmup_iters = 125
 weight_decay = 0.01
 ema_decay = 0.99
+compile = False  # so small a model waits for the CPU, on a GPU too

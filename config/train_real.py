@@ -20,3 +20,4 @@ learning_rate = 4e-3
 warmup_iters = 50
 weight_decay = 0.01
 ema_decay = 0.99
+compile = False  # so small a model waits for the CPU, on a GPU too

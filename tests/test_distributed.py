@@ -109,7 +109,7 @@ def test_fully_shard_in_bfloat16_and_compiled(dataset, tmp_path):
             assert a["val_loss"] == pytest.approx(b["val_loss"], rel=2e-2)
     assert all(v.dtype == torch.float32 for v in checkpoint(tmp_path / "b")["model"].values())
     words = refused("train.py", *TINY, f"--data_dir={dataset}", "--fsdp=True")
-    assert "needs several processes" in words
+    assert "fsdp=True needs torchrun" in words
 
 
 def workers(job):

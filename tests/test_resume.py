@@ -9,6 +9,7 @@ import torch
 
 from conftest import (
     ROOT,
+    RUN_SCRIPT,
     TINY,
     checkpoint,
     log,
@@ -87,12 +88,26 @@ def test_a_full_disk_stops_no_run(dataset, tmp_path, trained):
     assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
 
 
-def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path):
+BACKGROUND = """
+import time
+from plumbing import checkpoint
+class Saver(checkpoint.Saver):  # as on a GPU
+    in_background = property(lambda self: True, lambda self, value: None)
+checkpoint.Saver, write = Saver, checkpoint.replace_file
+def slow(path, function):
+    time.sleep(SECONDS if str(path).endswith(".pt") else 0)
+    write(path, function)
+checkpoint.replace_file = slow
+"""
+
+
+@pytest.mark.parametrize("patch", ["", BACKGROUND.replace("SECONDS", "0")])
+def test_a_failed_write_keeps_the_checkpoint(dataset, tmp_path, patch):
     out = tmp_path / "out"
     train(dataset, out, "--max_iters=3")
     before = (out / "ckpt_last.pt").read_bytes()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    done = train(dataset, out, "--init_from=resume", check=False, patch=limit, fork=False)
+    done = train(dataset, out, "--init_from=resume", check=False, patch=patch + limit, fork=False)
     assert "ckpt_last.pt not written: [Errno 27] File too large" in done.stdout
     assert "done: 6 iterations" in done.stdout
     assert done.returncode == 1
@@ -266,3 +281,32 @@ def test_dry_run_and_evaluation_alone_write_nothing(dataset, tmp_path, trained):
     for path in trained.iterdir():
         if path.is_file():
             assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_checkpoints_written_in_the_background_are_the_same(dataset, tmp_path, trained):
+    """Though each is written while the iterations after it change the weights."""
+    out = tmp_path / "out"
+    train(dataset, out, patch=BACKGROUND.replace("SECONDS", "0.5"), fork=False)
+    for name in ("ckpt_last.pt", "ckpt_best.pt"):
+        ours, theirs = checkpoint(out, name), checkpoint(trained, name)
+        assert ours.pop("config") != theirs.pop("config")  # out_dir
+        assert same(ours, theirs)
+    assert measured(out) == measured(trained)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_while_a_checkpoint_is_written(dataset, tmp_path, trained, number):
+    """SIGKILL leaves the previous one, SIGTERM waits; both runs go on."""
+    out = tmp_path / "out"
+    train(dataset, out, "--max_iters=2", "--eval_interval=2")
+    first = checkpoint(out)["iter"]
+    flags = [*TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume"]
+    patch = BACKGROUND.replace("SECONDS", "3") + RUN_SCRIPT
+    process = start("-c", patch, "train.py", *flags, "--save_interval=3", "--max_iters=6")
+    wait_for(process, "iter 4 ")  # while that of iteration 3 is being written
+    process.send_signal(number)
+    process.communicate(timeout=100)
+    left = checkpoint(out)["iter"]
+    assert left == first if number == signal.SIGKILL else left >= 5
+    train(dataset, out, "--init_from=auto")
+    assert same(checkpoint(out)["model"], checkpoint(trained)["model"])

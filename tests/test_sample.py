@@ -13,7 +13,7 @@ import sample
 from conftest import ROOT, TORCHRUN, make_pickle, refused, run
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
-from plumbing.checkpoint import read_checkpoint, read_weights, save
+from plumbing.checkpoint import read_checkpoint, read_weights, replace_file
 from report import score
 
 
@@ -216,7 +216,7 @@ def test_loading_holds_one_copy(tmp_path, kind, dtype):
         state |= dict(
             stats=stats, flow={}, normalize="none", config={"data_dir": ""}, iter=0, cond_tokens=4
         )
-        save(tmp_path / "ckpt_best.pt", state)
+        torch.save(state, tmp_path / "ckpt_best.pt")
     no_gaps = {
         "MALLOC_MMAP_THRESHOLD_": "1048576"
     }  # freed memory is the system's again, not a gap in glibc's heap
@@ -229,7 +229,8 @@ def test_a_checkpoint_replaced_while_it_is_read(trained, tmp_path):
     blocks = read_weights(path, "ema")
     next(blocks)
     ckpt = read_checkpoint(path)
-    save(path, ckpt | {"iter": ckpt["iter"] + 1})
+    newer = ckpt | {"iter": ckpt["iter"] + 1}
+    replace_file(path, lambda f: torch.save(newer, f))
     with pytest.raises(ValueError, match="was replaced while it was read"):
         list(blocks)
 
@@ -626,7 +627,7 @@ def test_guidance_of_the_command_line(run_dir, loaded, dataset, tmp_path):
     assert np.allclose(np.load(tmp_path / "a.npy"), made, atol=1e-5)
     ckpt = torch.load(run_dir / "ckpt_best.pt", weights_only=True)
     ckpt["flow"]["cond_dropout"] = 0.0
-    save(run_dir / "ckpt_best.pt", ckpt)
+    torch.save(ckpt, run_dir / "ckpt_best.pt")
     assert "trained with cond_dropout > 0" in refused(*args, "--guidance=2")
     run(*args)
 
@@ -657,7 +658,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, kind):
         stats=stats,
     )
     state |= dict(flow={}, normalize="none", config={"data_dir": ""}, iter=0, cond_tokens=16)
-    save(tmp_path / "ckpt_best.pt", state)
+    torch.save(state, tmp_path / "ckpt_best.pt")
     peaks = []
     for n in (400, 3200):
         cond = np.random.default_rng(0).standard_normal((n, 16, 512)).astype(np.float32)
