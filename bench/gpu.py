@@ -297,8 +297,9 @@ def parity(bench):
 
 
 def curves(bench):
-    settings = {"float32": (), "bfloat16": ("--dtype=bfloat16",), "float16": ("--dtype=float16",)}
+    settings = {"bfloat16": ("--dtype=bfloat16",)}
     if bench.is_cuda:
+        settings |= {"float32": (), "float16": ("--dtype=float16",)}
         settings["bfloat16, compiled"] = ("--dtype=bfloat16", "--compile=True")
     flags = [*DIGITS, f"--data_dir={bench.digits}"]
     if not bench.is_cuda:
@@ -366,7 +367,9 @@ def torchrun(bench):
         for line in found:
             print(line)
     # each goes on from the other's checkpoint
-    pairs = [("FSDP", "DDP"), ("DDP", "FSDP"), ("plain", "FSDP")]
+    pairs = [("plain", "FSDP")]
+    if bench.is_cuda:
+        pairs += [("FSDP", "DDP"), ("DDP", "FSDP")]
     for kind, other in pairs:
         shutil.copytree(bench.folder / f"{other} eager", bench.folder / f"{kind} after {other}")
     more = ["--init_from=resume", f"--max_iters={iters + 4}", "--fsdp=False"]
