@@ -21,6 +21,7 @@ DIR then holds train_*.npy and val_*.npy, *_items.jsonl, stats.npz and meta.json
 temporary folder inside DIR and moved once all are complete, meta.json last.
 """
 
+import array
 import collections
 import contextlib
 import functools
@@ -66,8 +67,11 @@ target_key = "clip_blip3o_embeddings"  # key of the targets
 grid = ""  # ROWSxCOLUMNS of tokens, if they are not a square
 # ---- conversion
 dtype = "source"  # of the arrays: float16 | float32 | source (as it is there)
-drop_cls = False  # drop the first token where there is one more than a grid has
+channels_first = False  # embeddings are (N, channels, tokens) or (N, channels, rows, columns)
+drop_tokens = 0  # drop the first so many, class token and registers, where they exceed a grid
+drop_cls = False  # the same as drop_tokens=1
 pool = 1  # average squares of pool x pool tokens
+skip_bad = False  # leave out samples with NaN, Inf or too large values
 # ---- split
 val_fraction = 0.1  # share of samples held out
 seed = 0  # of the permutation that chooses them
@@ -96,11 +100,11 @@ def split(n, val_fraction, seed):
 def survey(shards, load):
     """Compare the shards with each other; no embedding is read.
 
-    Returns the number of samples in each shard, and the repr() of every sample's key: a string,
-    since integers can be chosen to have the same hash.
+    Returns the number of samples in each shard, and the set of hash(repr(key)) of repeated keys:
+    of strings, since integers can be chosen to have the same hash.
     """
     first = load(shards[0])
-    counts, keys = [], []
+    counts, hashes = [], array.array("q")  # 8 bytes per sample
     for paths in shards:
         shard = load(paths)
         for kind in KINDS:
@@ -108,12 +112,18 @@ def survey(shards, load):
             expected = first[kind].layout, first[kind].grid
             if found != expected:
                 raise DataError(f"{paths[0]}: {kind} is {found}, but {expected} in {shards[0][0]}")
-        counts.append(len(shard["cond"]))
-        keys += [repr(item["key"]) for item in items(shard["content"], counts[-1], paths[0])]
-    for key, count in collections.Counter(keys).items():
-        if count > 1 and key != "None":
-            raise DataError(f"the key {key[:80]} is there twice")
-    return counts, keys
+        n = len(shard["cond"])
+        counts.append(n)
+        promised = plain(shard["content"].get("total_samples", n))
+        if promised != n:
+            print(f"WARNING: {paths[0]}: total_samples is {promised}, but it holds {n} samples")
+        keys = (item["key"] for item in items(shard["content"], n, paths[0]))
+        hashes.extend(hash(repr(key)) for key in keys if key is not None)
+    hashes = np.sort(hashes)
+    repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if repeated:
+        print(f"WARNING: {len(repeated)} keys occur repeatedly: #0, #1, ... number their samples")
+    return counts, repeated
 
 
 def check_manifests(sources, shards, counts):
@@ -153,21 +163,22 @@ def moments(samples):
     return sums
 
 
-def convert(rows, is_train, threads):
+def convert(rows, splits, threads):
     """Yield the samples in order, in slices: (runs, whether each sample is finite, moments).
 
-    is_train: whether each row goes to the training split; the moments (2, C) are of those rows
+    splits: b"train", b"val" or b"" of each row; the moments (2, C) are of the training split
     runs: the samples of the slice, parted where the split changes
     """
     step = max(1, SLICE * len(rows) // rows.nbytes)
 
     def convert_slice(part):
         samples = rows[part]  # (n, T, C)
-        train = is_train[part]
-        runs = np.split(samples, np.flatnonzero(np.diff(train)) + 1)
+        names = splits[part]
+        runs = np.split(samples, np.flatnonzero(names[1:] != names[:-1]) + 1)
         sums = moments(samples)  # (n, 2, C)
         is_finite = np.isfinite(sums).all((1, 2))
-        return runs, is_finite, sums.sum(0, where=(train & is_finite)[:, None, None])
+        train = (names == b"train") & is_finite
+        return runs, is_finite, sums.sum(0, where=train[:, None, None])
 
     pending = collections.deque()
     for start in range(0, len(rows), step):
@@ -176,6 +187,30 @@ def convert(rows, is_train, threads):
             yield pending.popleft().result()
     for future in pending:
         yield future.result()
+
+
+def count_samples(splits, layout):
+    """The shapes of the arrays."""
+    shapes = {}
+    for name in ARRAYS:
+        which, kind = name.split("_")
+        n = np.count_nonzero(splits == which.encode())
+        if n == 0:
+            raise DataError(f"no samples are left for {name}")
+        shapes[name] = [n, *layout[kind][:2]]
+    return shapes
+
+
+def leave_out(bad, splits, left_out):
+    """Take the bad samples out of the splits, and list them. Raises DataError unless --skip_bad."""
+    for i, words in sorted(bad.items()):
+        splits[i] = b""
+        left_out.append(words)
+    if left_out:
+        line = f"NaN, Inf or too large values in {len(left_out)} of {len(splits)} samples"
+        if not skip_bad:
+            raise DataError(f"{line}, the first in {left_out[0]}; --skip_bad=True leaves them out")
+        print(f"left out: {line}: {', '.join(left_out[:20])}")
 
 
 def open_files(stack, folder, shapes, layout):
@@ -191,13 +226,14 @@ def open_files(stack, folder, shapes, layout):
     return files
 
 
-def write_arrays(shards, counts, load, splits, keys, files):
+def write_arrays(shards, counts, load, splits, repeated, files):
     """Write all samples and items, in order, each to its split.
 
-    Returns the moments {"cond": (2, C), "target": (2, D)} of the training split.
+    Returns the moments {"cond": (2, C), "target": (2, D)} of the training split, and {number of a
+    sample with values that are not finite: words about it}.
     """
     totals = collections.Counter()
-    not_finite = {}  # number of a sample -> "cond" or "target"
+    bad = {}
     n_before = 0  # samples in the shards before
     with ThreadPoolExecutor(3) as threads:
         for paths, n in zip(shards, counts):
@@ -205,11 +241,9 @@ def write_arrays(shards, counts, load, splits, keys, files):
             if len(shard["cond"]) != n:
                 raise DataError(f"{paths[0]}: changed while it was read")
             names = splits[n_before : n_before + n]
-            for which, item in zip(names, items(shard["content"], n, paths[0])):
-                files[which].write(json.dumps(item) + "\n")
             for kind in KINDS:
                 i = n_before  # samples that are written
-                slices = convert(shard[kind], names == "train", threads)
+                slices = convert(shard[kind], names, threads)
                 for number, (runs, is_finite, sums) in enumerate(slices):
                     if number % 128 == 0:
                         # those that were read; those in use come back, at a cost
@@ -217,18 +251,21 @@ def write_arrays(shards, counts, load, splits, keys, files):
                         print(f"\r{kind} {i:,} of {len(splits):,}", end="", file=sys.stderr)
                     totals[kind] += sums
                     for row in i + np.flatnonzero(~is_finite):
-                        not_finite.setdefault(row, kind)
+                        bad.setdefault(row, f"the {kind} of sample {row}")
                     for run in runs:
-                        files[f"{splits[i]}_{kind}"].write(run)
+                        if splits[i]:
+                            files[f"{splits[i].decode()}_{kind}"].write(run)
                         i += len(run)
+            for i, item in enumerate(items(shard["content"], n, paths[0]), n_before):
+                key = item["key"]
+                if hash(repr(key)) in repeated:
+                    item["key"] = f"{key}#{i}"
+                if i in bad:
+                    bad[i] += f" (key {key!r:.80})"
+                if splits[i]:
+                    files[splits[i].decode()].write(json.dumps(item) + "\n")
             n_before += n
-    if not_finite:
-        i = min(not_finite)
-        raise DataError(
-            f"NaN, Inf or too large values in {len(not_finite)} of {len(splits)} samples, "
-            f"the first in the {not_finite[i]} of sample {i} (key {keys[i]})"
-        )
-    return totals
+    return totals, bad
 
 
 def statistics(totals, shapes):
@@ -286,21 +323,18 @@ def prepare(sources, config):
     def load(paths):
         return load_shard(
             paths, cond_key, target_key,
-            dtype=dtype, grid=read_grid(grid), drop_cls=drop_cls, pool=pool,
+            dtype=dtype, grid=read_grid(grid), pool=pool,
+            drop_tokens=drop_tokens or int(drop_cls), channels_first=channels_first,
         )  # fmt: skip
 
-    counts, keys = survey(shards, load)
+    counts, repeated = survey(shards, load)
     check_manifests(sources, shards, counts)
     shard = load(shards[0])
     layout = {kind: shard[kind].layout for kind in KINDS}
-    splits = np.full(sum(counts), "train")
-    splits[split(len(splits), val_fraction, seed)[1]] = "val"
-    shapes = {}
-    for name in ARRAYS:
-        which, kind = name.split("_")
-        shapes[name] = [int(np.sum(splits == which)), *layout[kind][:2]]
+    splits = np.full(sum(counts), b"train")
+    splits[split(len(splits), val_fraction, seed)[1]] = b"val"
     meta = dict(
-        shapes=shapes,
+        left_out=[],
         grid=shard["target"].grid,
         layout=layout,
         settings=config,
@@ -313,10 +347,14 @@ def prepare(sources, config):
             shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
             partial = Path(partial)
-            with contextlib.ExitStack() as stack:
-                stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
-                files = open_files(stack, partial, shapes, layout)
-                totals = write_arrays(shards, counts, load, splits, keys, files)
+            bad = True
+            while bad:  # where samples are left out, once more without them
+                shapes = meta["shapes"] = count_samples(splits, layout)
+                with contextlib.ExitStack() as stack:
+                    stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
+                    files = open_files(stack, partial, shapes, layout)
+                    totals, bad = write_arrays(shards, counts, load, splits, repeated, files)
+                leave_out(bad, splits, meta["left_out"])
             np.savez(partial / "stats.npz", **statistics(totals, shapes))
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
             # without meta.json there is no dataset, until all of the new one is in place

@@ -4,6 +4,7 @@ What the sources of a dataset hold: shards of paired samples, opened without rea
 unpickle.py opens a file. Here its entries become Rows, which convert samples a slice at a time.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -14,8 +15,7 @@ import numpy as np
 
 from plumbing import unpickle
 
-# the types of embeddings -> the types that hold them in numpy
-FLOATS = {"float16": "float16", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # the types of embeddings
 
 
 class DataError(ValueError):
@@ -98,16 +98,20 @@ def describe(value):
     if isinstance(value, np.ndarray):
         kind = "tensor" if isinstance(value, unpickle.Tensor) else "array"
         return f"{kind} of shape {value.shape}, {dtype_name(value)}"
+    if isinstance(value, unpickle.Unknown):
+        return value
     if hasattr(value, "__len__"):
         return f"{type(value).__name__.lower()} of {len(value)}"
-    return type(value).__name__
+    return f"<{type(value).__name__}>"
 
 
 def plain(value):
     """What JSON can hold of a value; "..." where a hostile file makes it too deep or too wide."""
     parts = json.JSONEncoder(default=describe).iterencode(value)
     try:
-        return json.loads("".join(itertools.islice(parts, 10_000)))
+        return json.loads(
+            "".join(itertools.islice(parts, 10_000)), parse_constant=lambda name: None
+        )
     except (ValueError, RecursionError):
         return "..."
 
@@ -134,19 +138,19 @@ def find_pieces(value, where):
     return pieces
 
 
-def find_grid(shape, asked, drop_cls):
-    """(n_cls, grid): how many tokens to drop in front, and the (H, W) of the others or None.
+def find_grid(shape, asked, drop_tokens):
+    """(n_dropped, grid): how many tokens to drop in front, and the (H, W) of the others or None.
 
     shape: (T,) or (H, W) of the tokens; asked: the grid that they must have, or None
     """
     if len(shape) == 2 and not asked:
         asked = tuple(shape)
-    for n_cls in range(1 + drop_cls):
-        tokens = math.prod(shape) - n_cls
+    for n_dropped in (drop_tokens, 0):
+        tokens = max(0, math.prod(shape) - n_dropped)
         side = math.isqrt(tokens)
         grid = asked or (side, side)
-        if math.prod(grid) == tokens:
-            return n_cls, grid
+        if 0 < math.prod(grid) == tokens:
+            return n_dropped, grid
     return 0, None
 
 
@@ -155,10 +159,13 @@ class Rows:
 
     The entry is an array (N, C), which is one token, (N, T, C) or (N, H, W, C), or a list of (C,)
     or (T, C) samples or of (n, T, C) or (n, H, W, C) batches.
-    dtype, grid, drop_cls and pool are what prepare.py's flags say, the grid as (H, W).
+    The options are what prepare.py's flags say, the grid as (H, W).
     """
 
-    def __init__(self, content, key, path, dtype="source", grid=None, drop_cls=False, pool=1):
+    def __init__(
+        self, content, key, path,
+        dtype="source", grid=None, drop_tokens=0, pool=1, channels_first=False,
+    ):  # fmt: skip
         self.where = f"{path}: {key}"
         if key not in content:
             raise DataError(
@@ -166,14 +173,24 @@ class Rows:
                 f"it holds {str(list(content))[:200]}"
             )
         self.pieces = find_pieces(content[key], self.where)
+        if channels_first:
+            self.pieces = [np.moveaxis(piece, 1, -1) for piece in self.pieces]
         self.base = self.pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
         self.ends = np.cumsum([len(piece) for piece in self.pieces])
         self.nbytes = sum(piece.nbytes for piece in self.pieces)
         if self.nbytes > path.stat().st_size:
             raise DataError(f"{self.where} repeats the same arrays: it is larger than the file")
         _, *shape, self.channels = self.base.shape
-        self.n_cls, self.grid = find_grid(shape, grid, drop_cls)
-        self.tokens = math.prod(shape) - self.n_cls
+        self.n_dropped, self.grid = find_grid(shape, grid, drop_tokens)
+        self.tokens = math.prod(shape) - self.n_dropped
+        may_be_channels = len(set(shape)) > 1  # (N, C, H, W), or not a square
+        if len(shape) == 1 and math.isqrt(self.channels) ** 2 == self.channels:  # (N, C, T)
+            may_be_channels = not self.grid or self.tokens > self.channels
+        if may_be_channels and not (grid or channels_first):
+            raise DataError(
+                f"{self.where}: shape {self.base.shape}: say --channels_first=True if there are "
+                f"{shape[0]} channels, or --grid=ROWSxCOLUMNS, of the tokens, if {self.channels}"
+            )
         self.pool = pool if self.tokens > 1 else 1  # pooled embeddings are one token already
         if self.pool > 1:
             self.grid = tuple(side // pool for side in self.grid or (0, 0))
@@ -182,7 +199,9 @@ class Rows:
                     f"{self.where}: {self.tokens} tokens are not a grid that --pool={pool} divides"
                 )
             self.tokens = math.prod(self.grid)
-        self.dtype = FLOATS[dtype_name(self.base)] if dtype == "source" else dtype
+        self.dtype = dtype
+        if dtype == "source":
+            self.dtype = dtype_name(self.base).replace("bfloat16", "float32")
         self.layout = [self.tokens, self.channels, self.dtype]
 
     def __len__(self):
@@ -202,7 +221,7 @@ class Rows:
         """Some samples of a piece -> (n, T, C); values that are too large become Inf."""
         if x.dtype == unpickle.BFLOAT16:
             x = (x["bfloat16"].astype("uint32") << 16).view("float32")
-        x = x.reshape(len(x), -1, self.channels)[:, self.n_cls :]  # (n, H * W, C)
+        x = x.reshape(len(x), -1, self.channels)[:, self.n_dropped :]  # (n, H * W, C)
         if self.pool > 1:
             p = self.pool
             x = x.reshape(len(x), -1, p, self.grid[1], p, self.channels)  # (n, H, p, W, p, C)
@@ -227,7 +246,7 @@ def load_shard(paths, cond_key, target_key, **options):
     if not target.grid:
         raise DataError(
             f"{target.where}: {target.tokens} tokens are not {options['grid'] or 'a square'}; "
-            "say --grid=ROWSxCOLUMNS or --drop_cls=True"
+            "say --grid=ROWSxCOLUMNS, or --drop_cls=True, or --drop_tokens=5 with four registers"
         )
     if cond.tokens == target.tokens and cond.grid != target.grid:
         raise DataError(f"{cond.where}: a grid of {cond.grid}, but {target.grid} of the targets")
@@ -239,24 +258,26 @@ def load_shard(paths, cond_key, target_key, **options):
 
 def items(content, n, path):
     """Yields {"key": ..., "caption": ...} of each of a file's n samples, with a "label" if it has
-    labels."""
-    columns = {"key": [None] * n, "caption": [None] * n}
+    labels. A caption or a label may be a list."""
+    columns = {"key": itertools.repeat(None, n), "caption": itertools.repeat(None, n)}
     for name in ("key", "caption", "label"):
         values = content.get(f"{name}s")
         if values is None:
             continue
-        if isinstance(values, np.ndarray) and values.shape == (n,):
-            try:
+        if getattr(values, "shape", None) == (n,):
+            with contextlib.suppress(ValueError, SystemError):  # its bytes are no text
                 values = values.tolist()
-            except (ValueError, SystemError):  # its bytes are no text
-                pass
-        fits = isinstance(values, list) and len(values) == n
-        if not fits or not set(map(type, values)) <= {str, int, type(None)}:
-            raise DataError(
-                f"{path}: {name}s is not a list of {n} strings or integers: {describe(values)}"
-            )
-        if sum(len(str(value)) for value in values) > path.stat().st_size:
-            raise DataError(f"{path}: {name}s repeat the same strings: more than the file has")
+        if not isinstance(values, list) or len(values) != n:
+            raise DataError(f"{path}: {name}s is not a list of {n} strings: {describe(values)}")
         columns[name] = values
+    room = len(columns) * path.stat().st_size
     for values in zip(*columns.values()):
-        yield dict(zip(columns, values))
+        item = dict(zip(columns, values))
+        for name, value in item.items():
+            for text in value if isinstance(value, list) and name != "key" else [value]:
+                if type(text) not in (str, int, type(None)):
+                    raise DataError(f"{path}: {name}s hold {describe(text)}, not text or integers")
+                room -= 1 + len(str(text))
+        if room < 0:
+            raise DataError(f"{path}: keys or captions repeat the same strings endlessly")
+        yield item
