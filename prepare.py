@@ -22,7 +22,6 @@ temporary folder inside DIR and moved once all are complete, meta.json last.
 """
 
 import array
-import collections
 import contextlib
 import functools
 import itertools
@@ -32,7 +31,7 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,9 +81,7 @@ def split(n, val_fraction, seed):
     """Sorted indices (train, val) of n samples, by a permutation from the seed."""
     if seed < 0:
         raise DataError(f"seed={seed} must not be negative")
-    if not 0 < val_fraction < 1:
-        raise DataError(f"val_fraction={val_fraction} must be between 0 and 1")
-    n_val = round(n * val_fraction)
+    n_val = round(n * val_fraction) if 0 < val_fraction < 1 else 0
     if not 0 < n_val < n:
         raise DataError(
             f"{n} samples with val_fraction={val_fraction} leave {n - n_val} for training "
@@ -108,21 +105,16 @@ def survey(shards, load):
     for paths in shards:
         shard = load(paths)
         for kind in KINDS:
-            found = shard[kind].layout, shard[kind].grid
-            expected = first[kind].layout, first[kind].grid
+            found, expected = shard[kind].layout, first[kind].layout
             if found != expected:
                 raise DataError(f"{paths[0]}: {kind} is {found}, but {expected} in {shards[0][0]}")
-        n = len(shard["cond"])
-        counts.append(n)
-        promised = plain(shard["content"].get("total_samples", n))
-        if promised != n:
-            print(f"WARNING: {paths[0]}: total_samples is {promised}, but it holds {n} samples")
-        keys = (item["key"] for item in items(shard["content"], n, paths[0]))
+        counts.append(len(shard["cond"]))
+        keys = (item["key"] for item in items(shard["content"], counts[-1], paths[0]))
         hashes.extend(hash(repr(key)) for key in keys if key is not None)
     hashes = np.sort(hashes)
     repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if repeated:
-        print(f"WARNING: {len(repeated)} keys occur repeatedly: #0, #1, ... number their samples")
+        print(f"WARNING: {len(repeated)} keys occur repeatedly: the sample's number follows a #")
     return counts, repeated
 
 
@@ -130,15 +122,13 @@ def check_manifests(sources, shards, counts):
     """The folders that have a manifest must hold as many samples as it promises."""
     for folder in map(Path, sources):
         manifest = folder / "embeddings_manifest.json"
-        if not manifest.is_file():
-            continue
-        try:
-            promised = json.loads(manifest.read_text())["total_samples"]
-        except Exception as e:  # JSON may hold anything
-            raise DataError(f"{manifest}: no readable total_samples in it") from e
-        held = sum(n for paths, n in zip(shards, counts) if paths[0].parent == folder)
-        if promised != held:
-            raise DataError(f"{manifest} promises {promised} samples, the files hold {held}")
+        if manifest.is_file():
+            promised = "no readable number of"
+            with contextlib.suppress(Exception):  # JSON may hold anything
+                promised = json.loads(manifest.read_text())["total_samples"]
+            held = sum(n for paths, n in zip(shards, counts) if paths[0].parent == folder)
+            if promised != held:
+                raise DataError(f"{manifest} promises {promised} samples, the files hold {held}")
 
 
 # ---------------------------------------------------------------- the second pass: convert
@@ -163,25 +153,29 @@ def moments(samples):
     return sums
 
 
-def convert(rows, splits, threads):
-    """Yield the samples in order, in slices: (runs, whether each sample is finite, moments).
+def convert(shard, is_val, threads):
+    """Yield the samples in order, in slices: ({array: samples}, {kind: moments}, is_good).
 
-    splits: b"train", b"val" or b"" of each row; the moments (2, C) are of the training split
-    runs: the samples of the slice, parted where the split changes
+    is_val: whether each sample goes to the validation split; the moments (2, C) are of the others
+    is_good: whether each sample is finite, (n,); the others are in neither arrays nor moments
     """
-    step = max(1, SLICE * len(rows) // rows.nbytes)
+    n = len(is_val)
+    step = max(1, SLICE * n // sum(shard[kind].nbytes for kind in KINDS))
 
     def convert_slice(part):
-        samples = rows[part]  # (n, T, C)
-        names = splits[part]
-        runs = np.split(samples, np.flatnonzero(names[1:] != names[:-1]) + 1)
-        sums = moments(samples)  # (n, 2, C)
-        is_finite = np.isfinite(sums).all((1, 2))
-        train = (names == b"train") & is_finite
-        return runs, is_finite, sums.sum(0, where=train[:, None, None])
+        samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
+        sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
+        is_good = np.all([np.isfinite(x).all((1, 2)) for x in sums.values()], 0)
+        val = is_good & is_val[part]
+        train = is_good & ~val
+        kept = {}
+        for kind, x in samples.items():
+            kept[f"train_{kind}"], kept[f"val_{kind}"] = x[train], x[val]
+            sums[kind] = sums[kind][train].sum(0)
+        return kept, sums, is_good
 
-    pending = collections.deque()
-    for start in range(0, len(rows), step):
+    pending = deque()
+    for start in range(0, n, step):
         pending.append(threads.submit(convert_slice, slice(start, start + step)))
         if len(pending) > AHEAD:
             yield pending.popleft().result()
@@ -189,83 +183,59 @@ def convert(rows, splits, threads):
         yield future.result()
 
 
-def count_samples(splits, layout):
-    """The shapes of the arrays."""
+def write_headers(files, layout, counts):
+    """Write the headers of the arrays, which have room for any counts; returns the shapes."""
     shapes = {}
     for name in ARRAYS:
-        which, kind = name.split("_")
-        n = np.count_nonzero(splits == which.encode())
-        if n == 0:
-            raise DataError(f"no samples are left for {name}")
-        shapes[name] = [n, *layout[kind][:2]]
+        tokens, channels, kind, _ = layout[name.split("_")[1]]
+        shapes[name] = counts[name], tokens, channels
+        header = dict(descr=np.dtype(kind).str, fortran_order=False, shape=shapes[name])
+        file = files[f"{name}.npy"]
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)
     return shapes
 
 
-def leave_out(bad, splits, left_out):
-    """Take the bad samples out of the splits, and list them. Raises DataError unless --skip_bad."""
-    for i, words in sorted(bad.items()):
-        splits[i] = b""
-        left_out.append(words)
-    if left_out:
-        line = f"NaN, Inf or too large values in {len(left_out)} of {len(splits)} samples"
-        if not skip_bad:
-            raise DataError(f"{line}, the first in {left_out[0]}; --skip_bad=True leaves them out")
-        print(f"left out: {line}: {', '.join(left_out[:20])}")
-
-
-def open_files(stack, folder, shapes, layout):
-    """{name: file} for the arrays, their headers written, and for the items of either split."""
-    files = {}
-    for name, shape in shapes.items():
-        files[name] = stack.enter_context(open(folder / f"{name}.npy", "wb"))
-        _, _, kind = layout[name.split("_")[1]]
-        header = dict(descr=np.dtype(kind).str, fortran_order=False, shape=tuple(shape))
-        np.lib.format.write_array_header_1_0(files[name], header)
-    for which in ("train", "val"):
-        files[which] = stack.enter_context(open(folder / f"{which}_items.jsonl", "w"))
-    return files
-
-
-def write_arrays(shards, counts, load, splits, repeated, files):
+def write_arrays(shards, load, is_val, repeated, files):
     """Write all samples and items, in order, each to its split.
 
-    Returns the moments {"cond": (2, C), "target": (2, D)} of the training split, and {number of a
-    sample with values that are not finite: words about it}.
+    Returns the moments {"cond": (2, C), "target": (2, D)} of the training split, and the number of
+    samples in each array.
     """
-    totals = collections.Counter()
-    bad = {}
-    n_before = 0  # samples in the shards before
+    totals, counts, left_out = Counter(), Counter(), []
+    i = 0  # samples that are written
     with ThreadPoolExecutor(3) as threads:
-        for paths, n in zip(shards, counts):
+        for paths in shards:
             shard = load(paths)
-            if len(shard["cond"]) != n:
-                raise DataError(f"{paths[0]}: changed while it was read")
-            names = splits[n_before : n_before + n]
-            for kind in KINDS:
-                i = n_before  # samples that are written
-                slices = convert(shard[kind], names, threads)
-                for number, (runs, is_finite, sums) in enumerate(slices):
-                    if number % 128 == 0:
+            n = len(shard["cond"])
+            rows = items(shard["content"], n, paths[0])
+            slices = convert(shard, is_val[i : i + n], threads)
+            for number, (kept, sums, is_good) in enumerate(slices):
+                if number % 128 == 0:
+                    for kind in KINDS:
                         # those that were read; those in use come back, at a cost
                         drop_pages(shard[kind])
-                        print(f"\r{kind} {i:,} of {len(splits):,}", end="", file=sys.stderr)
-                    totals[kind] += sums
-                    for row in i + np.flatnonzero(~is_finite):
-                        bad.setdefault(row, f"the {kind} of sample {row}")
-                    for run in runs:
-                        if splits[i]:
-                            files[f"{splits[i].decode()}_{kind}"].write(run)
-                        i += len(run)
-            for i, item in enumerate(items(shard["content"], n, paths[0]), n_before):
-                key = item["key"]
-                if hash(repr(key)) in repeated:
-                    item["key"] = f"{key}#{i}"
-                if i in bad:
-                    bad[i] += f" (key {key!r:.80})"
-                if splits[i]:
-                    files[splits[i].decode()].write(json.dumps(item) + "\n")
-            n_before += n
-    return totals, bad
+                    print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
+                totals.update(sums)
+                for name, x in kept.items():
+                    files[f"{name}.npy"].write(x)
+                    counts[name] += len(x)
+                for good, item in zip(is_good, rows):
+                    key = item["key"]
+                    if hash(repr(key)) in repeated:
+                        item["key"] = f"{key}#{i}"
+                    if good:
+                        which = "val" if is_val[i] else "train"
+                        files[f"{which}_items.jsonl"].write(f"{json.dumps(item)}\n".encode())
+                    else:
+                        left_out.append(f"sample {i} (key {key!r:.80})")
+                    i += 1
+    if left_out:
+        line = f"NaN, Inf or too large values in {len(left_out)} of {i} samples"
+        if not skip_bad:
+            raise DataError(f"{line}, the first in {left_out[0]}; --skip_bad=True leaves them out")
+        print(f"WARNING: {line}, left out: {', '.join(left_out)}")
+    return totals, counts
 
 
 def statistics(totals, shapes):
@@ -284,16 +254,6 @@ def statistics(totals, shapes):
 # ---------------------------------------------------------------- the dataset on disk
 
 
-def read_grid(text):
-    """(2, 6) of "2x6"; None of ""."""
-    if not text:
-        return None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise DataError(f"--grid={text} is not ROWSxCOLUMNS")
-    return tuple(map(int, match.groups()))
-
-
 def prepare(sources, config):
     """Convert the sources as the settings say; returns the content of meta.json.
 
@@ -306,6 +266,8 @@ def prepare(sources, config):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
     if pool < 1:
         raise DataError(f"--pool={pool} must be 1 or more")
+    if grid and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
+        raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     shards, arrays = find_files(sources)
     paths = [*itertools.chain(*shards), *arrays]
     written = [(folder / name).resolve() for name in FILES]
@@ -319,49 +281,46 @@ def prepare(sources, config):
         )
     shards += zip(arrays[:half], arrays[half:])
 
-    @functools.lru_cache(8)
+    @functools.lru_cache(2)
     def load(paths):
         return load_shard(
-            paths, cond_key, target_key,
-            dtype=dtype, grid=read_grid(grid), pool=pool,
+            paths, cond_key, target_key, grid=tuple(map(int, re.findall(r"\d+", grid))),
             drop_tokens=drop_tokens or int(drop_cls), channels_first=channels_first,
+            dtype=dtype, pool=pool,
         )  # fmt: skip
 
     counts, repeated = survey(shards, load)
     check_manifests(sources, shards, counts)
     shard = load(shards[0])
     layout = {kind: shard[kind].layout for kind in KINDS}
-    splits = np.full(sum(counts), b"train")
-    splits[split(len(splits), val_fraction, seed)[1]] = b"val"
-    meta = dict(
-        left_out=[],
-        grid=shard["target"].grid,
-        layout=layout,
-        settings=config,
-        sources=[dict(path=str(path.resolve()), bytes=path.stat().st_size) for path in paths],
-        config=plain(shard["content"].get("config")),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    is_val = np.zeros(sum(counts), bool)
+    is_val[split(len(is_val), val_fraction, seed)[1]] = True
+    partial = folder / ".partial-dataset"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
     try:
-        for left_over in folder.glob(".partial-*"):  # of a run that was killed
-            shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-            partial = Path(partial)
-            bad = True
-            while bad:  # where samples are left out, once more without them
-                shapes = meta["shapes"] = count_samples(splits, layout)
-                with contextlib.ExitStack() as stack:
-                    stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
-                    files = open_files(stack, partial, shapes, layout)
-                    totals, bad = write_arrays(shards, counts, load, splits, repeated, files)
-                leave_out(bad, splits, meta["left_out"])
-            np.savez(partial / "stats.npz", **statistics(totals, shapes))
-            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-            # without meta.json there is no dataset, until all of the new one is in place
-            (folder / "meta.json").unlink(missing_ok=True)
-            for name in (*FILES, "meta.json"):
-                os.replace(partial / name, folder / name)
+        with contextlib.ExitStack() as stack:
+            stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
+            files = {name: stack.enter_context(open(partial / name, "wb")) for name in FILES}
+            write_headers(files, layout, Counter())
+            totals, counts = write_arrays(shards, load, is_val, repeated, files)
+            shapes = write_headers(files, layout, counts)
+        np.savez(partial / "stats.npz", **statistics(totals, shapes))
+        meta = dict(
+            shapes=shapes,
+            grid=shard["target"].grid,
+            layout=layout,
+            settings=config,
+            sources=[dict(path=str(path.resolve()), bytes=path.stat().st_size) for path in paths],
+            config=plain(shard["content"].get("config")),
+        )
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        # without meta.json there is no dataset, until all of the new one is in place
+        (folder / "meta.json").unlink(missing_ok=True)
+        for name in (*FILES, "meta.json"):
+            os.replace(partial / name, folder / name)
     finally:
+        shutil.rmtree(partial)
         with contextlib.suppress(OSError):  # which says that it is not empty
             folder.rmdir()
     return meta
@@ -380,8 +339,8 @@ def print_contents(shards, arrays):
                 with contextlib.suppress(DataError):  # which says that these are no embeddings
                     rows = Rows(content, key, path)
                     x = rows[:8]
-                    line += f"; {len(rows)} samples, the first {len(x)} "
-                    line += f"from {x.min():.4g} to {x.max():.4g}"
+                    numbers = f"the first {len(x)} from {x.min():.4g} to {x.max():.4g}"
+                    line += f"; {len(rows)} samples, {numbers}"
                 print(line)
 
 
@@ -395,8 +354,7 @@ def main():
             return print_contents(*find_files(sources))
         meta = prepare(sources, config)
     except DataError as e:  # names in a hostile file may hold what a terminal obeys
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000])
-        sys.exit(f"error: {line}")
+        sys.exit(f"error: {repr(str(e)[:2000])[1:-1]}")
     except (OSError, KeyboardInterrupt) as e:
         sys.exit(f"error: {str(e) or 'interrupted'}; no new dataset was left in {out}")
     print(f"{out}: grid {meta['grid'][0]}x{meta['grid'][1]}")

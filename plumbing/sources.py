@@ -4,7 +4,6 @@ What the sources of a dataset hold: shards of paired samples, opened without rea
 unpickle.py opens a file. Here its entries become Rows, which convert samples a slice at a time.
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -14,12 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from plumbing import unpickle
+from plumbing.unpickle import DataError
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # the types of embeddings
-
-
-class DataError(ValueError):
-    """What is wrong with the user's data, in one line."""
 
 
 # ---------------------------------------------------------------- files
@@ -66,10 +62,7 @@ def find_files(sources):
 
 def load_pickle(path):
     """The dict in a file of any kind: see unpickle.load. Raises DataError."""
-    try:
-        content = unpickle.load(path)
-    except (OSError, unpickle.UnpicklingError) as e:
-        raise DataError(f"{path}: cannot be read as embeddings: {e}") from e
+    content = unpickle.load(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {describe(content)}, not a dict of embeddings")
     return content
@@ -133,25 +126,9 @@ def find_pieces(value, where):
                 "(samples, tokens, channels), the same in all of a list"
             )
     n, tokens, *_ = pieces[0].shape
-    if len(pieces) > 1 and n > 1 and n == tokens:
+    if len(pieces) > 1 and n == tokens > 1:
         raise DataError(f"{where}: samples (H, W, C) or batches (n, T, C)? stack them")
     return pieces
-
-
-def find_grid(shape, asked, drop_tokens):
-    """(n_dropped, grid): how many tokens to drop in front, and the (H, W) of the others or None.
-
-    shape: (T,) or (H, W) of the tokens; asked: the grid that they must have, or None
-    """
-    if len(shape) == 2 and not asked:
-        asked = tuple(shape)
-    for n_dropped in (drop_tokens, 0):
-        tokens = max(0, math.prod(shape) - n_dropped)
-        side = math.isqrt(tokens)
-        grid = asked or (side, side)
-        if 0 < math.prod(grid) == tokens:
-            return n_dropped, grid
-    return 0, None
 
 
 class Rows:
@@ -181,16 +158,14 @@ class Rows:
         if self.nbytes > path.stat().st_size:
             raise DataError(f"{self.where} repeats the same arrays: it is larger than the file")
         _, *shape, self.channels = self.base.shape
-        self.n_dropped, self.grid = find_grid(shape, grid, drop_tokens)
-        self.tokens = math.prod(shape) - self.n_dropped
-        may_be_channels = len(set(shape)) > 1  # (N, C, H, W), or not a square
-        if len(shape) == 1 and math.isqrt(self.channels) ** 2 == self.channels:  # (N, C, T)
-            may_be_channels = not self.grid or self.tokens > self.channels
-        if may_be_channels and not (grid or channels_first):
-            raise DataError(
-                f"{self.where}: shape {self.base.shape}: say --channels_first=True if there are "
-                f"{shape[0]} channels, or --grid=ROWSxCOLUMNS, of the tokens, if {self.channels}"
-            )
+        n = math.prod(shape)  # tokens
+        self.grid, self.n_dropped = None, 0
+        for drop in (0, drop_tokens):
+            side = math.isqrt(abs(n - drop))
+            expected = grid or (side, side)
+            if 0 < math.prod(expected) == n - drop <= n:
+                self.grid, self.n_dropped = expected, drop
+        self.tokens = n - self.n_dropped
         self.pool = pool if self.tokens > 1 else 1  # pooled embeddings are one token already
         if self.pool > 1:
             self.grid = tuple(side // pool for side in self.grid or (0, 0))
@@ -199,10 +174,9 @@ class Rows:
                     f"{self.where}: {self.tokens} tokens are not a grid that --pool={pool} divides"
                 )
             self.tokens = math.prod(self.grid)
-        self.dtype = dtype
-        if dtype == "source":
-            self.dtype = dtype_name(self.base).replace("bfloat16", "float32")
-        self.layout = [self.tokens, self.channels, self.dtype]
+        found = dtype_name(self.base).replace("bfloat16", "float32")
+        self.dtype = found if dtype == "source" else dtype
+        self.layout = [self.tokens, self.channels, self.dtype, self.grid]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -243,13 +217,14 @@ def load_shard(paths, cond_key, target_key, **options):
     target = Rows(contents[-1], target_key, paths[-1], **options)
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
-    if not target.grid:
-        raise DataError(
-            f"{target.where}: {target.tokens} tokens are not {options['grid'] or 'a square'}; "
-            "say --grid=ROWSxCOLUMNS, or --drop_cls=True, or --drop_tokens=5 with four registers"
-        )
-    if cond.tokens == target.tokens and cond.grid != target.grid:
-        raise DataError(f"{cond.where}: a grid of {cond.grid}, but {target.grid} of the targets")
+    for rows in (cond, target):
+        # (N, H, W, C) of no square, or is it (N, C, H, W)?
+        is_unclear = len(set(rows.base.shape[1:-1])) > 1 and not options["grid"]
+        if is_unclear or rows is target and not rows.grid:
+            raise DataError(
+                f"{rows.where}: {rows.tokens} tokens are not {options['grid'] or 'a square'}; say "
+                "--grid=ROWSxCOLUMNS, --channels_first=True, --drop_cls=True or --drop_tokens=5"
+            )
     return dict(cond=cond, target=target, content=contents[0])
 
 
@@ -259,18 +234,20 @@ def load_shard(paths, cond_key, target_key, **options):
 def items(content, n, path):
     """Yields {"key": ..., "caption": ...} of each of a file's n samples, with a "label" if it has
     labels. A caption or a label may be a list."""
-    columns = {"key": itertools.repeat(None, n), "caption": itertools.repeat(None, n)}
+    columns = dict.fromkeys(("key", "caption"), [None] * n)
     for name in ("key", "caption", "label"):
         values = content.get(f"{name}s")
         if values is None:
             continue
         if getattr(values, "shape", None) == (n,):
-            with contextlib.suppress(ValueError, SystemError):  # its bytes are no text
+            try:
                 values = values.tolist()
+            except Exception:  # its bytes are no text
+                pass
         if not isinstance(values, list) or len(values) != n:
             raise DataError(f"{path}: {name}s is not a list of {n} strings: {describe(values)}")
         columns[name] = values
-    room = len(columns) * path.stat().st_size
+    room = 3 * path.stat().st_size
     for values in zip(*columns.values()):
         item = dict(zip(columns, values))
         for name, value in item.items():

@@ -45,6 +45,10 @@ FORMATS = rb"""(?xs)
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has no bfloat16: its bits, under their name
 
 
+class DataError(ValueError):
+    """What is wrong with the user's data, in one line."""
+
+
 class Tensor(np.ndarray):
     """An array that the file holds as a torch tensor."""
 
@@ -381,8 +385,8 @@ def load(path):
     """What a pickle, a torch.save file, a .safetensors or a .npy (as {"array": ...}) holds.
 
     Arrays and tensors are read-only numpy arrays over a memory map, bfloat16 of dtype BFLOAT16.
-    Nothing but the functions in NAMES can be called by the file. Raises OSError where it cannot be
-    read, UnpicklingError whatever else is wrong with it.
+    Nothing but the functions in NAMES can be called by the file. Raises DataError whatever is wrong
+    with it.
     """
     try:
         with open(path, "rb") as f:
@@ -402,10 +406,9 @@ def load(path):
         if isinstance(value, dict):
             resolve(value)
         return value
-    except (OSError, UnpicklingError):
-        raise
     except Exception as e:  # a hostile or broken file can raise anything: all of it means the same
-        raise UnpicklingError(f"it is damaged, or unknown: {' '.join(str(e).split())[:200]}") from e
+        reason = f"cannot be read as embeddings: {' '.join(str(e).split())}"
+        raise DataError(f"{path}: {reason[:1000]}") from e
 
 
 def drop_pages(array):

@@ -1,3 +1,4 @@
+import datetime
 import json
 import pickle
 import re
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def test_round_trip(tmp_path):
     content = make_pickle(tmp_path / "e.pkl")
     done = convert(tmp_path / "e.pkl", tmp_path / "out")
     assert "train_cond.npy    (30, 4, 6)" in done.stdout and "grid 2x2" in done.stdout
-    assert "target 0 of 40" in done.stderr and done.stderr.endswith("\n")
+    assert "0 of 40 samples" in done.stderr and done.stderr.endswith("\n")
     data, items = load(tmp_path / "out")
     train, val = prepare.split(40, 0.25, 0)
     assert len(val) == 10 and sorted([*train, *val]) == list(range(40))
@@ -103,7 +105,7 @@ def test_tensor_views_and_spatial_grids(tmp_path):
         TARGET: big[1::2, :2, :3].transpose(1, 2),
     }
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
-    convert(tmp_path / "e.pkl", tmp_path / "out")
+    convert(tmp_path / "e.pkl", tmp_path / "out", "--grid=3x2")
     data, items = load(tmp_path / "out")
     val = prepare.split(40, 0.25, 0)[1]
     assert data["meta"]["grid"] == [3, 2] and data["val_cond"].shape == (10, 6, 6)
@@ -137,8 +139,8 @@ def test_folder_of_shards_in_natural_order(tmp_path):
     assert np.array_equal(load(tmp_path / "again")[0]["train_cond"], data["train_cond"])
     for manifest, message in (
         ('{"total_samples": 24}', "promises 24 samples, the files hold 23"),
-        ('{"samples": 23}', "no readable total_samples"),
-        ("[", "no readable total_samples"),
+        ('{"samples": 23}', "promises no readable number of samples, the files hold 23"),
+        ("[", "promises no readable number of samples, the files hold 23"),
     ):
         (shards / "embeddings_manifest.json").write_text(manifest)
         with pytest.raises(DataError, match=message):
@@ -239,10 +241,20 @@ def test_bad_values(tmp_path):
 def test_bad_keys_and_captions(tmp_path):
     assert "keys is not a list of 40" in bad(tmp_path, keys=["a", "b"])
     hostile = np.frombuffer(b"\xff\xff\xff\x7f" * 40, "<U1")  # no such character
-    for keys in (hostile, [[1]] * 40, [0.5] * 40, np.ones(40), "x" * 40):
+    for keys in (hostile, "x" * 40, {1, 2}, datetime.date(2020, 1, 1)):
         assert "e.pkl: keys is not a list of 40" in bad(tmp_path, keys=keys)
-    assert "captions repeat the same strings" in bad(tmp_path, captions=["c" * 200 * 40] * 40)
-    assert "'same' is there twice" in bad(tmp_path, keys=["same"] * 40)
+    for keys, found in (
+        ([[1]] * 40, "list of 1"),
+        ([0.5] * 40, "<float>"),
+        (np.ones(40), "<float>"),
+        ([True] * 40, "<bool>"),
+        ([datetime.date(2020, 1, 1)] * 40, "<datetime.date>"),
+    ):
+        assert f"e.pkl: keys hold {found}, not text or integers" in bad(tmp_path, keys=keys)
+    for captions in (["c" * 200 * 40] * 40, [["c", "d"] * 10_000] * 40):
+        assert "captions repeat the same strings" in bad(tmp_path, captions=captions)
+    line = bad(tmp_path, captions=[["a", Path("b")]] * 40)
+    assert "e.pkl: captions hold <pathlib.PosixPath>, not text or integers" in line
 
 
 def test_keys_are_strings_integers_or_none(tmp_path):
@@ -275,7 +287,7 @@ def test_bad_files(tmp_path):
     make_pickle(tmp_path / "a.pkl", seed=1)
     make_pickle(tmp_path / "b.pkl", seed=2, grid=(3, 3))
     pair = [tmp_path / "a.pkl", tmp_path / "b.pkl"]
-    assert "[9, 6, 'float32']" in refused_here(pair, out)
+    assert "[9, 6, 'float32', (3, 3)]" in refused_here(pair, out)
     make_pickle(tmp_path / "b.pkl", seed=2, C=7)
     assert "b.pkl" in refused_here(pair, out)
     assert "--dtype=bfloat16" in refused_here(pair[:1], out, dtype="bfloat16")
@@ -331,7 +343,7 @@ def test_lists_of_samples_and_of_batches(tmp_path):
         arrays({COND: [cond[0], cond[0, :3]], TARGET: target[:2]}, tmp_path / "d")
     with pytest.raises(DataError, match="stack them"):
         arrays({COND: list(cond.reshape(12, 2, 2, 90)), TARGET: list(target)}, tmp_path / "grids")
-    with pytest.raises(DataError, match=r"a grid of \(4, 1\), but \(2, 2\)"):
+    with pytest.raises(DataError, match="4 tokens are not a square; .*--channels_first=True"):
         arrays({COND: cond[:, :, None], TARGET: target}, tmp_path / "two grids")
     with pytest.raises(DataError, match="repeats the same arrays"):
         arrays({COND: [cond] * 1000, TARGET: [target] * 1000}, tmp_path / "e")
@@ -530,7 +542,7 @@ def test_labels_are_kept(tmp_path):
         out = run("prepare.py", tmp_path / "e.pkl", "--inspect=True").stdout
         assert re.search("'labels': (list of 30|array of|tensor of)", out)
     assert "labels is not a list of 40" in bad(tmp_path, labels=["a", "b"])
-    assert "labels is not a list of 40" in bad(tmp_path, labels=[0.5] * 40)
+    assert "labels hold <float>, not text or integers" in bad(tmp_path, labels=[0.5] * 40)
 
 
 def test_output_dtype(tmp_path):
@@ -547,20 +559,20 @@ def test_output_dtype(tmp_path):
             )  # statistics are of what is stored
             assert np.allclose(data["stats"]["cond_std"], wide.std(0), rtol=1e-12)
     x[5, 3, 2] = -70000
-    with pytest.raises(DataError, match="too large values in 1 of 8 .* the cond of sample 5"):
+    with pytest.raises(DataError, match="too large values in 1 of 8 .* the first in sample 5"):
         arrays({COND: x, TARGET: x}, tmp_path / "over", dtype="float16")
     wide = {COND: 0 * x, TARGET: torch.tensor(x).bfloat16()}
-    with pytest.raises(DataError, match="too large values in 1 of 8 .* the target of sample 5"):
+    with pytest.raises(DataError, match="too large values in 1 of 8 .* the first in sample 5"):
         arrays(wide, tmp_path / "over16", dtype="float16")
     x[5, 3, 2] = np.inf
     with pytest.raises(
         DataError,
-        match=r"in 1 of 8 samples, the first in the cond of sample 5 \(key None",
+        match=r"in 1 of 8 samples, the first in sample 5 \(key None\); --skip_bad=True",
     ):
         arrays({COND: x, TARGET: x}, tmp_path / "inf", dtype="float16")
     huge = x.astype("f8")
     huge[5, 3, 2] = 1e200  # its square is Inf
-    with pytest.raises(DataError, match="in 1 of 8 samples, the first in the target of"):
+    with pytest.raises(DataError, match="in 1 of 8 samples, the first in sample 5"):
         arrays({COND: np.zeros_like(x), TARGET: huge}, tmp_path / "huge")
     x[5, 3, 2] = 1
     arrays({COND: x, TARGET: x}, tmp_path / "one")
