@@ -51,7 +51,7 @@ from plumbing.sources import (
 )  # fmt: skip
 from plumbing.unpickle import drop_pages
 
-SLICE = 1 << 21  # bytes of samples that a thread converts: few enough to stay in the cache
+SLICE = 1 << 22  # bytes of samples, of both kinds, that a thread converts: they fit the cache
 AHEAD = 5  # slices that are converted while one is written
 BLOCK = 1 << 18  # float64 values that are summed at a time
 KINDS = ("cond", "target")
@@ -81,7 +81,7 @@ def split(n, val_fraction, seed):
     """Sorted indices (train, val) of n samples, by a permutation from the seed."""
     if seed < 0:
         raise DataError(f"seed={seed} must not be negative")
-    n_val = round(n * val_fraction) if 0 < val_fraction < 1 else 0
+    n_val = round(n * min(1, val_fraction))
     if not 0 < n_val < n:
         raise DataError(
             f"{n} samples with val_fraction={val_fraction} leave {n - n_val} for training "
@@ -97,8 +97,8 @@ def split(n, val_fraction, seed):
 def survey(shards, load):
     """Compare the shards with each other; no embedding is read.
 
-    Returns the number of samples in each shard, and the set of hash(repr(key)) of repeated keys:
-    of strings, since integers can be chosen to have the same hash.
+    Returns the first shard, the number of samples in each, and the set of hash(repr(key)) of
+    repeated keys: of strings, since integers can be chosen to have the same hash.
     """
     first = load(shards[0])
     counts, hashes = [], array.array("q")  # 8 bytes per sample
@@ -108,14 +108,18 @@ def survey(shards, load):
             found, expected = shard[kind].layout, first[kind].layout
             if found != expected:
                 raise DataError(f"{paths[0]}: {kind} is {found}, but {expected} in {shards[0][0]}")
-        counts.append(len(shard["cond"]))
-        keys = (item["key"] for item in items(shard["content"], counts[-1], paths[0]))
+        n = len(shard["cond"])
+        counts.append(n)
+        promised = plain(shard["content"].get("total_samples", n))
+        if promised != n:
+            print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
+        keys = (item["key"] for item in items(shard["content"], n, paths[0]))
         hashes.extend(hash(repr(key)) for key in keys if key is not None)
     hashes = np.sort(hashes)
     repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if repeated:
         print(f"WARNING: {len(repeated)} keys occur repeatedly: the sample's number follows a #")
-    return counts, repeated
+    return first, counts, repeated
 
 
 def check_manifests(sources, shards, counts):
@@ -154,10 +158,10 @@ def moments(samples):
 
 
 def convert(shard, is_val, threads):
-    """Yield the samples in order, in slices: ({array: samples}, {kind: moments}, is_good).
+    """Yield the samples in order, in slices: ({kind: samples}, {kind: moments}, is_good).
 
-    is_val: whether each sample goes to the validation split; the moments (2, C) are of the others
-    is_good: whether each sample is finite, (n,); the others are in neither arrays nor moments
+    is_good: whether each sample is finite, (n,)
+    is_val: whether it goes to the validation split; the moments (2, C) are of the other good ones
     """
     n = len(is_val)
     step = max(1, SLICE * n // sum(shard[kind].nbytes for kind in KINDS))
@@ -166,13 +170,9 @@ def convert(shard, is_val, threads):
         samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
         sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
         is_good = np.all([np.isfinite(x).all((1, 2)) for x in sums.values()], 0)
-        val = is_good & is_val[part]
-        train = is_good & ~val
-        kept = {}
-        for kind, x in samples.items():
-            kept[f"train_{kind}"], kept[f"val_{kind}"] = x[train], x[val]
-            sums[kind] = sums[kind][train].sum(0)
-        return kept, sums, is_good
+        train = is_good & ~is_val[part]
+        sums = {kind: x[train].sum(0) for kind, x in sums.items()}
+        return samples, sums, is_good
 
     pending = deque()
     for start in range(0, n, step):
@@ -187,9 +187,10 @@ def write_headers(files, layout, counts):
     """Write the headers of the arrays, which have room for any counts; returns the shapes."""
     shapes = {}
     for name in ARRAYS:
-        tokens, channels, kind, _ = layout[name.split("_")[1]]
-        shapes[name] = counts[name], tokens, channels
-        header = dict(descr=np.dtype(kind).str, fortran_order=False, shape=shapes[name])
+        which, kind = name.split("_")
+        tokens, channels, dtype, _ = layout[kind]
+        shapes[name] = counts[which], tokens, channels
+        header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shapes[name])
         file = files[f"{name}.npy"]
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header)
@@ -200,7 +201,7 @@ def write_arrays(shards, load, is_val, repeated, files):
     """Write all samples and items, in order, each to its split.
 
     Returns the moments {"cond": (2, C), "target": (2, D)} of the training split, and the number of
-    samples in each array.
+    samples in each split.
     """
     totals, counts, left_out = Counter(), Counter(), []
     i = 0  # samples that are written
@@ -210,29 +211,29 @@ def write_arrays(shards, load, is_val, repeated, files):
             n = len(shard["cond"])
             rows = items(shard["content"], n, paths[0])
             slices = convert(shard, is_val[i : i + n], threads)
-            for number, (kept, sums, is_good) in enumerate(slices):
+            for number, (samples, sums, is_good) in enumerate(slices):
                 if number % 128 == 0:
                     for kind in KINDS:
                         # those that were read; those in use come back, at a cost
                         drop_pages(shard[kind])
                     print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
                 totals.update(sums)
-                for name, x in kept.items():
-                    files[f"{name}.npy"].write(x)
-                    counts[name] += len(x)
-                for good, item in zip(is_good, rows):
+                for good, item, *pair in zip(is_good, rows, *samples.values()):
                     key = item["key"]
                     if hash(repr(key)) in repeated:
                         item["key"] = f"{key}#{i}"
                     if good:
                         which = "val" if is_val[i] else "train"
+                        counts[which] += 1
+                        for kind, x in zip(KINDS, pair):
+                            files[f"{which}_{kind}.npy"].write(x)
                         files[f"{which}_items.jsonl"].write(f"{json.dumps(item)}\n".encode())
                     else:
                         left_out.append(f"sample {i} (key {key!r:.80})")
                     i += 1
     if left_out:
         line = f"NaN, Inf or too large values in {len(left_out)} of {i} samples"
-        if not skip_bad:
+        if not skip_bad or len(counts) < 2:  # or all of a split are bad
             raise DataError(f"{line}, the first in {left_out[0]}; --skip_bad=True leaves them out")
         print(f"WARNING: {line}, left out: {', '.join(left_out)}")
     return totals, counts
@@ -269,7 +270,7 @@ def prepare(sources, config):
     if grid and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
         raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     shards, arrays = find_files(sources)
-    paths = [*itertools.chain(*shards), *arrays]
+    paths = [path for paths in shards for path in paths] + arrays
     written = [(folder / name).resolve() for name in FILES]
     for path in paths:
         if path.resolve() in written:
@@ -289,9 +290,8 @@ def prepare(sources, config):
             dtype=dtype, pool=pool,
         )  # fmt: skip
 
-    counts, repeated = survey(shards, load)
+    shard, counts, repeated = survey(shards, load)
     check_manifests(sources, shards, counts)
-    shard = load(shards[0])
     layout = {kind: shard[kind].layout for kind in KINDS}
     is_val = np.zeros(sum(counts), bool)
     is_val[split(len(is_val), val_fraction, seed)[1]] = True
