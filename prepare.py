@@ -267,7 +267,7 @@ def prepare(sources, config):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
     if pool < 1:
         raise DataError(f"--pool={pool} must be 1 or more")
-    if grid and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
+    if not re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", grid):
         raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     shards, arrays = find_files(sources)
     paths = [path for paths in shards for path in paths] + arrays

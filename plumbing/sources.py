@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing import unpickle
-from plumbing.unpickle import DataError
+from plumbing.unpickle import BFLOAT16, DataError
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # the types of embeddings
 
@@ -83,7 +83,7 @@ def load_contents(paths):
 
 def dtype_name(array):
     """The name "float32" in any byte order; numpy itself has no bfloat16."""
-    return "bfloat16" if array.dtype == unpickle.BFLOAT16 else array.dtype.name
+    return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
 
 
 def describe(value):
@@ -193,7 +193,7 @@ class Rows:
 
     def convert(self, x):
         """Some samples of a piece -> (n, T, C); values that are too large become Inf."""
-        if x.dtype == unpickle.BFLOAT16:
+        if x.dtype == BFLOAT16:
             x = (x["bfloat16"].astype("uint32") << 16).view("float32")
         x = x.reshape(len(x), -1, self.channels)[:, self.n_dropped :]  # (n, H * W, C)
         if self.pool > 1:
@@ -251,7 +251,7 @@ def items(content, n, path):
     for values in zip(*columns.values()):
         item = dict(zip(columns, values))
         for name, value in item.items():
-            for text in value if isinstance(value, list) and name != "key" else [value]:
+            for text in value if isinstance(value, list | tuple) and name != "key" else [value]:
                 if type(text) not in (str, int, type(None)):
                     raise DataError(f"{path}: {name}s hold {describe(text)}, not text or integers")
                 room -= 1 + len(str(text))
