@@ -644,3 +644,19 @@ def test_fuzzed_files_end_in_arrays_or_our_error(tmp_path):
     outcomes = fuzz.fuzz(tmp_path, cases=500, seed=0, seconds=5)
     assert sum(outcomes.values()) == 500 and outcomes["dataset"] > 20 and outcomes["error"] > 100
     assert time.perf_counter() - start < 120
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_fuzzer_of_checkpoints_knows_good_from_bad(tmp_path):
+    sys.path.insert(0, str(ROOT / "bench"))
+    import fuzz
+
+    truth = {name: x.clone() for name, x in fuzz.make_model().state_dict().items()}
+    odd = dict(fuzz.checkpoint_seeds(tmp_path, truth))
+    path = tmp_path / "case.pt"
+    for name, end in (("plain", "weights"), ("float64", "weights"), ("nested", "refused")):
+        path.write_bytes(odd[name])
+        assert fuzz.read_in_a_process(path, truth, 30).startswith(end)
+    path.write_bytes(odd["plain"])
+    other = {name: x + 1 for name, x in truth.items()}
+    assert fuzz.read_in_a_process(path, other, 30) == "escape: other weights, torch.float32"
