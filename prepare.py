@@ -51,7 +51,7 @@ from plumbing.sources import (
 )  # fmt: skip
 from plumbing.unpickle import drop_pages
 
-SLICE = 1 << 22  # bytes of samples, of both kinds, that a thread converts: they fit the cache
+SLICE = 1 << 21  # bytes of samples, of both kinds, that a thread converts: they fit the cache
 AHEAD = 5  # slices that are converted while one is written
 BLOCK = 1 << 18  # float64 values that are summed at a time
 KINDS = ("cond", "target")
