@@ -21,7 +21,7 @@ DIR then holds train_*.npy and val_*.npy, *_items.jsonl, stats.npz and meta.json
 temporary folder inside DIR and moved once all are complete, meta.json last.
 """
 
-import collections
+import array
 import contextlib
 import functools
 import itertools
@@ -31,7 +31,7 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,7 +51,7 @@ from plumbing.sources import (
 )  # fmt: skip
 from plumbing.unpickle import drop_pages
 
-SLICE = 1 << 21  # bytes of samples that a thread converts: few enough to stay in the cache
+SLICE = 1 << 21  # bytes of samples, of both kinds, that a thread converts: they fit the cache
 AHEAD = 5  # slices that are converted while one is written
 BLOCK = 1 << 18  # float64 values that are summed at a time
 KINDS = ("cond", "target")
@@ -66,8 +66,11 @@ target_key = "clip_blip3o_embeddings"  # key of the targets
 grid = ""  # ROWSxCOLUMNS of tokens, if they are not a square
 # ---- conversion
 dtype = "source"  # of the arrays: float16 | float32 | source (as it is there)
-drop_cls = False  # drop the first token where there is one more than a grid has
+channels_first = False  # embeddings are (N, channels, tokens) or (N, channels, rows, columns)
+drop_tokens = 0  # drop the first so many, class token and registers, where they exceed a grid
+drop_cls = False  # the same as drop_tokens=1
 pool = 1  # average squares of pool x pool tokens
+skip_bad = False  # leave out samples with NaN, Inf or too large values
 # ---- split
 val_fraction = 0.1  # share of samples held out
 seed = 0  # of the permutation that chooses them
@@ -78,9 +81,7 @@ def split(n, val_fraction, seed):
     """Sorted indices (train, val) of n samples, by a permutation from the seed."""
     if seed < 0:
         raise DataError(f"seed={seed} must not be negative")
-    if not 0 < val_fraction < 1:
-        raise DataError(f"val_fraction={val_fraction} must be between 0 and 1")
-    n_val = round(n * val_fraction)
+    n_val = round(n * min(1, val_fraction))
     if not 0 < n_val < n:
         raise DataError(
             f"{n} samples with val_fraction={val_fraction} leave {n - n_val} for training "
@@ -96,39 +97,42 @@ def split(n, val_fraction, seed):
 def survey(shards, load):
     """Compare the shards with each other; no embedding is read.
 
-    Returns the number of samples in each shard, and the repr() of every sample's key: a string,
-    since integers can be chosen to have the same hash.
+    Returns the first shard, the number of samples in each, and the set of hash(repr(key)) of
+    repeated keys: of strings, since integers can be chosen to have the same hash.
     """
     first = load(shards[0])
-    counts, keys = [], []
+    counts, hashes = [], array.array("q")  # 8 bytes per sample
     for paths in shards:
         shard = load(paths)
         for kind in KINDS:
-            found = shard[kind].layout, shard[kind].grid
-            expected = first[kind].layout, first[kind].grid
+            found, expected = shard[kind].layout, first[kind].layout
             if found != expected:
                 raise DataError(f"{paths[0]}: {kind} is {found}, but {expected} in {shards[0][0]}")
-        counts.append(len(shard["cond"]))
-        keys += [repr(item["key"]) for item in items(shard["content"], counts[-1], paths[0])]
-    for key, count in collections.Counter(keys).items():
-        if count > 1 and key != "None":
-            raise DataError(f"the key {key[:80]} is there twice")
-    return counts, keys
+        n = len(shard["cond"])
+        counts.append(n)
+        promised = plain(shard["content"].get("total_samples", n))
+        if promised != n:
+            print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
+        keys = (item["key"] for item in items(shard["content"], n, paths[0]))
+        hashes.extend(hash(repr(key)) for key in keys if key is not None)
+    hashes = np.sort(hashes)
+    repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if repeated:
+        print(f"WARNING: {len(repeated)} keys occur repeatedly: the sample's number follows a #")
+    return first, counts, repeated
 
 
 def check_manifests(sources, shards, counts):
     """The folders that have a manifest must hold as many samples as it promises."""
     for folder in map(Path, sources):
         manifest = folder / "embeddings_manifest.json"
-        if not manifest.is_file():
-            continue
-        try:
-            promised = json.loads(manifest.read_text())["total_samples"]
-        except Exception as e:  # JSON may hold anything
-            raise DataError(f"{manifest}: no readable total_samples in it") from e
-        held = sum(n for paths, n in zip(shards, counts) if paths[0].parent == folder)
-        if promised != held:
-            raise DataError(f"{manifest} promises {promised} samples, the files hold {held}")
+        if manifest.is_file():
+            promised = "no readable number of"
+            with contextlib.suppress(Exception):  # JSON may hold anything
+                promised = json.loads(manifest.read_text())["total_samples"]
+            held = sum(n for paths, n in zip(shards, counts) if paths[0].parent == folder)
+            if promised != held:
+                raise DataError(f"{manifest} promises {promised} samples, the files hold {held}")
 
 
 # ---------------------------------------------------------------- the second pass: convert
@@ -153,24 +157,25 @@ def moments(samples):
     return sums
 
 
-def convert(rows, is_train, threads):
-    """Yield the samples in order, in slices: (runs, whether each sample is finite, moments).
+def convert(shard, is_val, threads):
+    """Yield the samples in order, in slices: ({kind: samples}, {kind: moments}, is_good).
 
-    is_train: whether each row goes to the training split; the moments (2, C) are of those rows
-    runs: the samples of the slice, parted where the split changes
+    is_good: whether each sample is finite, (n,)
+    is_val: whether it goes to the validation split; the moments (2, C) are of the other good ones
     """
-    step = max(1, SLICE * len(rows) // rows.nbytes)
+    n = len(is_val)
+    step = max(1, SLICE * n // sum(shard[kind].nbytes for kind in KINDS))
 
     def convert_slice(part):
-        samples = rows[part]  # (n, T, C)
-        train = is_train[part]
-        runs = np.split(samples, np.flatnonzero(np.diff(train)) + 1)
-        sums = moments(samples)  # (n, 2, C)
-        is_finite = np.isfinite(sums).all((1, 2))
-        return runs, is_finite, sums.sum(0, where=(train & is_finite)[:, None, None])
+        samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
+        sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
+        is_good = np.all([np.isfinite(x).all((1, 2)) for x in sums.values()], 0)
+        train = is_good & ~is_val[part]
+        sums = {kind: x[train].sum(0) for kind, x in sums.items()}
+        return samples, sums, is_good
 
-    pending = collections.deque()
-    for start in range(0, len(rows), step):
+    pending = deque()
+    for start in range(0, n, step):
         pending.append(threads.submit(convert_slice, slice(start, start + step)))
         if len(pending) > AHEAD:
             yield pending.popleft().result()
@@ -178,57 +183,60 @@ def convert(rows, is_train, threads):
         yield future.result()
 
 
-def open_files(stack, folder, shapes, layout):
-    """{name: file} for the arrays, their headers written, and for the items of either split."""
-    files = {}
-    for name, shape in shapes.items():
-        files[name] = stack.enter_context(open(folder / f"{name}.npy", "wb"))
-        _, _, kind = layout[name.split("_")[1]]
-        header = dict(descr=np.dtype(kind).str, fortran_order=False, shape=tuple(shape))
-        np.lib.format.write_array_header_1_0(files[name], header)
-    for which in ("train", "val"):
-        files[which] = stack.enter_context(open(folder / f"{which}_items.jsonl", "w"))
-    return files
+def write_headers(files, layout, counts):
+    """Write the headers of the arrays, which have room for any counts; returns the shapes."""
+    shapes = {}
+    for name in ARRAYS:
+        which, kind = name.split("_")
+        tokens, channels, dtype, _ = layout[kind]
+        shapes[name] = counts[which], tokens, channels
+        header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shapes[name])
+        file = files[f"{name}.npy"]
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)
+    return shapes
 
 
-def write_arrays(shards, counts, load, splits, keys, files):
+def write_arrays(shards, load, is_val, repeated, files):
     """Write all samples and items, in order, each to its split.
 
-    Returns the moments {"cond": (2, C), "target": (2, D)} of the training split.
+    Returns the moments {"cond": (2, C), "target": (2, D)} of the training split, and the number of
+    samples in each split.
     """
-    totals = collections.Counter()
-    not_finite = {}  # number of a sample -> "cond" or "target"
-    n_before = 0  # samples in the shards before
+    totals, counts, left_out = Counter(), Counter(), []
+    i = 0  # samples that are written
     with ThreadPoolExecutor(3) as threads:
-        for paths, n in zip(shards, counts):
+        for paths in shards:
             shard = load(paths)
-            if len(shard["cond"]) != n:
-                raise DataError(f"{paths[0]}: changed while it was read")
-            names = splits[n_before : n_before + n]
-            for which, item in zip(names, items(shard["content"], n, paths[0])):
-                files[which].write(json.dumps(item) + "\n")
-            for kind in KINDS:
-                i = n_before  # samples that are written
-                slices = convert(shard[kind], names == "train", threads)
-                for number, (runs, is_finite, sums) in enumerate(slices):
-                    if number % 128 == 0:
+            n = len(shard["cond"])
+            rows = items(shard["content"], n, paths[0])
+            slices = convert(shard, is_val[i : i + n], threads)
+            for number, (samples, sums, is_good) in enumerate(slices):
+                if number % 128 == 0:
+                    for kind in KINDS:
                         # those that were read; those in use come back, at a cost
                         drop_pages(shard[kind])
-                        print(f"\r{kind} {i:,} of {len(splits):,}", end="", file=sys.stderr)
-                    totals[kind] += sums
-                    for row in i + np.flatnonzero(~is_finite):
-                        not_finite.setdefault(row, kind)
-                    for run in runs:
-                        files[f"{splits[i]}_{kind}"].write(run)
-                        i += len(run)
-            n_before += n
-    if not_finite:
-        i = min(not_finite)
-        raise DataError(
-            f"NaN, Inf or too large values in {len(not_finite)} of {len(splits)} samples, "
-            f"the first in the {not_finite[i]} of sample {i} (key {keys[i]})"
-        )
-    return totals
+                    print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
+                totals.update(sums)
+                for good, item, *pair in zip(is_good, rows, *samples.values()):
+                    key = item["key"]
+                    if hash(repr(key)) in repeated:
+                        item["key"] = f"{key}#{i}"
+                    if good:
+                        which = "val" if is_val[i] else "train"
+                        counts[which] += 1
+                        for kind, x in zip(KINDS, pair):
+                            files[f"{which}_{kind}.npy"].write(x)
+                        files[f"{which}_items.jsonl"].write(f"{json.dumps(item)}\n".encode())
+                    else:
+                        left_out.append(f"sample {i} (key {key!r:.80})")
+                    i += 1
+    if left_out:
+        line = f"NaN, Inf or too large values in {len(left_out)} of {i} samples"
+        if not skip_bad or len(counts) < 2:  # or all of a split are bad
+            raise DataError(f"{line}, the first in {left_out[0]}; --skip_bad=True leaves them out")
+        print(f"WARNING: {line}, left out: {', '.join(left_out)}")
+    return totals, counts
 
 
 def statistics(totals, shapes):
@@ -247,16 +255,6 @@ def statistics(totals, shapes):
 # ---------------------------------------------------------------- the dataset on disk
 
 
-def read_grid(text):
-    """(2, 6) of "2x6"; None of ""."""
-    if not text:
-        return None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise DataError(f"--grid={text} is not ROWSxCOLUMNS")
-    return tuple(map(int, match.groups()))
-
-
 def prepare(sources, config):
     """Convert the sources as the settings say; returns the content of meta.json.
 
@@ -269,8 +267,10 @@ def prepare(sources, config):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
     if pool < 1:
         raise DataError(f"--pool={pool} must be 1 or more")
+    if not re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", grid):
+        raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     shards, arrays = find_files(sources)
-    paths = [*itertools.chain(*shards), *arrays]
+    paths = [path for paths in shards for path in paths] + arrays
     written = [(folder / name).resolve() for name in FILES]
     for path in paths:
         if path.resolve() in written:
@@ -282,48 +282,45 @@ def prepare(sources, config):
         )
     shards += zip(arrays[:half], arrays[half:])
 
-    @functools.lru_cache(8)
+    @functools.lru_cache(2)
     def load(paths):
         return load_shard(
-            paths, cond_key, target_key,
-            dtype=dtype, grid=read_grid(grid), drop_cls=drop_cls, pool=pool,
+            paths, cond_key, target_key, grid=tuple(map(int, re.findall(r"\d+", grid))),
+            drop_tokens=drop_tokens or int(drop_cls), channels_first=channels_first,
+            dtype=dtype, pool=pool,
         )  # fmt: skip
 
-    counts, keys = survey(shards, load)
+    shard, counts, repeated = survey(shards, load)
     check_manifests(sources, shards, counts)
-    shard = load(shards[0])
     layout = {kind: shard[kind].layout for kind in KINDS}
-    splits = np.full(sum(counts), "train")
-    splits[split(len(splits), val_fraction, seed)[1]] = "val"
-    shapes = {}
-    for name in ARRAYS:
-        which, kind = name.split("_")
-        shapes[name] = [int(np.sum(splits == which)), *layout[kind][:2]]
-    meta = dict(
-        shapes=shapes,
-        grid=shard["target"].grid,
-        layout=layout,
-        settings=config,
-        sources=[dict(path=str(path.resolve()), bytes=path.stat().st_size) for path in paths],
-        config=plain(shard["content"].get("config")),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    is_val = np.zeros(sum(counts), bool)
+    is_val[split(len(is_val), val_fraction, seed)[1]] = True
+    partial = folder / ".partial-dataset"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
     try:
-        for left_over in folder.glob(".partial-*"):  # of a run that was killed
-            shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-            partial = Path(partial)
-            with contextlib.ExitStack() as stack:
-                stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
-                files = open_files(stack, partial, shapes, layout)
-                totals = write_arrays(shards, counts, load, splits, keys, files)
-            np.savez(partial / "stats.npz", **statistics(totals, shapes))
-            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-            # without meta.json there is no dataset, until all of the new one is in place
-            (folder / "meta.json").unlink(missing_ok=True)
-            for name in (*FILES, "meta.json"):
-                os.replace(partial / name, folder / name)
+        with contextlib.ExitStack() as stack:
+            stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
+            files = {name: stack.enter_context(open(partial / name, "wb")) for name in FILES}
+            write_headers(files, layout, Counter())
+            totals, counts = write_arrays(shards, load, is_val, repeated, files)
+            shapes = write_headers(files, layout, counts)
+        np.savez(partial / "stats.npz", **statistics(totals, shapes))
+        meta = dict(
+            shapes=shapes,
+            grid=shard["target"].grid,
+            layout=layout,
+            settings=config,
+            sources=[dict(path=str(path.resolve()), bytes=path.stat().st_size) for path in paths],
+            config=plain(shard["content"].get("config")),
+        )
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        # without meta.json there is no dataset, until all of the new one is in place
+        (folder / "meta.json").unlink(missing_ok=True)
+        for name in (*FILES, "meta.json"):
+            os.replace(partial / name, folder / name)
     finally:
+        shutil.rmtree(partial)
         with contextlib.suppress(OSError):  # which says that it is not empty
             folder.rmdir()
     return meta
@@ -342,8 +339,8 @@ def print_contents(shards, arrays):
                 with contextlib.suppress(DataError):  # which says that these are no embeddings
                     rows = Rows(content, key, path)
                     x = rows[:8]
-                    line += f"; {len(rows)} samples, the first {len(x)} "
-                    line += f"from {x.min():.4g} to {x.max():.4g}"
+                    numbers = f"the first {len(x)} from {x.min():.4g} to {x.max():.4g}"
+                    line += f"; {len(rows)} samples, {numbers}"
                 print(line)
 
 
@@ -357,8 +354,7 @@ def main():
             return print_contents(*find_files(sources))
         meta = prepare(sources, config)
     except DataError as e:  # names in a hostile file may hold what a terminal obeys
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)[:2000])
-        sys.exit(f"error: {line}")
+        sys.exit(f"error: {repr(str(e)[:2000])[1:-1]}")
     except (OSError, KeyboardInterrupt) as e:
         sys.exit(f"error: {str(e) or 'interrupted'}; no new dataset was left in {out}")
     print(f"{out}: grid {meta['grid'][0]}x{meta['grid'][1]}")

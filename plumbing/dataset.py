@@ -89,7 +89,8 @@ class Loader:
         self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
 
     def epoch_order(self, epoch):
-        return np.random.default_rng([self.seed, epoch]).permutation(self.n_train)
+        rows = np.arange(self.n_train, dtype=np.uint32)  # half the memory of the default
+        return np.random.default_rng([self.seed, epoch]).permutation(rows)
 
     def rows(self, iteration, micro):
         """(batch_size,) rows of the training split in micro-batch `micro` of an iteration."""

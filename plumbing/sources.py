@@ -13,13 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from plumbing import unpickle
+from plumbing.unpickle import BFLOAT16, DataError
 
-# the types of embeddings -> the types that hold them in numpy
-FLOATS = {"float16": "float16", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
-
-
-class DataError(ValueError):
-    """What is wrong with the user's data, in one line."""
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # the types of embeddings
 
 
 # ---------------------------------------------------------------- files
@@ -66,10 +62,7 @@ def find_files(sources):
 
 def load_pickle(path):
     """The dict in a file of any kind: see unpickle.load. Raises DataError."""
-    try:
-        content = unpickle.load(path)
-    except (OSError, unpickle.UnpicklingError) as e:
-        raise DataError(f"{path}: cannot be read as embeddings: {e}") from e
+    content = unpickle.load(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {describe(content)}, not a dict of embeddings")
     return content
@@ -90,7 +83,7 @@ def load_contents(paths):
 
 def dtype_name(array):
     """The name "float32" in any byte order; numpy itself has no bfloat16."""
-    return "bfloat16" if array.dtype == unpickle.BFLOAT16 else array.dtype.name
+    return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
 
 
 def describe(value):
@@ -98,16 +91,20 @@ def describe(value):
     if isinstance(value, np.ndarray):
         kind = "tensor" if isinstance(value, unpickle.Tensor) else "array"
         return f"{kind} of shape {value.shape}, {dtype_name(value)}"
+    if isinstance(value, unpickle.Unknown):
+        return value
     if hasattr(value, "__len__"):
         return f"{type(value).__name__.lower()} of {len(value)}"
-    return type(value).__name__
+    return f"<{type(value).__name__}>"
 
 
 def plain(value):
     """What JSON can hold of a value; "..." where a hostile file makes it too deep or too wide."""
     parts = json.JSONEncoder(default=describe).iterencode(value)
     try:
-        return json.loads("".join(itertools.islice(parts, 10_000)))
+        return json.loads(
+            "".join(itertools.islice(parts, 10_000)), parse_constant=lambda name: None
+        )
     except (ValueError, RecursionError):
         return "..."
 
@@ -129,25 +126,9 @@ def find_pieces(value, where):
                 "(samples, tokens, channels), the same in all of a list"
             )
     n, tokens, *_ = pieces[0].shape
-    if len(pieces) > 1 and n > 1 and n == tokens:
+    if len(pieces) > 1 and n == tokens > 1:
         raise DataError(f"{where}: samples (H, W, C) or batches (n, T, C)? stack them")
     return pieces
-
-
-def find_grid(shape, asked, drop_cls):
-    """(n_cls, grid): how many tokens to drop in front, and the (H, W) of the others or None.
-
-    shape: (T,) or (H, W) of the tokens; asked: the grid that they must have, or None
-    """
-    if len(shape) == 2 and not asked:
-        asked = tuple(shape)
-    for n_cls in range(1 + drop_cls):
-        tokens = math.prod(shape) - n_cls
-        side = math.isqrt(tokens)
-        grid = asked or (side, side)
-        if math.prod(grid) == tokens:
-            return n_cls, grid
-    return 0, None
 
 
 class Rows:
@@ -155,10 +136,13 @@ class Rows:
 
     The entry is an array (N, C), which is one token, (N, T, C) or (N, H, W, C), or a list of (C,)
     or (T, C) samples or of (n, T, C) or (n, H, W, C) batches.
-    dtype, grid, drop_cls and pool are what prepare.py's flags say, the grid as (H, W).
+    The options are what prepare.py's flags say, the grid as (H, W).
     """
 
-    def __init__(self, content, key, path, dtype="source", grid=None, drop_cls=False, pool=1):
+    def __init__(
+        self, content, key, path,
+        dtype="source", grid=None, drop_tokens=0, pool=1, channels_first=False,
+    ):  # fmt: skip
         self.where = f"{path}: {key}"
         if key not in content:
             raise DataError(
@@ -166,14 +150,22 @@ class Rows:
                 f"it holds {str(list(content))[:200]}"
             )
         self.pieces = find_pieces(content[key], self.where)
+        if channels_first:
+            self.pieces = [np.moveaxis(piece, 1, -1) for piece in self.pieces]
         self.base = self.pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
         self.ends = np.cumsum([len(piece) for piece in self.pieces])
         self.nbytes = sum(piece.nbytes for piece in self.pieces)
         if self.nbytes > path.stat().st_size:
             raise DataError(f"{self.where} repeats the same arrays: it is larger than the file")
         _, *shape, self.channels = self.base.shape
-        self.n_cls, self.grid = find_grid(shape, grid, drop_cls)
-        self.tokens = math.prod(shape) - self.n_cls
+        n = math.prod(shape)  # tokens
+        self.grid, self.n_dropped = None, 0
+        for drop in (0, drop_tokens):
+            side = math.isqrt(abs(n - drop))
+            expected = grid or (side, side)
+            if 0 < math.prod(expected) == n - drop <= n:
+                self.grid, self.n_dropped = expected, drop
+        self.tokens = n - self.n_dropped
         self.pool = pool if self.tokens > 1 else 1  # pooled embeddings are one token already
         if self.pool > 1:
             self.grid = tuple(side // pool for side in self.grid or (0, 0))
@@ -182,8 +174,9 @@ class Rows:
                     f"{self.where}: {self.tokens} tokens are not a grid that --pool={pool} divides"
                 )
             self.tokens = math.prod(self.grid)
-        self.dtype = FLOATS[dtype_name(self.base)] if dtype == "source" else dtype
-        self.layout = [self.tokens, self.channels, self.dtype]
+        found = dtype_name(self.base).replace("bfloat16", "float32")
+        self.dtype = found if dtype == "source" else dtype
+        self.layout = [self.tokens, self.channels, self.dtype, self.grid]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -200,9 +193,9 @@ class Rows:
 
     def convert(self, x):
         """Some samples of a piece -> (n, T, C); values that are too large become Inf."""
-        if x.dtype == unpickle.BFLOAT16:
+        if x.dtype == BFLOAT16:
             x = (x["bfloat16"].astype("uint32") << 16).view("float32")
-        x = x.reshape(len(x), -1, self.channels)[:, self.n_cls :]  # (n, H * W, C)
+        x = x.reshape(len(x), -1, self.channels)[:, self.n_dropped :]  # (n, H * W, C)
         if self.pool > 1:
             p = self.pool
             x = x.reshape(len(x), -1, p, self.grid[1], p, self.channels)  # (n, H, p, W, p, C)
@@ -224,13 +217,14 @@ def load_shard(paths, cond_key, target_key, **options):
     target = Rows(contents[-1], target_key, paths[-1], **options)
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
-    if not target.grid:
-        raise DataError(
-            f"{target.where}: {target.tokens} tokens are not {options['grid'] or 'a square'}; "
-            "say --grid=ROWSxCOLUMNS or --drop_cls=True"
-        )
-    if cond.tokens == target.tokens and cond.grid != target.grid:
-        raise DataError(f"{cond.where}: a grid of {cond.grid}, but {target.grid} of the targets")
+    for rows in (cond, target):
+        # (N, H, W, C) of no square, or is it (N, C, H, W)?
+        is_unclear = len(set(rows.base.shape[1:-1])) > 1 and not options["grid"]
+        if is_unclear or rows is target and not rows.grid:
+            raise DataError(
+                f"{rows.where}: {rows.tokens} tokens are not {options['grid'] or 'a square'}; say "
+                "--grid=ROWSxCOLUMNS, --channels_first=True, --drop_cls=True or --drop_tokens=5"
+            )
     return dict(cond=cond, target=target, content=contents[0])
 
 
@@ -239,24 +233,28 @@ def load_shard(paths, cond_key, target_key, **options):
 
 def items(content, n, path):
     """Yields {"key": ..., "caption": ...} of each of a file's n samples, with a "label" if it has
-    labels."""
-    columns = {"key": [None] * n, "caption": [None] * n}
+    labels. A caption or a label may be a list."""
+    columns = dict.fromkeys(("key", "caption"), [None] * n)
     for name in ("key", "caption", "label"):
         values = content.get(f"{name}s")
         if values is None:
             continue
-        if isinstance(values, np.ndarray) and values.shape == (n,):
+        if getattr(values, "shape", None) == (n,):
             try:
                 values = values.tolist()
-            except (ValueError, SystemError):  # its bytes are no text
+            except Exception:  # its bytes are no text
                 pass
-        fits = isinstance(values, list) and len(values) == n
-        if not fits or not set(map(type, values)) <= {str, int, type(None)}:
-            raise DataError(
-                f"{path}: {name}s is not a list of {n} strings or integers: {describe(values)}"
-            )
-        if sum(len(str(value)) for value in values) > path.stat().st_size:
-            raise DataError(f"{path}: {name}s repeat the same strings: more than the file has")
+        if not isinstance(values, list) or len(values) != n:
+            raise DataError(f"{path}: {name}s is not a list of {n} strings: {describe(values)}")
         columns[name] = values
+    room = 3 * path.stat().st_size
     for values in zip(*columns.values()):
-        yield dict(zip(columns, values))
+        item = dict(zip(columns, values))
+        for name, value in item.items():
+            for text in value if isinstance(value, list | tuple) and name != "key" else [value]:
+                if type(text) not in (str, int, type(None)):
+                    raise DataError(f"{path}: {name}s hold {describe(text)}, not text or integers")
+                room -= 1 + len(str(text))
+        if room < 0:
+            raise DataError(f"{path}: keys or captions repeat the same strings endlessly")
+        yield item

@@ -32,6 +32,10 @@ def test_epochs_without_replacement(dataset):
     # the same rows in micro-batches of another size: what counts is the place in the iteration
     halves = Loader(data, batch_size=2, micro_batches=4, subset_size=22, seed=3)
     assert np.array_equal(rows_of(halves, range(11)), rows)
+    # 4 bytes per sample and epoch, in the order of numpy's own permutation
+    order = loader.epoch_order(2)
+    assert order.itemsize == 4
+    assert np.array_equal(order, np.random.default_rng([3, 2]).permutation(22))
     # a micro-batch longer than two epochs
     long = Loader(data, batch_size=88, subset_size=22, seed=3)
     assert np.array_equal(long.rows(0, 0), rows)

@@ -1,3 +1,4 @@
+import datetime
 import json
 import pickle
 import re
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def test_round_trip(tmp_path):
     content = make_pickle(tmp_path / "e.pkl")
     done = convert(tmp_path / "e.pkl", tmp_path / "out")
     assert "train_cond.npy    (30, 4, 6)" in done.stdout and "grid 2x2" in done.stdout
-    assert "target 0 of 40" in done.stderr and done.stderr.endswith("\n")
+    assert "0 of 40 samples" in done.stderr and done.stderr.endswith("\n")
     data, items = load(tmp_path / "out")
     train, val = prepare.split(40, 0.25, 0)
     assert len(val) == 10 and sorted([*train, *val]) == list(range(40))
@@ -103,7 +105,7 @@ def test_tensor_views_and_spatial_grids(tmp_path):
         TARGET: big[1::2, :2, :3].transpose(1, 2),
     }
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
-    convert(tmp_path / "e.pkl", tmp_path / "out")
+    convert(tmp_path / "e.pkl", tmp_path / "out", "--grid=3x2")
     data, items = load(tmp_path / "out")
     val = prepare.split(40, 0.25, 0)[1]
     assert data["meta"]["grid"] == [3, 2] and data["val_cond"].shape == (10, 6, 6)
@@ -137,8 +139,8 @@ def test_folder_of_shards_in_natural_order(tmp_path):
     assert np.array_equal(load(tmp_path / "again")[0]["train_cond"], data["train_cond"])
     for manifest, message in (
         ('{"total_samples": 24}', "promises 24 samples, the files hold 23"),
-        ('{"samples": 23}', "no readable total_samples"),
-        ("[", "no readable total_samples"),
+        ('{"samples": 23}', "promises no readable number of samples, the files hold 23"),
+        ("[", "promises no readable number of samples, the files hold 23"),
     ):
         (shards / "embeddings_manifest.json").write_text(manifest)
         with pytest.raises(DataError, match=message):
@@ -239,10 +241,106 @@ def test_bad_values(tmp_path):
 def test_bad_keys_and_captions(tmp_path):
     assert "keys is not a list of 40" in bad(tmp_path, keys=["a", "b"])
     hostile = np.frombuffer(b"\xff\xff\xff\x7f" * 40, "<U1")  # no such character
-    for keys in (hostile, [[1]] * 40, [0.5] * 40, np.ones(40), "x" * 40):
+    for keys in (hostile, "x" * 40, {1, 2}, datetime.date(2020, 1, 1)):
         assert "e.pkl: keys is not a list of 40" in bad(tmp_path, keys=keys)
-    assert "captions repeat the same strings" in bad(tmp_path, captions=["c" * 200 * 40] * 40)
-    assert "'same' is there twice" in bad(tmp_path, keys=["same"] * 40)
+    for keys, found in (
+        ([[1]] * 40, "list of 1"),
+        ([0.5] * 40, "<float>"),
+        (np.ones(40), "<float>"),
+        ([True] * 40, "<bool>"),
+        ([datetime.date(2020, 1, 1)] * 40, "<datetime.date>"),
+    ):
+        assert f"e.pkl: keys hold {found}, not text or integers" in bad(tmp_path, keys=keys)
+    for captions in (["c" * 200 * 40] * 40, [["c", "d"] * 10_000] * 40):
+        assert "captions repeat the same strings" in bad(tmp_path, captions=captions)
+    line = bad(tmp_path, captions=[["a", Path("b")]] * 40)
+    assert "e.pkl: captions hold <pathlib.PosixPath>, not text or integers" in line
+
+
+def test_several_captions_per_image(tmp_path):
+    captions = [["a cat", "a pet"], "one", [], None, ("x", "y")] * 8
+    for i, kept in enumerate((captions, np.array(captions, object))):
+        make_pickle(tmp_path / "e.pkl", captions=kept, labels=[[1, 2], 3] * 20)
+        prepare_here([tmp_path / "e.pkl"], tmp_path / f"{i}")
+        for row, item in zip(prepare.split(40, 0.25, 0)[1], load(tmp_path / f"{i}")[1]["val"]):
+            expected = captions[row]
+            assert item["caption"] == (list(expected) if type(expected) is tuple else expected)
+            assert item["label"] == ([1, 2], 3)[row % 2]
+
+
+def test_repeated_keys_are_numbered(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.pkl" for i in range(3)]
+    keys = [[0, 1, "2"], ["0", 1, None], [0, 1, None]]
+    for path, named in zip(paths, keys):
+        make_pickle(path, n=3, keys=named)
+    prepare_here(paths, tmp_path / "out")
+    assert "WARNING: 2 keys occur repeatedly" in capsys.readouterr().out
+    items = load(tmp_path / "out")[1]
+    train, val = prepare.split(9, 0.25, 0)
+    found = {row: item["key"] for row, item in zip(train, items["train"])}
+    found |= {row: item["key"] for row, item in zip(val, items["val"])}
+    expected = ["0#0", "1#1", "2", "0", "1#4", None, "0#6", "1#7", None]
+    assert [found[row] for row in range(9)] == expected
+    prepare_here(paths[:1], tmp_path / "one")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_bad_samples_are_left_out_on_demand(tmp_path, capsys):
+    content = make_pickle(tmp_path / "e.pkl", n=12, seed=1)
+    more = make_pickle(tmp_path / "f.pkl", n=1500, seed=2)
+    content[COND][3, 2, 1] = float("nan")
+    more[TARGET][7, 0, 0] = more[COND][7, 0, 0] = float("inf")
+    more[TARGET][1499, 3, 4] = float("nan")
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
+    (tmp_path / "f.pkl").write_bytes(pickle.dumps(more))
+    pair = [tmp_path / "e.pkl", tmp_path / "f.pkl"]
+    line = refused_here(pair, tmp_path / "out")
+    assert "in 3 of 1512 samples, the first in sample 3 (key 'key 1.3'); --skip_bad=True" in line
+    prepare_here(pair, tmp_path / "out", skip_bad=True)
+    line = "3 of 1512 samples, left out: sample 3 (key 'key 1.3'), sample 19 (key 'key 2.7'), "
+    assert f"{line}sample 1511 (key 'key 2.1499')\n" in capsys.readouterr().out
+    data, items = load(tmp_path / "out")
+    split = dict(zip(("train", "val"), prepare.split(1512, 0.25, 0)))
+    for which, rows in split.items():
+        rows = [row for row in rows if row not in (3, 19, 1511)]
+        for kind, key in (("cond", COND), ("target", TARGET)):
+            whole = torch.cat([content[key], more[key]])[rows].numpy()
+            assert np.array_equal(data[f"{which}_{kind}"], whole)
+            assert which == "val" or np.allclose(
+                data["stats"][f"{kind}_mean"], whole.mean((0, 1)), atol=1e-5
+            )
+        keys = content["keys"] + more["keys"]
+        assert [item["key"] for item in items[which]] == [keys[row] for row in rows]
+    # nothing is left
+    content[COND][:] = float("nan")
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
+    line = refused_here(pair[:1], tmp_path / "none", skip_bad=True)
+    assert "in 12 of 12 samples" in line
+
+
+def test_a_pickle_that_promises_another_number(tmp_path, capsys):
+    make_pickle(tmp_path / "e.pkl", n=12, total_samples=999)
+    prepare_here([tmp_path / "e.pkl"], tmp_path / "out")
+    line = "e.pkl: its total_samples is 999, but it holds 12\n"
+    assert line in capsys.readouterr().out
+    make_pickle(tmp_path / "e.pkl", n=12, total_samples=np.ones(300))
+    prepare_here([tmp_path / "e.pkl"], tmp_path / "array")
+    assert "total_samples is array of shape (300,), float64" in capsys.readouterr().out
+
+
+def test_a_config_that_json_lacks(tmp_path):
+    config = {"when": datetime.date(2020, 1, 1), "scale": float("nan"), "kinds": {"a"}}
+    make_pickle(tmp_path / "e.pkl", config=config, beside=Path("a"))
+    prepare_here([tmp_path / "e.pkl"], tmp_path / "out")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text(), parse_constant=refuse)
+    expected = {"when": "<datetime.date>", "scale": None, "kinds": "<builtins.set>"}
+    assert meta["config"] == expected
+    out = run("prepare.py", tmp_path / "e.pkl", "--inspect=True").stdout
+    assert "'beside': <pathlib.PosixPath>\n" in out
 
 
 def test_keys_are_strings_integers_or_none(tmp_path):
@@ -275,7 +373,7 @@ def test_bad_files(tmp_path):
     make_pickle(tmp_path / "a.pkl", seed=1)
     make_pickle(tmp_path / "b.pkl", seed=2, grid=(3, 3))
     pair = [tmp_path / "a.pkl", tmp_path / "b.pkl"]
-    assert "[9, 6, 'float32']" in refused_here(pair, out)
+    assert "[9, 6, 'float32', (3, 3)]" in refused_here(pair, out)
     make_pickle(tmp_path / "b.pkl", seed=2, C=7)
     assert "b.pkl" in refused_here(pair, out)
     assert "--dtype=bfloat16" in refused_here(pair[:1], out, dtype="bfloat16")
@@ -331,7 +429,7 @@ def test_lists_of_samples_and_of_batches(tmp_path):
         arrays({COND: [cond[0], cond[0, :3]], TARGET: target[:2]}, tmp_path / "d")
     with pytest.raises(DataError, match="stack them"):
         arrays({COND: list(cond.reshape(12, 2, 2, 90)), TARGET: list(target)}, tmp_path / "grids")
-    with pytest.raises(DataError, match=r"a grid of \(4, 1\), but \(2, 2\)"):
+    with pytest.raises(DataError, match="4 tokens are not a square; .*--channels_first=True"):
         arrays({COND: cond[:, :, None], TARGET: target}, tmp_path / "two grids")
     with pytest.raises(DataError, match="repeats the same arrays"):
         arrays({COND: [cond] * 1000, TARGET: [target] * 1000}, tmp_path / "e")
@@ -374,6 +472,64 @@ def test_cls_tokens_are_dropped_and_grids_pooled(tmp_path):
             arrays([tmp_path / "a" / "e.pkl"], tmp_path / "d", **options)
     data, _ = arrays({COND: x[:, 1:], TARGET: x[:, 1:]}, tmp_path / "e", drop_cls=True)
     same(data, x[:, 1:], x[:, 1:])  # there was none to drop
+
+
+def test_registers_are_dropped(tmp_path):
+    x = np.random.default_rng(0).standard_normal((8, 21, 6), np.float32)  # 4x4 and 5 more
+    content = {COND: x, TARGET: x[:, 5:]}
+    data, grid = arrays(content, tmp_path / "a", drop_tokens=5)
+    assert grid == [4, 4]
+    same(data, x[:, 5:], x[:, 5:])
+    nine = {COND: x[:, :9], TARGET: x[:, :4]}  # nine are a grid as well
+    data, grid = arrays(nine, tmp_path / "b", drop_tokens=5)
+    assert grid == [2, 2]
+    same(data, x[:, 5:9], x[:, :4])
+    pooled = {COND: x[:, 0], TARGET: x[:, :4]}
+    same(arrays(pooled, tmp_path / "c", drop_tokens=5)[0], x[:, :1], x[:, :4])
+    wide = {COND: x[:, :11], TARGET: x[:, :11]}
+    data, grid = arrays(wide, tmp_path / "d", drop_tokens=5, grid="2x3")
+    assert grid == [2, 3]
+    same(data, x[:, 5:11], x[:, 5:11])
+    for options in (dict(drop_tokens=4), dict(drop_tokens=-4), dict(drop_cls=True)):
+        with pytest.raises(DataError, match="21 tokens are not a square; .*--drop_tokens=5"):
+            arrays({COND: x, TARGET: x}, tmp_path / f"{options}", **options)
+
+
+def test_channels_first(tmp_path):
+    rng = np.random.default_rng(0)
+    last = rng.standard_normal((12, 4, 4, 6), np.float32)  # (N, H, W, C)
+    tokens = last.reshape(12, 16, 6)
+    first = np.moveaxis(last, -1, 1)  # (N, C, H, W), a view
+    grids = {COND: np.ascontiguousarray(first), TARGET: torch.tensor(first)}
+    with pytest.raises(DataError, match="24 tokens .*--grid=ROWSxCOLUMNS, --channels_first=True"):
+        arrays(grids, tmp_path / "a")
+    for i, source in enumerate(
+        (
+            grids,
+            {COND: first, TARGET: np.ascontiguousarray(tokens.transpose(0, 2, 1))},
+            {COND: list(first), TARGET: list(tokens.transpose(0, 2, 1))},
+        )
+    ):
+        if i == 2:
+            source[COND] = [x.reshape(6, 16) for x in source[COND]]
+        data, grid = arrays(source, tmp_path / f"{i}", channels_first=True)
+        assert grid == [4, 4]
+        same(data, tokens, tokens)
+    # a grid that is no square must be named in either order
+    tall = {COND: tokens.reshape(12, 2, 8, 6), TARGET: tokens.reshape(12, 2, 8, 6)}
+    with pytest.raises(DataError, match="16 tokens .*--grid=ROWSxCOLUMNS"):
+        arrays(tall, tmp_path / "tall")
+    data, grid = arrays(tall, tmp_path / "named", grid="2x8")
+    assert grid == [2, 8]
+    same(data, tokens, tokens)
+    tall = {key: np.moveaxis(x, -1, 1) for key, x in tall.items()}
+    with pytest.raises(DataError, match="16 tokens .*--grid=ROWSxCOLUMNS"):
+        arrays(tall, tmp_path / "first", channels_first=True)
+    data, grid = arrays(tall, tmp_path / "both", grid="2x8", channels_first=True)
+    assert grid == [2, 8]
+    same(data, tokens, tokens)
+    pooled = {COND: tokens[:, 0], TARGET: tokens[:, 0]}
+    same(arrays(pooled, tmp_path / "pooled", channels_first=True)[0], tokens[:, :1], tokens[:, :1])
 
 
 def test_npy_pairs(tmp_path):
@@ -530,7 +686,7 @@ def test_labels_are_kept(tmp_path):
         out = run("prepare.py", tmp_path / "e.pkl", "--inspect=True").stdout
         assert re.search("'labels': (list of 30|array of|tensor of)", out)
     assert "labels is not a list of 40" in bad(tmp_path, labels=["a", "b"])
-    assert "labels is not a list of 40" in bad(tmp_path, labels=[0.5] * 40)
+    assert "labels hold <float>, not text or integers" in bad(tmp_path, labels=[0.5] * 40)
 
 
 def test_output_dtype(tmp_path):
@@ -547,20 +703,20 @@ def test_output_dtype(tmp_path):
             )  # statistics are of what is stored
             assert np.allclose(data["stats"]["cond_std"], wide.std(0), rtol=1e-12)
     x[5, 3, 2] = -70000
-    with pytest.raises(DataError, match="too large values in 1 of 8 .* the cond of sample 5"):
+    with pytest.raises(DataError, match="too large values in 1 of 8 .* the first in sample 5"):
         arrays({COND: x, TARGET: x}, tmp_path / "over", dtype="float16")
     wide = {COND: 0 * x, TARGET: torch.tensor(x).bfloat16()}
-    with pytest.raises(DataError, match="too large values in 1 of 8 .* the target of sample 5"):
+    with pytest.raises(DataError, match="too large values in 1 of 8 .* the first in sample 5"):
         arrays(wide, tmp_path / "over16", dtype="float16")
     x[5, 3, 2] = np.inf
     with pytest.raises(
         DataError,
-        match=r"in 1 of 8 samples, the first in the cond of sample 5 \(key None",
+        match=r"in 1 of 8 samples, the first in sample 5 \(key None\); --skip_bad=True",
     ):
         arrays({COND: x, TARGET: x}, tmp_path / "inf", dtype="float16")
     huge = x.astype("f8")
     huge[5, 3, 2] = 1e200  # its square is Inf
-    with pytest.raises(DataError, match="in 1 of 8 samples, the first in the target of"):
+    with pytest.raises(DataError, match="in 1 of 8 samples, the first in sample 5"):
         arrays({COND: np.zeros_like(x), TARGET: huge}, tmp_path / "huge")
     x[5, 3, 2] = 1
     arrays({COND: x, TARGET: x}, tmp_path / "one")
@@ -628,6 +784,31 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     out = run("-c", WATCH, ROOT, tmp_path / "e.pkl", f"--out={tmp_path / 'out'}").stdout
     assert int(out.split("peak ")[1]) < 150, out  # MB, numpy included
     (tmp_path / "e.pkl").unlink()
+
+
+def test_memory_per_sample(tmp_path):
+    """At most 20 bytes, in shards with keys: the arrays that grow are counted, and nothing else."""
+    for i in range(20):
+        x = np.zeros((2000, 1), np.float16)
+        keys = [f"key {i}.{k}" for k in range(2000)]
+        content = {COND: x, TARGET: x, "keys": keys}
+        (tmp_path / f"{i}.pkl").write_bytes(pickle.dumps(content))
+    script = """if True:
+        import sys, tracemalloc, json; sys.path.insert(0, sys.argv.pop(1))
+        import prepare
+        from plumbing.configurator import configure
+        config = configure(vars(prepare), sys.argv[1:2])
+        peaks = []
+        for n in (5, 20):
+            tracemalloc.start()
+            prepare.prepare([f"{sys.argv[2]}/{i}.pkl" for i in range(n)], config)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            prepare.overwrite = True
+        print((peaks[1] - peaks[0]) / 30_000)
+    """
+    done = run("-c", script, ROOT, f"--out={tmp_path / 'out'}", tmp_path)
+    assert float(done.stdout.splitlines()[-1]) < 20
 
 
 # ---------------------------------------------------------------- accidents
