@@ -116,6 +116,9 @@ config = configure(globals())
 last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
 newest = best if best.exists() and not last.exists() else last
 resume = init_from == "resume" or (init_from == "auto" and newest.exists())
+path = Path(init_from)
+if path.is_file() and path.resolve().parent == Path(out_dir).resolve():  # a checkpoint of this run
+    newest, resume = path, True
 ckpt = parameters = None
 flags = []  # the settings that come with the weights; those of the command line win
 if resume:
@@ -147,9 +150,7 @@ dtype = distributed.pick_dtype(dtype, device)
 if gradient_accumulation_steps is None:
     micro = batch_size or (256 // world_size if device_type == "cuda" else 32)
     gradient_accumulation_steps = world_size * max(1, 256 // (micro * world_size))
-if batch_size is None:
-    batch_size = max(1, 256 // gradient_accumulation_steps)
-config |= {name: globals()[name] for name in ("batch_size", "gradient_accumulation_steps")}
+batch_size = batch_size or max(1, 256 // gradient_accumulation_steps)
 one_pass = not distributed.LAUNCHED and gradient_accumulation_steps == 1
 if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
     raise ValueError(
@@ -221,9 +222,10 @@ settings = {name: globals()[name] for name in NextDiTConfig.__dataclass_fields__
 model_config = NextDiTConfig(grid, target_dim=D, cond_dim=C, **settings)
 # config.py and the checkpoints have the settings as they were decided
 decided = {name: getattr(model_config, name) for name in settings}
-config |= asdict(flow_config) | decided | {"learning_rate": learning_rate}
-# these belong to this start, not to the run
-config |= {"overwrite": False, "time_limit": None, "debug": False}
+decided |= dict(learning_rate=learning_rate, batch_size=batch_size)
+decided |= dict(gradient_accumulation_steps=gradient_accumulation_steps)
+# the last three belong to this start, not to the run
+config |= asdict(flow_config) | decided | dict(overwrite=False, time_limit=None, debug=False)
 torch.manual_seed(seed)
 with torch.device("meta" if parameters else "cpu"):
     raw_model = NextDiT(model_config)
@@ -255,6 +257,7 @@ for net in dict.fromkeys([raw_model, ema_model]):
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
     checkpoint.restore_optimizer(ckpt, opt)
+    last_lr = ckpt["optimizer"]["param_groups"][0]["lr"]
     ckpt = None
 if all_reduce_sum(torch.tensor([iteration], device=device)).item() != world_size * iteration:
     raise ValueError(f"the processes see different files {newest}: out_dir must be shared by them")
@@ -383,7 +386,10 @@ def write_log(record):
     if rank == 0:
         checkpoint.append_log(out_dir, record)
     if wandb_log:
-        wandb.log(record, step=iteration)
+        try:
+            wandb.log(record, step=iteration)
+        except Exception as e:  # whatever ails wandb or its service, the run goes on
+            print0(f"WARNING: wandb: {e}")
 
 
 # ---------------------------------------------------------------- start
@@ -395,6 +401,10 @@ print0(
     f"{loader.n_train} samples, {samples_per_iter} per iteration, "
     f"{max_iters} iterations ({n_epochs:.1f} epochs)"
 )
+if warmup_iters >= max_iters:
+    print0(f"WARNING: the warmup, {warmup_iters} iterations, takes the whole run of {max_iters}")
+if resume and iteration > warmup_iters and get_lr(iteration) > 1.1 * last_lr:
+    print0(f"WARNING: the learning rate rises from {last_lr:.2g} to {get_lr(iteration):.2g}")
 if eval_only:
     evaluate()
     distributed.exit_process()
@@ -406,7 +416,7 @@ if dry_run:
     print0(f"dry run: loss {loss * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
     distributed.exit_process()
 version = checkpoint.code_version()
-checkpoint.claim_folder(out_dir, resume or overwrite)
+lock = checkpoint.claim_folder(out_dir, resume or overwrite)  # as long as this is here
 wandb_log = wandb_log and rank == 0
 if wandb_log:  # before anything of an earlier run is replaced, since it can fail
     import wandb
@@ -508,8 +518,6 @@ if stop:
 else:
     loss = f"best validation loss {saver.best_val_loss:.4f}"
     print0(f"done: {max_iters} iterations, {loss}, in {out_dir}")
-if wandb_log:
-    wandb.finish()
 if not saved:
     sys.exit(f"error: {last} could not be written at the end: it is an older one")
 if distributed.LAUNCHED:

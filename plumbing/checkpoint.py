@@ -7,6 +7,7 @@ config.py and its log.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.distributed import RANK, WORLD_SIZE, all_reduce_sum, print0
+from plumbing.distributed import RANK, all_reduce_sum, print0
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,11 +35,12 @@ class Saver:
         self.device = device
         self.in_background = device.startswith("cuda")
         self.thread = ThreadPoolExecutor(1)
-        self.writing = self.new_best = None
+        self.writing = None
 
     def start(self, paths, state, best_val_loss=None):
-        """Write `state` to each path. best_val_loss: given if one of them is ckpt_best.pt."""
+        """Write `state` to each path. best_val_loss: given if the first is ckpt_best.pt."""
         self.wait()
+        self.count = len(paths)
         self.new_best = self.best_val_loss if best_val_loss is None else best_val_loss
         state = gather(state | {"best_val_loss": self.new_best}, self.in_background)
         self.writing = self.thread.submit(self.write, paths if RANK == 0 else [], state)
@@ -46,24 +48,24 @@ class Saver:
             self.wait()
 
     def write(self, paths, state):
-        for path in paths:
+        for i, path in enumerate(paths):
             try:
                 replace_file(path, lambda f: torch.save(state, f))
             except OSError as e:
                 print(f"WARNING: {e}; the previous one is untouched", flush=True)
-                return False
-        return True
+                return i
+        return len(paths)
 
     def wait(self):
-        """Until the last checkpoint is written. Returns whether that worked, in all processes: if
+        """Until the last checkpoint is written. Returns, in all processes, whether that worked: if
         not, training goes on without."""
         if self.writing is None:
             return True
-        written = torch.tensor([float(self.writing.result())], device=self.device)
-        if all_reduce_sum(written).item() < WORLD_SIZE:
-            return False
-        self.best_val_loss = self.new_best
-        return True
+        # that of the first process, since the others write none
+        written = all_reduce_sum(torch.tensor([self.writing.result()], device=self.device)).item()
+        if written:
+            self.best_val_loss = self.new_best
+        return written == self.count
 
 
 def gather(state, copy):
@@ -217,13 +219,25 @@ def hash_files(paths):
 
 
 def claim_folder(out_dir, replace):
-    """Make out_dir if it is missing. Raises ValueError if it holds a run, unless that may be
-    replaced or gone on with."""
+    """Make out_dir if it is missing, and lock it. Raises ValueError if it holds a run, unless that
+    may be replaced or gone on with, and if another process has the lock.
+
+    Returns an open file: the lock lasts until it is closed or the process ends, however that ends.
+    """
     folder = Path(out_dir)
     if list(folder.glob("ckpt_*.pt")) and not replace:
         ways = "--init_from=auto goes on with it, --overwrite=True replaces it"
         raise ValueError(f"{out_dir} already holds a run: {ways}, or choose another --out_dir")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        if RANK == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise ValueError(f"another run is writing to {out_dir}; choose another --out_dir") from e
+    except OSError as e:  # a file system without locks
+        print0(f"WARNING: {out_dir} cannot be locked ({e}): start no other run there")
+    return lock
 
 
 def open_run(out_dir, config, version, iteration, resume):

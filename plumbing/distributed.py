@@ -88,8 +88,12 @@ def all_reduce_sum(x):
     return x.cpu()
 
 
+# what terminals and schedulers send before they kill, and the time limit
+SIGNALS = "SIGINT SIGTERM SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGXCPU SIGALRM"
+
+
 class Interrupts:
-    """Notes SIGINT, SIGTERM and the end of `time_limit` minutes (or None), for the loop to stop.
+    """Notes signals and the end of `time_limit` minutes (or None), for the loop to stop.
 
     device: where flag() is, so that it can be added up with others that are there
     """
@@ -97,8 +101,10 @@ class Interrupts:
     def __init__(self, time_limit, device):
         self.device = device
         self.reason = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            signal.signal(number, self.note)
+        for name in SIGNALS.split():
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is, under nohup
+                signal.signal(number, self.note)
         if time_limit is not None:
             signal.setitimer(signal.ITIMER_REAL, 60 * time_limit or 1e-6)  # 0 would be never
 

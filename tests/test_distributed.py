@@ -215,3 +215,15 @@ def test_processes_must_divide_the_accumulation(dataset, tmp_path):
     assert done.returncode == 1
     assert not (tmp_path / "out").exists()
     assert "gradient_accumulation_steps=4 is no multiple of 3 processes" in done.stderr
+
+
+def test_a_closed_terminal_ends_torchrun_with_a_checkpoint(dataset, tmp_path):
+    """torchrun passes SIGHUP on."""
+    out = tmp_path / "out"
+    command = [*TORCHRUN, "--nproc_per_node=1", "--standalone", "train.py"]
+    flags = [*TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--max_iters=100000"]
+    job = start(*command, *flags)
+    wait_for(job, "iter 3 ")
+    job.send_signal(signal.SIGHUP)
+    assert "by SIGHUP" in job.communicate(timeout=100)[0]
+    assert checkpoint(out)["iter"] >= 4

@@ -21,7 +21,7 @@ from conftest import (
     train,
     wait_for,
 )
-from plumbing.checkpoint import Saver, read_checkpoint, restore_optimizer
+from plumbing.checkpoint import Saver, read_checkpoint, replace_file, restore_optimizer
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -34,7 +34,7 @@ def test_killed_at_random_moments(tmp_path):
     assert "DIFFERS" not in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_during_evaluation_breaks_it_off(dataset, tmp_path, number):
     out = tmp_path / "out"
     # the evaluation would take a minute; it asks after each of its batches
@@ -310,3 +310,95 @@ def test_a_signal_while_a_checkpoint_is_written(dataset, tmp_path, trained, numb
     assert left == first if number == signal.SIGKILL else left >= 5
     train(dataset, out, "--init_from=auto")
     assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
+
+
+def test_the_best_loss_is_that_on_the_disk(tmp_path, monkeypatch, capsys):
+    """Whichever of the files cannot be written."""
+    best, last = tmp_path / "ckpt_best.pt", tmp_path / "ckpt_last.pt"
+    saver, write = Saver(3.0, "cpu"), replace_file
+    full = set()
+
+    def replace(path, function):
+        if path in full:
+            raise OSError(f"{path} not written: the disk is full")
+        write(path, function)
+
+    monkeypatch.setattr("plumbing.checkpoint.replace_file", replace)
+    for full, loss, expected in (({best}, 2.0, 3.0), ({last}, 2.0, 2.0), (set(), 1.0, 1.0)):
+        saver.start([best, last], {"model_args": {}}, loss)
+        assert saver.wait() == (not full)
+        assert saver.best_val_loss == expected
+        assert capsys.readouterr().out.count("WARNING") == len(full)
+        if expected == loss:
+            assert read_checkpoint(best)["best_val_loss"] == expected
+    saver.start([last], {"model_args": {}})
+    assert read_checkpoint(last)["best_val_loss"] == saver.best_val_loss == 1.0
+
+
+def test_nohup_is_respected(dataset, tmp_path):
+    out = tmp_path / "out"
+    ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + RUN_SCRIPT
+    flags = [*TINY, f"--data_dir={dataset}", f"--out_dir={out}"]
+    process = start("-c", ignore, "train.py", *flags)
+    wait_for(process, "iter 0 ")
+    process.send_signal(signal.SIGHUP)
+    assert "done: 6 iterations" in process.communicate(timeout=100)[0]
+
+
+def test_one_run_in_a_folder_at_a_time(dataset, tmp_path, trained):
+    """The second is refused; one that was killed leaves nothing that refuses the next; where the
+    file system has no locks there is a warning."""
+    out = tmp_path / "out"
+    flags = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}"]
+    process = start(*flags, "--max_iters=100000")
+    wait_for(process, "iter 3 ")
+    again = [*flags, "--init_from=auto"]
+    assert f"another run is writing to {out}" in refused(*again)
+    process.kill()
+    process.wait()
+    no_locks = """
+import errno, fcntl, os
+def flock(file, how):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock
+"""
+    shutil.copytree(trained, tmp_path / "copy")
+    for patch, words in (("", ""), (no_locks, "WARNING: {} cannot be locked")):
+        done = run(*flags, "--overwrite=True", patch=patch, fork=False)
+        assert words.format(out) in done.stdout
+        assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
+
+
+def test_resumes_from_the_checkpoint_that_is_named(dataset, tmp_path, trained):
+    """Of the run's own two; then it goes on as if the other did not exist."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    train(dataset, out, "--overwrite=True", "--max_iters=3")
+    (out / "ckpt_last.pt").write_bytes(b"")
+    train(dataset, out, f"--init_from={out / 'ckpt_best.pt'}")
+    assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
+    assert measured(out) == measured(trained)
+
+
+def test_learning_rates_that_may_surprise(dataset, tmp_path, trained):
+    assert "WARNING" not in train(dataset, tmp_path / "a").stdout
+    done = train(dataset, tmp_path / "b", "--warmup_iters=6")
+    assert "WARNING: the warmup, 6 iterations, takes the whole run of 6" in done.stdout
+    out = shutil.copytree(trained, tmp_path / "out")
+    done = train(dataset, out, "--init_from=resume", "--max_iters=12")
+    rates = [line["lr"] for line in log(out) if "lr" in line]
+    assert rates[6] > rates[5]
+    assert f"WARNING: the learning rate rises from 0 to {rates[6]:.2g}" in done.stdout
+
+
+def test_what_accompanies_a_run_cannot_end_it(dataset, tmp_path, trained):
+    broken = """
+import sys, types
+def log(*args, **kwargs):
+    raise ConnectionError("the service is gone")
+wandb = types.ModuleType("wandb")
+wandb.init, wandb.log = lambda **kwargs: types.SimpleNamespace(id="x"), log
+sys.modules["wandb"] = wandb
+"""
+    done = train(dataset, tmp_path / "out", "--wandb_log=True", patch=broken, fork=False)
+    assert "WARNING: wandb: the service is gone" in done.stdout
+    assert same(checkpoint(tmp_path / "out")["model"], checkpoint(trained)["model"])
