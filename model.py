@@ -247,13 +247,7 @@ class Prior(nn.Module):
         covariance = centered.T @ centered / len(tokens)  # (D, D)
         variance, basis = torch.linalg.eigh(covariance)  # (D,), (D, D)
         variance = variance.clamp(min=1e-4 * variance.mean())
-        self.load_state_dict(
-            {
-                "mean": mean,
-                "basis": basis,
-                "variance": variance,
-            }
-        )
+        self.load_state_dict({"mean": mean, "basis": basis, "variance": variance})
 
     def project(self, x_t, t):
         """The state (B, T, D) at t (B, 1, 1), less its mean, in the coordinates of the basis."""

@@ -116,21 +116,21 @@ config = configure(globals())
 last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
 newest = best if best.exists() and not last.exists() else last
 resume = init_from == "resume" or (init_from == "auto" and newest.exists())
-path = Path(init_from)
-if path.is_file() and path.resolve().parent == Path(out_dir).resolve():  # a checkpoint of this run
-    newest, resume = path, True
+named = Path(init_from)
+if named.is_file() and named.resolve().parent == Path(out_dir).resolve():  # one of this run's own
+    newest, resume = named, True
 ckpt = parameters = None
-flags = []  # the settings that come with the weights; those of the command line win
+given = {}  # the settings that come with the weights; those of the command line win
 if resume:
     ckpt = checkpoint.read_checkpoint(newest)
-    if Path(out_dir, "config.py").exists():
-        flags = [f"{out_dir}/config.py"]
+    given = ckpt["config"]
 elif init_from not in ("scratch", "auto"):
     ckpt, parameters = exchange.open_model(init_from, init_weights)
     given = ckpt["model_args"] | ckpt["flow"] | {"normalize": ckpt["normalize"]}
-    flags = [f"--{key}={value}" for key, value in given.items() if key in config]
+flags = [f"--{key}={value}" for key, value in given.items() if key in config]
+if parameters:
     print0(textwrap.fill(f"{init_from}: {' '.join(flags)}", 110, break_on_hyphens=False))
-# a run goes on wherever it lies now, not where its config.py says
+# a run goes on wherever it lies now, not where it began
 config = configure(globals(), flags + sys.argv[1:] + [f"--out_dir={out_dir}"])
 if debug:
     subset_size, max_iters, num_epochs = 64, 10, None
