@@ -10,13 +10,14 @@ digits do), and with the first three principal components of the tokens as red, 
 """
 
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.checkpoint import read_log
-from plumbing.configurator import configure_paths, user_errors_in_one_line
+from plumbing.configurator import configure_paths, show, user_errors_in_one_line
 from plumbing.dataset import split_arrays
 from report import score
 
@@ -55,10 +56,8 @@ def principal_colours(reference, encode):
     `reference` (N, T, D), standardized by `encode`, their 1st to 99th percentile spread over
     [0, 1]."""
     x = encode(reference).flatten(0, 1).numpy()  # (N * T, D)
-    covariance = np.atleast_2d(np.cov(x.T))
-    _, vectors = np.linalg.eigh(covariance)  # that of the largest eigenvalue comes last
-    axes = vectors[:, :-4:-1]  # (D, 3), or fewer than 3
-    axes = np.pad(axes, [(0, 0), (0, 3 - axes.shape[1])])
+    _, _, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)  # the largest come first
+    axes = np.resize(axes[:3], (3, x.shape[1])).T  # (D, 3): with fewer than 3, the same again
     low, high = np.percentile(x @ axes, [1, 99], axis=0)
     scale = np.maximum(high - low, 1e-12)
 
@@ -173,8 +172,7 @@ def draw_scores(fig, generated, truth, predicted):
     pooled = generated[:40].mean(1)
     true_pooled = truth(np.arange(len(pooled))).mean(1)
     matrix = score.cosine(pooled[:, None], true_pooled)
-    picture = left.imshow(matrix)
-    fig.colorbar(picture, ax=left)
+    fig.colorbar(left.imshow(matrix), ax=left)
     left.set(title="pooled cosine", xlabel="truth", ylabel="sample")
 
     n = len(generated)
@@ -237,6 +235,7 @@ def draw_curves(path, out_dirs):
 
 def main():
     user_errors_in_one_line()
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook, which its shell has, may be missing here
     _, paths = configure_paths(globals())
     if paths[:1] == ["samples"]:
         data, samples = score.open_samples(paths[1:], data_dir, split, limit)
@@ -251,7 +250,7 @@ def main():
         draw_curves(path, paths)
     else:
         raise ValueError("name the folders of runs, or samples and a file")
-    print(f"wrote {path}")
+    show(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from plumbing.configurator import configure_paths, user_errors_in_one_line
+from plumbing.configurator import configure_paths, show, user_errors_in_one_line
 from plumbing.dataset import open_dataset, split_arrays
 
 METRICS = (
@@ -101,8 +102,7 @@ def chunks(rows):
 
 def evenly(rows, n):
     """n of the rows, evenly spaced."""
-    places = np.linspace(0, len(rows) - 1, n)
-    return rows[places.astype(int)]
+    return rows[np.linspace(0, len(rows) - 1, n, dtype=int)]
 
 
 def pooled(samples, rows):
@@ -135,8 +135,7 @@ def spread(x, y):
     M = x.shape[1]
     energy = norm(x - y[:, None]).mean((1, 2))
     for i in range(1, M):  # the distances between each draw and the i-th after it
-        distance = norm(x - x.roll(i, 1)).mean((1, 2))
-        energy -= distance / (2 * (M - 1))
+        energy -= norm(x - x.roll(i, 1)).mean((1, 2)) / (2 * (M - 1))
     error = x.mean(1) - y
     return {
         "energy_score": energy,
@@ -182,7 +181,8 @@ def add_up(predicted, truth, n):
     true_pooled = pooled(truth, np.arange(n))  # (N, D)
     sums = defaultdict(Counter)  # a Counter adds up values by their names
     groups = []
-    for group in np.array_split(np.arange(n), min(GROUPS, n)):
+    parts = np.array_split(np.arange(n), min(GROUPS, n))
+    for group in tqdm(parts, "scoring", leave=False, delay=1, disable=None):
         groups.append(Counter())
         for rows in chunks(group):
             y = truth(rows)
@@ -198,10 +198,7 @@ def add_up(predicted, truth, n):
 
 def figures(sums):
     """METRICS and, of several draws, SPREAD from the sums of measure(), as floats."""
-    values = {}
-    for name in MEANS:
-        if name in sums:
-            values[name] = sums[name] / sums["samples"]
+    values = {name: sums[name] / sums["samples"] for name in MEANS if name in sums}
     mean, cov = gaussian(sums["moments"])
     true_mean, true_cov = gaussian(sums["true_moments"])
     values["frechet"] = frechet_distance(mean, cov, true_mean, true_cov)
@@ -225,7 +222,8 @@ def confidence(totals, groups):
         return {}
     estimates = []
     for group in groups:
-        rest = {name: totals[name] - group[name] for name in totals}
+        rest = Counter(totals)
+        rest.subtract(group)
         estimates.append(figures(rest))
     widths = {}
     for name in estimates[0]:
@@ -353,7 +351,8 @@ def report(draws, data, split="val"):
 
     Returns a dict, the text that shows it, and predictions(). The dict has the METRICS of the first
     draw, `samples` (N), `confidence` {name: half-width of the 95% interval}, `baselines`
-    {name: metrics} and, for several draws, `mean_of_draws` (metrics) and `spread` (SPREAD).
+    {name: metrics} and, for several draws, `mean_of_draws` (metrics) and `spread` (SPREAD); None
+    is what is not finite, since JSON has no NaN.
     """
     n, M = draws.shape[:2]
     truth, predicted = predictions(draws, data, split)
@@ -372,10 +371,10 @@ def report(draws, data, split="val"):
         result["spread"] = {"draws": M}
         text += f"\n{M} draws per condition:"
         for name, meaning in SPREAD.items():
-            value = result.pop(name)
+            value = result["spread"][name] = result.pop(name)
             width = widths.get(name, math.nan)
             text += f"\n  {name:<14}{value:8.4f} +- {width:.4f}  ({meaning})"
-            result["spread"][name] = value
+    result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     return result, text, (truth, predicted)
 
 
@@ -388,8 +387,7 @@ def table(rows):
     for label, row in rows.items():
         line = f"{label:<10}"
         for name in METRICS:
-            width = max(len(name), 8) + 2
-            line += f"{row.get(name, math.nan):{width}.4f}"
+            line += f"{row.get(name, math.nan):{max(len(name), 8) + 2}.4f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -413,7 +411,7 @@ def open_samples(paths, data_dir, split, limit):
     if draws.shape[2:] != target.shape[1:] or not 0 < n <= len(draws) <= len(target):
         raise ValueError(f"{found}, of which the first {n} are scored; --limit=N changes that")
     draws = draws[:n]
-    if not all(float(np.abs(x).max()) < 1e15 for x in draws):  # squares overflow in float32
+    if not all(float(abs(x).max()) < 1e15 for x in draws):  # squares overflow in float32
         raise ValueError(f"{paths[0]} holds NaN, Inf or numbers above 1e15")
     return data, draws
 
@@ -423,9 +421,9 @@ def main():
     _, paths = configure_paths(globals())
     data, draws = open_samples(paths, data_dir, split, limit)
     result, text, _ = report(draws, data, split)
-    print(text)
     if save:
         Path(save).write_text(json.dumps(result, indent=1))
+    show(text)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
+import io
+import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import refused, run
-from plumbing.dataset import open_dataset
+from plumbing.dataset import ARRAYS, open_dataset
 from report import score
 
 
@@ -315,3 +318,36 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     assert "nowhere" in refused(
         "-m", "report.score", tmp_path / "nowhere.npy", f"--data_dir={dataset}"
     )
+
+
+def test_what_is_not_finite_is_null():
+    """Metrics of a single token have no spread: NaN in the table, None in what is saved."""
+    stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
+    data = dict.fromkeys(ARRAYS, np.ones((1, 1, 3))) | {"stats": stats}
+    result, text, _ = score.report(np.ones((1, 1, 1, 3)), data)
+    assert result["std_ratio"] is None and result["baselines"]["mean"]["std_ratio"] is None
+    assert result["token_cosine"] == pytest.approx(1) and "nan" in text
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_table_that_nobody_takes(dataset, tmp_path):
+    """The scores are saved all the same."""
+    np.save(tmp_path / "a.npy", np.load(dataset / "val_target.npy"))
+    args = [tmp_path / "a.npy", f"--data_dir={dataset}", f"--save={tmp_path}/a.json"]
+    full = 'import os; os.dup2(os.open("/dev/full", os.O_WRONLY), 1)\n'
+    module = "import runpy; runpy.run_module('report.score', run_name='__main__', alter_sys=True)"
+    line = refused("-c", full + module, *args)
+    assert line == "error: cannot print: [Errno 28] No space left on device"
+    assert json.loads((tmp_path / "a.json").read_text())["samples"] == 10
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_on_a_terminal(monkeypatch, terminal):
+    """A bar once it takes longer than a second, and none in a log file."""
+    clock = itertools.count()  # seconds
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    x = torch.randn(40, 2, 3)
+    score.add_up({"generated": x.__getitem__}, x.__getitem__, 40)
+    assert ("scoring" in sys.stderr.getvalue()) == terminal
