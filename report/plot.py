@@ -175,11 +175,10 @@ def draw_scores(fig, generated, truth, predicted):
     fig.colorbar(left.imshow(matrix), ax=left)
     left.set(title="pooled cosine", xlabel="truth", ylabel="sample")
 
-    n = len(generated)
-    cosines = token_cosines(truth, predicted, n)
+    cosines = token_cosines(truth, predicted, len(generated))
     labels = [f"{name} ({values.mean():.3f})" for name, values in cosines.items()]
     right.hist(list(cosines.values()), 40, histtype="step", lw=1.6, label=labels)
-    right.set(title=f"token cosine of {n} samples with their truth (mean)", yticks=[])
+    right.set(title=f"token cosine of {len(generated)} samples with their truth (mean)", yticks=[])
     right.legend(reverse=True)
 
 
@@ -242,11 +241,11 @@ def main():
         path = save or Path(paths[1]).with_suffix(".png")
         cond, truth = split_arrays(data, split)
         references = score.predictions(samples, data, split)
-        grid = data["meta"]["grid"]
-        draw_samples(path, cond, truth, samples, grid, data["stats"], data_dir, references)
+        draw_samples(
+            path, cond, truth, samples, data["meta"]["grid"], data["stats"], data_dir, references
+        )
     elif paths:
-        folder = paths[0] if len(paths) == 1 else ""
-        path = save or Path(folder, "curves.png")
+        path = save or Path(paths[0] if len(paths) == 1 else "", "curves.png")
         draw_curves(path, paths)
     else:
         raise ValueError("name the folders of runs, or samples and a file")

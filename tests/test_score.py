@@ -351,3 +351,72 @@ def test_progress_on_a_terminal(monkeypatch, terminal):
     x = torch.randn(40, 2, 3)
     score.add_up({"generated": x.__getitem__}, x.__getitem__, 40)
     assert ("scoring" in sys.stderr.getvalue()) == terminal
+
+
+D = 320  # channels of the tests below, whose variances fall from 8 to 0.06
+
+
+def wide(n, seed):
+    """Tokens (n, 4, D) of independent channels, the first of which vary the most."""
+    std = (8 / (1 + torch.arange(D) / 2.5)).sqrt()
+    return std * torch.randn(n, 4, D, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "change, low, high",
+    [
+        (lambda x: 0.8 * x, 0.97, 1.03),  # all directions alike: nothing is lost
+        (lambda x: x + (torch.arange(D) == 1), 0.99, 1.01),  # among the leading ones
+        (lambda x: x + 0.1 * torch.randn(D, generator=torch.Generator().manual_seed(1)), 0.8, 1.2),
+        (lambda x: x * (torch.arange(D) < 160), 0.2, 0.9),  # what is small is mixed, and evened out
+    ],
+)
+def test_many_channels_are_projected(monkeypatch, change, low, high):
+    """Of a known distance this finds so much; what is cheap stays exact."""
+    x = wide(400, 0)
+    y = change(x)
+    exact = score.metrics(y, x)
+    assert score.projection(x)(x) is x
+    monkeypatch.setattr(score, "WIDE", 300)
+    ours = score.metrics(y, x)
+    assert ours == score.metrics(y, x)
+    assert low < ours.pop("frechet") / exact.pop("frechet") < high
+    assert ours.pop("std_ratio") == pytest.approx(exact.pop("std_ratio"), rel=0.01)
+    assert ours == pytest.approx(exact, rel=1e-5)
+
+
+def test_projection_keeps_the_leading_directions_and_lengths(monkeypatch):
+    monkeypatch.setattr(score, "WIDE", 300)
+    project = score.projection(wide(128, 0))
+    other = wide(500, 1).flatten(0, 1)
+    assert project(other).shape == (2000, 256)
+    ratio = project(other).square().sum() / other.square().sum()
+    assert ratio == pytest.approx(1, abs=0.02)
+    kept = project(torch.eye(D)).square().sum(1)  # of each channel's unit vector
+    assert kept[:10].min() > 0.9 and kept[:10].max() < 1.1
+    assert score.projection(torch.ones(1, 1, D))(torch.ones(2, D)).isfinite().all()
+
+
+def test_ridge_of_many_channels(monkeypatch):
+    """It sees the leading directions of the condition: nearly all that predicts this target."""
+    cond = wide(600, 0)
+    weight = torch.randn(D, 5, generator=torch.Generator().manual_seed(1))
+    target = cond[..., :20] @ weight[:20] + torch.randn(600, 4, 5)
+    new = wide(200, 2)
+    expected = score.fit_ridge(cond.__getitem__, target.__getitem__, 600)(new)
+    monkeypatch.setattr(score, "WIDE", 300)
+    ours = score.fit_ridge(cond.__getitem__, target.__getitem__, 600)(new)
+    error = (ours - expected).square().mean() / expected.square().mean()
+    assert 0 < error < 0.02
+
+
+def test_the_table_says_what_is_projected(monkeypatch, dataset):
+    data = open_dataset(dataset)
+    draws = data["val_target"][:, None]
+    assert "projected" not in score.report(draws, data)[1]
+    stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
+    data = dict.fromkeys(ARRAYS, wide(20, 0).numpy()) | {"stats": stats}
+    monkeypatch.setattr(score, "WIDE", 300)
+    result, text, _ = score.report(data["val_target"][:, None], data)
+    assert "projected on 256 directions" in text
+    assert result["frechet"] == pytest.approx(0, abs=1e-3)
