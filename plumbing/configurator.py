@@ -1,13 +1,13 @@
 """
 Override a script's defaults from python files and --key=value flags.
 
-    python train.py config/train_digits.py --batch_size=32 --learning_rate=1e-3
+    python train.py config/train_digits.py --batch_size=32 --learning_rate 1e-3
     python train.py --help
 
 A script keeps its defaults as plain assignments under `# ---- group` headings, up to a line
 `# ----`, and then calls `config = configure(globals())`. Files and flags apply in the order given;
 the last one wins. A key that the script does not know, or a value of another type, ends the run
-with one line.
+with one line; what sweep tools write is taken: `--compile=true`, `--batch_size=4.0`.
 """
 
 import ast
@@ -16,15 +16,24 @@ import math
 import os
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 
-def configure(namespace, argv=None):
+def show(text):
+    """Print; exit with one line where nobody takes it: a full disk, a closed pipe."""
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more as it ends
+        sys.exit(f"error: cannot print: {e}")
+
+
+def configure(namespace, argv=None, paths=None):
     """Apply config files and flags to a script's globals.
 
     namespace: the script's `globals()`, with the block of defaults and `__file__`
     argv: the arguments after the script's name; sys.argv[1:] by default
+    paths: a list for the arguments that are no flags, which are config files otherwise
     Returns {key: value} of every setting, in the order of the block.
     Exits with one line and code 1 on an unknown key, a wrong type or an unreadable file.
     """
@@ -33,29 +42,35 @@ def configure(namespace, argv=None):
     defaults = read_defaults(source)
     config = {key: value for key, (value, _) in defaults.items()}
     argv = sys.argv[1:] if argv is None else argv
+    if sys.platform == "win32":
+        sys.exit("error: this runs on Linux and macOS; on Windows use WSL")
     if "--help" in argv or "-h" in argv:
-        print(namespace["__doc__"].strip())
-        print("\nSettings, each with its default; --key=value changes one:\n")
-        print(settings_block(source))
+        doc = namespace["__doc__"].strip()
+        block = settings_block(source)
+        show(f"{doc}\n\nSettings, each with its default; --key=value changes one:\n\n{block}")
         sys.exit()
-    for arg in argv:
-        if not arg.startswith("-"):
+    args = iter(argv)
+    for arg in args:
+        if arg.startswith("-"):
+            key, equals, text = arg[2:].partition("=")
+            if not equals:
+                text = next(args, "--")
+            if not arg.startswith("--") or text.startswith("--"):
+                sys.exit(f"error: cannot read the argument {arg!r}: write --key=value")
+            config[key] = check(key, text, defaults, arg, from_text=True)
+        elif paths is None:
             for key, value in read_file(arg, script.parent).items():
                 config[key] = check(key, value, defaults, arg)
-        elif arg.startswith("--") and "=" in arg:
-            key, text = arg[2:].split("=", 1)
-            config[key] = check(key, text, defaults, arg, from_text=True)
         else:
-            sys.exit(f"error: cannot read the argument {arg!r}: write --key=value")
+            paths.append(os.path.expanduser(arg))
     namespace.update(config)
     return config
 
 
 def configure_paths(namespace):
     """configure() for a script whose other arguments are paths; returns the settings and these."""
-    flags = [arg for arg in sys.argv[1:] if arg.startswith("-")]
-    paths = [os.path.expanduser(arg) for arg in sys.argv[1:] if arg not in flags]
-    return configure(namespace, flags), paths
+    paths = []
+    return configure(namespace, paths=paths), paths
 
 
 def settings_block(source):
@@ -71,49 +86,45 @@ def read_defaults(source):
     defaults = {}
     for node in ast.parse(settings_block(source)).body:
         value = ast.literal_eval(node.value)
-        if isinstance(node, ast.AnnAssign):
-            defaults[node.target.id] = value, ast.unparse(node.annotation).split(" | ")
-        else:
-            defaults[node.targets[0].id] = value, [type(value).__name__]
+        name, _, kinds = ast.unparse(node).split(" = ")[0].partition(": ")
+        kinds = kinds or type(value).__name__
+        defaults[name] = value, kinds.split(" | ")
     return defaults
 
 
 def read_file(path, script_dir):
     """The public names that a config file assigns. Its path is relative to the working
     directory or, failing that, to the script's folder."""
-    found = [p for p in (Path(path).expanduser(), script_dir / path) if p.is_file()]
-    if not found:
+    for file in (Path(path).expanduser(), script_dir / path):
+        if file.is_file():
+            break
+    else:
         sys.exit(f"error: no config file {path!r} here or in {script_dir} (flags are --key=value)")
     values = {}
     try:
-        exec(found[0].read_text(), values)
+        exec(file.read_text(), values)
     except Exception as e:  # the user's file may raise anything
         sys.exit(f"error: config file {path!r} failed: {type(e).__name__}: {e}")
-    return {k: v for k, v in values.items() if not k.startswith("_") and not hasattr(v, "__name__")}
-
-
-def parse(text, kinds):
-    """The value that a flag's text stands for; what is no literal stays text."""
-    if text == "None" and "None" in kinds:
-        return None
-    if "str" in kinds:
-        return os.path.expanduser(text)
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return {k: v for k, v in values.items() if k[0] != "_" and not hasattr(v, "__name__")}
 
 
 def check(key, value, defaults, origin, from_text=False):
-    """`value`, if `key` takes its type; whole numbers pass where a float is asked for."""
+    """`value`, if `key` takes its type. Whole numbers pass as int and as float, and the text of a
+    flag as the literal that it is, also as YAML writes it (true)."""
     if key not in defaults:
-        nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
-        sys.exit(f"error: unknown setting {key!r} in {origin!r}; did you mean {nearest!r}?")
+        near = difflib.get_close_matches(key, defaults)
+        hint = f"did you mean {near[0]!r}?" if near else "--help prints all"
+        sys.exit(f"error: unknown setting {key!r} in {origin!r}; {hint}")
     default, kinds = defaults[key]
-    if from_text:
-        value = parse(value, kinds)
-    if type(value) is int and "int" not in kinds and "float" in kinds:
-        value = float(value)
+    if from_text and "str" in kinds and value not in kinds:  # None can be one of them
+        value = os.path.expanduser(value)
+    elif from_text:
+        try:
+            value = ast.literal_eval(value.capitalize())
+        except Exception:  # what is no literal stays text, and is refused below
+            pass
+    if type(value) in (int, float) and value % 1 == 0:
+        value = int(value) if "int" in kinds else float(value)
     if value == "" and default != "":
         sys.exit(f"error: {key} is empty (in {origin!r})")
     kind = "None" if value is None else type(value).__name__
@@ -126,15 +137,13 @@ def check_numbers(config, positive, any_sign):
     """Exit with one line unless all numbers are finite and at least 0, or above 0 if `positive`
     names them, or of any sign if `any_sign` does (names with spaces between them)."""
     for name, value in config.items():
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
             sys.exit(f"error: {name}={value} must be finite")
-        if name in any_sign.split():
-            continue
         if name in positive.split() and value <= 0:
             sys.exit(f"error: {name}={value} must be above 0")
-        if value < 0:
+        if value < 0 and name not in any_sign.split():
             sys.exit(f"error: {name}={value} must be 0 or more")
 
 
@@ -143,8 +152,8 @@ def user_errors_in_one_line():
     with a line instead of a traceback."""
 
     def hook(kind, error, traceback):
-        from_wandb = kind.__module__.startswith("wandb")
-        if from_wandb or isinstance(error, (ValueError, OSError, ImportError)):
+        expected = isinstance(error, ValueError | OSError | ImportError)
+        if expected or kind.__module__.startswith("wandb"):
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)
@@ -153,8 +162,7 @@ def user_errors_in_one_line():
 
 
 def describe(config, script):
-    """The settings that differ from the script's defaults, as flags, in lines of text."""
+    """The settings that differ from the script's defaults, as flags."""
     defaults = read_defaults(Path(script).read_text())
-    flags = [f"--{key}={value}" for key, value in config.items() if value != defaults[key][0]]
-    text = " ".join(flags) or "all settings are the defaults"
-    return textwrap.fill(text, 110, break_on_hyphens=False)
+    flags = (f"--{key}={value}" for key, value in config.items() if value != defaults[key][0])
+    return " ".join(flags) or "all settings are the defaults"

@@ -10,13 +10,14 @@ digits do), and with the first three principal components of the tokens as red, 
 """
 
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.checkpoint import read_log
-from plumbing.configurator import configure_paths, user_errors_in_one_line
+from plumbing.configurator import configure_paths, show, user_errors_in_one_line
 from plumbing.dataset import split_arrays
 from report import score
 
@@ -55,10 +56,8 @@ def principal_colours(reference, encode):
     `reference` (N, T, D), standardized by `encode`, their 1st to 99th percentile spread over
     [0, 1]."""
     x = encode(reference).flatten(0, 1).numpy()  # (N * T, D)
-    covariance = np.atleast_2d(np.cov(x.T))
-    _, vectors = np.linalg.eigh(covariance)  # that of the largest eigenvalue comes last
-    axes = vectors[:, :-4:-1]  # (D, 3), or fewer than 3
-    axes = np.pad(axes, [(0, 0), (0, 3 - axes.shape[1])])
+    _, _, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)  # the largest come first
+    axes = np.resize(axes[:3], (3, x.shape[1])).T  # (D, 3): with fewer than 3, the same again
     low, high = np.percentile(x @ axes, [1, 99], axis=0)
     scale = np.maximum(high - low, 1e-12)
 
@@ -173,15 +172,13 @@ def draw_scores(fig, generated, truth, predicted):
     pooled = generated[:40].mean(1)
     true_pooled = truth(np.arange(len(pooled))).mean(1)
     matrix = score.cosine(pooled[:, None], true_pooled)
-    picture = left.imshow(matrix)
-    fig.colorbar(picture, ax=left)
+    fig.colorbar(left.imshow(matrix), ax=left)
     left.set(title="pooled cosine", xlabel="truth", ylabel="sample")
 
-    n = len(generated)
-    cosines = token_cosines(truth, predicted, n)
+    cosines = token_cosines(truth, predicted, len(generated))
     labels = [f"{name} ({values.mean():.3f})" for name, values in cosines.items()]
     right.hist(list(cosines.values()), 40, histtype="step", lw=1.6, label=labels)
-    right.set(title=f"token cosine of {n} samples with their truth (mean)", yticks=[])
+    right.set(title=f"token cosine of {len(generated)} samples with their truth (mean)", yticks=[])
     right.legend(reverse=True)
 
 
@@ -237,21 +234,22 @@ def draw_curves(path, out_dirs):
 
 def main():
     user_errors_in_one_line()
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook, which its shell has, may be missing here
     _, paths = configure_paths(globals())
     if paths[:1] == ["samples"]:
         data, samples = score.open_samples(paths[1:], data_dir, split, limit)
         path = save or Path(paths[1]).with_suffix(".png")
         cond, truth = split_arrays(data, split)
         references = score.predictions(samples, data, split)
-        grid = data["meta"]["grid"]
-        draw_samples(path, cond, truth, samples, grid, data["stats"], data_dir, references)
+        draw_samples(
+            path, cond, truth, samples, data["meta"]["grid"], data["stats"], data_dir, references
+        )
     elif paths:
-        folder = paths[0] if len(paths) == 1 else ""
-        path = save or Path(folder, "curves.png")
+        path = save or Path(paths[0] if len(paths) == 1 else "", "curves.png")
         draw_curves(path, paths)
     else:
         raise ValueError("name the folders of runs, or samples and a file")
-    print(f"wrote {path}")
+    show(f"wrote {path}")
 
 
 if __name__ == "__main__":

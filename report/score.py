@@ -29,8 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from plumbing.configurator import configure_paths, user_errors_in_one_line
+from plumbing.configurator import configure_paths, show, user_errors_in_one_line
 from plumbing.dataset import open_dataset, split_arrays
 
 METRICS = (
@@ -58,6 +59,7 @@ MEANS = (  # over samples; energy_score is of several draws only
 )
 LIMIT = 5000  # how many samples are scored by default: the first ones
 GROUPS = 20  # of samples; the jackknife leaves out one at a time
+WIDE = 2048  # channels; the covariances of more are taken in 256 directions, see projection()
 
 # ---- settings of python -m report.score FILE, a .npy of raw (N, T, D) or (N, draws, T, D)
 data_dir = ""  # dataset that prepare.py wrote
@@ -94,15 +96,16 @@ def most_similar(x, candidates):
     return (x @ F.normalize(candidates).T).argmax(1)
 
 
-def chunks(rows):
-    """Parts of at most 256 rows, so that memory does not grow with the number of samples."""
-    return np.array_split(rows, math.ceil(len(rows) / 256))
+def chunks(rows, channels=1):
+    """Parts of at most 256 rows, so that memory does not grow with the number of samples; of 16
+    wide ones, which a processor's cache holds."""
+    size = 256 if channels <= WIDE else 16
+    return np.array_split(rows, math.ceil(len(rows) / size))
 
 
 def evenly(rows, n):
     """n of the rows, evenly spaced."""
-    places = np.linspace(0, len(rows) - 1, n)
-    return rows[places.astype(int)]
+    return rows[np.linspace(0, len(rows) - 1, n, dtype=int)]
 
 
 def pooled(samples, rows):
@@ -110,10 +113,30 @@ def pooled(samples, rows):
     return torch.cat([samples(part).mean(1) for part in chunks(rows)])
 
 
-def moments(x):
-    """(1 + D, 1 + D) for tokens (B, T, D): their number, sum, and sum of outer products."""
+def moments(x, rows=None):
+    """(1 + D, 1 + D) for tokens (B, T, D): their number, sum, and sum of outer products; or the
+    first so many rows of it."""
     tokens = F.pad(x.flatten(0, 1).double(), (1, 0), value=1.0)  # (B * T, 1 + D)
-    return tokens.T @ tokens
+    return tokens[:, :rows].T @ tokens
+
+
+def projection(samples):
+    """Function from (..., D) to what covariances are taken of: the same, or (..., 256) if D > WIDE.
+
+    Half of these directions are close to the leading principal components of the samples (n, T, D),
+    by a randomized range finder (Halko et al. 2011, algorithm 4.1). The others are random ones of
+    the rest, scaled to stand for all of it: squared lengths are kept in expectation (Johnson and
+    Lindenstrauss 1984).
+    """
+    tokens = samples.flatten(0, 1)
+    D = tokens.shape[1]
+    if D <= WIDE:
+        return lambda x: x
+    basis = torch.randn(D, 256, generator=torch.Generator().manual_seed(0))
+    basis[:, :128] = tokens.T @ (tokens @ basis[:, :128])
+    basis = torch.linalg.qr(basis)[0]
+    basis[:, 128:] *= math.sqrt(D / 128 - 1)
+    return lambda x: x @ basis
 
 
 def gaussian(moments):
@@ -135,8 +158,7 @@ def spread(x, y):
     M = x.shape[1]
     energy = norm(x - y[:, None]).mean((1, 2))
     for i in range(1, M):  # the distances between each draw and the i-th after it
-        distance = norm(x - x.roll(i, 1)).mean((1, 2))
-        energy -= distance / (2 * (M - 1))
+        energy -= norm(x - x.roll(i, 1)).mean((1, 2)) / (2 * (M - 1))
     error = x.mean(1) - y
     return {
         "energy_score": energy,
@@ -145,11 +167,12 @@ def spread(x, y):
     }
 
 
-def measure(x, y, rows, true_pooled):
+def measure(x, y, rows, true_pooled, project):
     """{name: sum} over samples x (B, T, D) of what makes up METRICS; or over several draws
     x (B, M, T, D), SPREAD too, and METRICS of the first.
 
     y: (B, T, D) their truth; true_pooled: (N, D) of all, theirs in these rows
+    project: see projection()
     """
     values = {}
     if x.ndim == 4:
@@ -169,7 +192,7 @@ def measure(x, y, rows, true_pooled):
         "error": error.square().sum((1, 2)),
     }
     sums = {name: value.sum(dtype=torch.float64) for name, value in values.items()}
-    sums["moments"] = moments(x)
+    sums["moments"] = moments(project(x))
     return sums
 
 
@@ -180,15 +203,17 @@ def add_up(predicted, truth, n):
     truth: function of rows -> (B, T, D), of n samples
     """
     true_pooled = pooled(truth, np.arange(n))  # (N, D)
+    project = projection(truth(evenly(np.arange(n), 128)))
     sums = defaultdict(Counter)  # a Counter adds up values by their names
     groups = []
-    for group in np.array_split(np.arange(n), min(GROUPS, n)):
+    parts = np.array_split(np.arange(n), min(GROUPS, n))
+    for group in tqdm(parts, "scoring", leave=False, delay=1, disable=None):
         groups.append(Counter())
-        for rows in chunks(group):
+        for rows in chunks(group, true_pooled.shape[1]):
             y = truth(rows)
-            true_moments = moments(y)  # costs the most, and serves all that is predicted
+            true_moments = moments(project(y))  # costs the most, and serves all that is predicted
             for name, predict in predicted.items():
-                values = measure(predict(rows), y, rows, true_pooled)
+                values = measure(predict(rows), y, rows, true_pooled, project)
                 values["true_moments"] = true_moments
                 sums[name].update(values)
                 if name == "generated":
@@ -198,10 +223,7 @@ def add_up(predicted, truth, n):
 
 def figures(sums):
     """METRICS and, of several draws, SPREAD from the sums of measure(), as floats."""
-    values = {}
-    for name in MEANS:
-        if name in sums:
-            values[name] = sums[name] / sums["samples"]
+    values = {name: sums[name] / sums["samples"] for name in MEANS if name in sums}
     mean, cov = gaussian(sums["moments"])
     true_mean, true_cov = gaussian(sums["true_moments"])
     values["frechet"] = frechet_distance(mean, cov, true_mean, true_cov)
@@ -225,7 +247,8 @@ def confidence(totals, groups):
         return {}
     estimates = []
     for group in groups:
-        rest = {name: totals[name] - group[name] for name in totals}
+        rest = Counter(totals)
+        rest.subtract(group)
         estimates.append(figures(rest))
     widths = {}
     for name in estimates[0]:
@@ -251,19 +274,22 @@ def fit_ridge(cond, target, n):
     cond, target: functions of rows -> standardized (B, S, C) and (B, T, D), of n training samples
     Returns a function from conditions (B, S, C) to predictions (B, T, D), all standardized.
     """
-    T = target([0]).shape[1]
-    inputs = 1 + cond([0]).shape[2]  # a constant and the channels of the condition
+    _, T, D = target([0]).shape
+    channels = max(D, cond([0]).shape[2])
+    project = projection(cond(evenly(np.arange(n), 128)))
 
     def features(x):
         if x.shape[1] != T:
             x = x.mean(1, keepdim=True).expand(-1, T, -1)
-        return x  # (B, T, C)
+        return project(x)  # (B, T, C)
+
+    inputs = 1 + features(cond([0])).shape[2]  # a constant and the channels of the condition
 
     def products(rows):
         total = 0
-        for part in chunks(rows):
+        for part in chunks(rows, channels):
             tokens = torch.cat([features(cond(part)), target(part)], -1)
-            total += moments(tokens)[:inputs]
+            total += moments(tokens, inputs)
         return total  # (1 + C, 1 + C + D)
 
     def solve(products, penalty):
@@ -276,7 +302,8 @@ def fit_ridge(cond, target, n):
         xx, xy = held_out.tensor_split([inputs], 1)
         return (weight * (xx @ weight - 2 * xy)).sum()
 
-    rows = evenly(np.arange(n), min(n, math.ceil(262144 / T)))  # 262,144 tokens are enough
+    enough = 262144 if channels <= WIDE else 65536  # tokens
+    rows = evenly(np.arange(n), min(n, math.ceil(enough / T)))
     everything = products(rows)
     held_out = products(rows[::10])
     fitted = everything - held_out
@@ -353,7 +380,8 @@ def report(draws, data, split="val"):
 
     Returns a dict, the text that shows it, and predictions(). The dict has the METRICS of the first
     draw, `samples` (N), `confidence` {name: half-width of the 95% interval}, `baselines`
-    {name: metrics} and, for several draws, `mean_of_draws` (metrics) and `spread` (SPREAD).
+    {name: metrics} and, for several draws, `mean_of_draws` (metrics) and `spread` (SPREAD); None
+    is what is not finite, since JSON has no NaN.
     """
     n, M = draws.shape[:2]
     truth, predicted = predictions(draws, data, split)
@@ -367,15 +395,19 @@ def report(draws, data, split="val"):
         "confidence": widths,
         "baselines": others,
     }
+    if draws.shape[3] > WIDE:
+        text += (
+            "\nfrechet and std_ratio are estimates: the channels are projected on 256 directions"
+        )
     if M > 1:
         result["mean_of_draws"] = {"draws": M} | others.pop(f"mean of {M}")
         result["spread"] = {"draws": M}
         text += f"\n{M} draws per condition:"
         for name, meaning in SPREAD.items():
-            value = result.pop(name)
+            value = result["spread"][name] = result.pop(name)
             width = widths.get(name, math.nan)
             text += f"\n  {name:<14}{value:8.4f} +- {width:.4f}  ({meaning})"
-            result["spread"][name] = value
+    result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     return result, text, (truth, predicted)
 
 
@@ -388,8 +420,7 @@ def table(rows):
     for label, row in rows.items():
         line = f"{label:<10}"
         for name in METRICS:
-            width = max(len(name), 8) + 2
-            line += f"{row.get(name, math.nan):{width}.4f}"
+            line += f"{row.get(name, math.nan):{max(len(name), 8) + 2}.4f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -413,7 +444,7 @@ def open_samples(paths, data_dir, split, limit):
     if draws.shape[2:] != target.shape[1:] or not 0 < n <= len(draws) <= len(target):
         raise ValueError(f"{found}, of which the first {n} are scored; --limit=N changes that")
     draws = draws[:n]
-    if not all(float(np.abs(x).max()) < 1e15 for x in draws):  # squares overflow in float32
+    if not all(float(abs(x).max()) < 1e15 for x in draws):  # squares overflow in float32
         raise ValueError(f"{paths[0]} holds NaN, Inf or numbers above 1e15")
     return data, draws
 
@@ -423,9 +454,9 @@ def main():
     _, paths = configure_paths(globals())
     data, draws = open_samples(paths, data_dir, split, limit)
     result, text, _ = report(draws, data, split)
-    print(text)
     if save:
         Path(save).write_text(json.dumps(result, indent=1))
+    show(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
-from plumbing.configurator import configure, describe, read_defaults
+from conftest import ROOT
+from plumbing.configurator import configure, configure_paths, describe, read_defaults
 
 SCRIPT = '''"""Run me."""
 import math
@@ -40,6 +45,63 @@ def test_values_keep_their_types(script):
     assert config == DEFAULTS | dict(out_dir="None")
 
 
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--flag=false"], dict(flag=False)),
+        (["--flag=TRUE", "--limit=none"], dict(flag=True, limit=None)),
+        (["--count=4.0", "--rate=1E-2"], dict(count=4, rate=0.01)),
+        (["--count=1e3", "--limit=7.0"], dict(count=1000, limit=7)),
+        (["--count", "-7", "--flag", "false", "--rate", "3"], dict(count=-7, flag=False, rate=3.0)),
+        (["--out_dir", "None", "--limit", "3"], dict(out_dir="None", limit=3)),
+        (["--out_dir", "a=b"], dict(out_dir="a=b")),
+        (["c.py", "--count", "4", "c.py"], dict(count=3)),
+    ],
+)
+def test_what_sweep_tools_write(script, tmp_path, argv, expected):
+    """Other words for a bool, whole floats, and a space for the equals sign."""
+    (tmp_path / "c.py").write_text("count = 3.0\n")
+    config = configure(script, argv)
+    assert config == DEFAULTS | expected
+    assert [type(config[key]) for key in expected] == [type(v) for v in expected.values()]
+
+
+def test_paths_stand_beside_flags(script, monkeypatch):
+    argv = ["script.py", "a.npy", "--count", "4", "out_dir", "rate", "--flag=false", "~/b.npy"]
+    monkeypatch.setattr(sys, "argv", argv)
+    config, paths = configure_paths(script)
+    assert config == DEFAULTS | dict(count=4, flag=False)
+    assert paths == ["a.npy", "out_dir", "rate", os.path.expanduser("~/b.npy")]
+
+
+def test_other_systems_get_a_line(script, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="Linux and macOS; on Windows use WSL"):
+        configure(script, ["--help"])
+
+
+@pytest.mark.parametrize("stdout, words", [(">/dev/full", "No space left"), ("| true", "pipe")])
+@pytest.mark.parametrize("length", [1, 100_000])
+@pytest.mark.parametrize("option", ["-u", "-s"])
+def test_help_that_nobody_takes(stdout, words, length, option):
+    """One line, buffered or not, and no complaint of Python's own as it ends."""
+    namespace = f"dict(__doc__={length} * 'Run me.', __file__='report/score.py')"
+    code = "import time; time.sleep(0.2); from plumbing.configurator import configure; "
+    code += f"configure({namespace}, ['--help'])"
+    command = ["sh", "-c", f'"$0" {option} -c "$1" {stdout}', sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "" and done.stderr.startswith("error: cannot print: ")
+    assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_without_any_output():
+    code = "from plumbing.configurator import configure; "
+    code += "configure(dict(__doc__='Run me.', __file__='report/score.py'), ['--help'])"
+    command = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_files_and_flags_apply_in_order(script, tmp_path, monkeypatch):
     rate = "rate = int(math.sqrt(4))  # int for a float"
     (tmp_path / "c.py").write_text(f"import math\n{rate}\ncount = 3\n_private = 1\n")
@@ -60,7 +122,13 @@ def test_files_and_flags_apply_in_order(script, tmp_path, monkeypatch):
         (["--count=None"], ["count takes int"]),
         (["--hidden=1"], ["unknown setting"]),
         (["--out_dir="], ["out_dir is empty"]),
-        (["--count", "3"], ["--key=value"]),
+        (["--foo=1"], ["unknown setting 'foo'", "--help prints all"]),
+        (["--rte", "1"], ["'rte'", "did you mean 'rate'"]),
+        (["--count"], ["'--count'", "--key=value"]),
+        (["--out_dir", "--count=3"], ["'--out_dir'", "--key=value"]),
+        (["--count", "many"], ["count takes int, not 'many'"]),
+        (["--count=1e999"], ["count takes int, not inf"]),
+        (["--count={[]:1}"], ["count takes int"]),
         (["-count=3"], ["--key=value"]),
         (["nowhere.py"], ["no config file 'nowhere.py'"]),
         (["bad_key.py"], ["unknown setting 'cuont'", "'count'"]),

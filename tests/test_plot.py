@@ -116,6 +116,21 @@ def test_pictures_say_what_they_need(monkeypatch):
         new_figure(4)
 
 
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_any_backend_in_the_environment(tmp_path, trained, backend):
+    """The shells of notebooks have that of the notebook, which need not be installed here."""
+    run("-m", "report.plot", trained, f"--save={tmp_path / 'a.png'}", MPLBACKEND=backend)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_callers_backend_stays_as_it_is(monkeypatch):
+    """Neither the setting nor pyplot is touched."""
+    code = "import os, sys; from report.plot import new_figure; new_figure(4).savefig('/dev/null', "
+    code += "format='png'); import matplotlib; print(matplotlib.rcParams._get('backend'), "
+    code += "os.environ['MPLBACKEND'], 'matplotlib.pyplot' in sys.modules)"
+    assert run("-c", code, MPLBACKEND="svg").stdout.split() == ["svg", "svg", "False"]
+
+
 def test_a_decoder_of_fewer_channels(tmp_path):
     """Conditions that were widened, by labels say, are decoded as before."""
     rng = np.random.default_rng(0)

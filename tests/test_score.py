@@ -1,11 +1,14 @@
+import io
+import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import refused, run
-from plumbing.dataset import open_dataset
+from plumbing.dataset import ARRAYS, open_dataset
 from report import score
 
 
@@ -315,3 +318,105 @@ def test_command_line_scores_a_file(dataset, tmp_path):
     assert "nowhere" in refused(
         "-m", "report.score", tmp_path / "nowhere.npy", f"--data_dir={dataset}"
     )
+
+
+def test_what_is_not_finite_is_null():
+    """Metrics of a single token have no spread: NaN in the table, None in what is saved."""
+    stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
+    data = dict.fromkeys(ARRAYS, np.ones((1, 1, 3))) | {"stats": stats}
+    result, text, _ = score.report(np.ones((1, 1, 1, 3)), data)
+    assert result["std_ratio"] is None and result["baselines"]["mean"]["std_ratio"] is None
+    assert result["token_cosine"] == pytest.approx(1) and "nan" in text
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_table_that_nobody_takes(dataset, tmp_path):
+    """The scores are saved all the same."""
+    np.save(tmp_path / "a.npy", np.load(dataset / "val_target.npy"))
+    args = [tmp_path / "a.npy", f"--data_dir={dataset}", f"--save={tmp_path}/a.json"]
+    full = 'import os; os.dup2(os.open("/dev/full", os.O_WRONLY), 1)\n'
+    module = "import runpy; runpy.run_module('report.score', run_name='__main__', alter_sys=True)"
+    line = refused("-c", full + module, *args)
+    assert line == "error: cannot print: [Errno 28] No space left on device"
+    assert json.loads((tmp_path / "a.json").read_text())["samples"] == 10
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_on_a_terminal(monkeypatch, terminal):
+    """A bar once it takes longer than a second, and none in a log file."""
+    clock = itertools.count()  # seconds
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    x = torch.randn(40, 2, 3)
+    score.add_up({"generated": x.__getitem__}, x.__getitem__, 40)
+    assert ("scoring" in sys.stderr.getvalue()) == terminal
+
+
+D = 320  # channels of the tests below, whose variances fall from 8 to 0.06
+
+
+def wide(n, seed):
+    """Tokens (n, 4, D) of independent channels, the first of which vary the most."""
+    std = (8 / (1 + torch.arange(D) / 2.5)).sqrt()
+    return std * torch.randn(n, 4, D, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "change, low, high",
+    [
+        (lambda x: 0.8 * x, 0.97, 1.03),  # all directions alike: nothing is lost
+        (lambda x: x + (torch.arange(D) == 1), 0.99, 1.01),  # among the leading ones
+        (lambda x: x + 0.1 * torch.randn(D, generator=torch.Generator().manual_seed(1)), 0.8, 1.2),
+        (lambda x: x * (torch.arange(D) < 160), 0.2, 0.9),  # what is small is mixed, and evened out
+    ],
+)
+def test_many_channels_are_projected(monkeypatch, change, low, high):
+    """Of a known distance this finds so much; what is cheap stays exact."""
+    x = wide(400, 0)
+    y = change(x)
+    exact = score.metrics(y, x)
+    assert score.projection(x)(x) is x
+    monkeypatch.setattr(score, "WIDE", 300)
+    ours = score.metrics(y, x)
+    assert ours == score.metrics(y, x)
+    assert low < ours.pop("frechet") / exact.pop("frechet") < high
+    assert ours.pop("std_ratio") == pytest.approx(exact.pop("std_ratio"), rel=0.01)
+    assert ours == pytest.approx(exact, rel=1e-5)
+
+
+def test_projection_keeps_the_leading_directions_and_lengths(monkeypatch):
+    monkeypatch.setattr(score, "WIDE", 300)
+    project = score.projection(wide(128, 0))
+    other = wide(500, 1).flatten(0, 1)
+    assert project(other).shape == (2000, 256)
+    ratio = project(other).square().sum() / other.square().sum()
+    assert ratio == pytest.approx(1, abs=0.02)
+    kept = project(torch.eye(D)).square().sum(1)  # of each channel's unit vector
+    assert kept[:10].min() > 0.9 and kept[:10].max() < 1.1
+    assert score.projection(torch.ones(1, 1, D))(torch.ones(2, D)).isfinite().all()
+
+
+def test_ridge_of_many_channels(monkeypatch):
+    """It sees the leading directions of the condition: nearly all that predicts this target."""
+    cond = wide(600, 0)
+    weight = torch.randn(D, 5, generator=torch.Generator().manual_seed(1))
+    target = cond[..., :20] @ weight[:20] + torch.randn(600, 4, 5)
+    new = wide(200, 2)
+    expected = score.fit_ridge(cond.__getitem__, target.__getitem__, 600)(new)
+    monkeypatch.setattr(score, "WIDE", 300)
+    ours = score.fit_ridge(cond.__getitem__, target.__getitem__, 600)(new)
+    error = (ours - expected).square().mean() / expected.square().mean()
+    assert 0 < error < 0.02
+
+
+def test_the_table_says_what_is_projected(monkeypatch, dataset):
+    data = open_dataset(dataset)
+    draws = data["val_target"][:, None]
+    assert "projected" not in score.report(draws, data)[1]
+    stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
+    data = dict.fromkeys(ARRAYS, wide(20, 0).numpy()) | {"stats": stats}
+    monkeypatch.setattr(score, "WIDE", 300)
+    result, text, _ = score.report(data["val_target"][:, None], data)
+    assert "projected on 256 directions" in text
+    assert result["frechet"] == pytest.approx(0, abs=1e-3)
