@@ -52,7 +52,7 @@ class Saver:
             try:
                 replace_file(path, lambda f: torch.save(state, f))
             except OSError as e:
-                print(f"WARNING: {e}; the previous one is untouched", flush=True)
+                print0(f"WARNING: {e}; the previous one is untouched")
                 return i
         return len(paths)
 
@@ -275,6 +275,6 @@ def append_log(out_dir, record):
         with open(log, "a") as f:
             f.write(json.dumps(record) + "\n")
     except OSError as e:
-        print(f"WARNING: {log} not written ({e})", flush=True)
+        print0(f"WARNING: {log} not written ({e})")
         if log.exists():
             os.truncate(log, size)  # leave no half a line

@@ -5,6 +5,7 @@ Devices, and what the processes of a run do together: start, add up, stop, shard
     total = all_reduce_sum(torch.stack([loss, interrupts.flag()]))
 """
 
+import contextlib
 import datetime
 import os
 import signal
@@ -21,9 +22,16 @@ LAUNCHED = "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def print0(*args):
-    """Print in the first process only."""
-    if RANK == 0:
+    """Print in the first process only. Where nobody takes it, a full disk or a closed pipe, the
+    run goes on in silence, after one warning."""
+    if RANK > 0:
+        return
+    try:
         print(*args, flush=True)
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with contextlib.suppress(OSError):
+            print(f"WARNING: cannot print: {e}; the run goes on", file=sys.stderr, flush=True)
 
 
 def pick_device(name):

@@ -3,6 +3,8 @@
 import math
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -402,3 +404,20 @@ sys.modules["wandb"] = wandb
     done = train(dataset, tmp_path / "out", "--wandb_log=True", patch=broken, fork=False)
     assert "WARNING: wandb: the service is gone" in done.stdout
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(trained)["model"])
+
+
+@pytest.mark.parametrize("kind", ["full disk", "closed pipe"])
+def test_output_that_nobody_takes_ends_no_run(dataset, tmp_path, trained, kind):
+    """train.py > /dev/full; train.py | head -2"""
+    out = tmp_path / "out"
+    flags = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}"]
+    with open("/dev/full", "w") as full, open(tmp_path / "stderr", "w+") as stderr:
+        stdout = full if kind == "full disk" else subprocess.PIPE
+        process = subprocess.Popen([sys.executable, *flags], stdout=stdout, stderr=stderr, cwd=ROOT)
+        if kind == "closed pipe":
+            process.stdout.readline()
+            process.stdout.close()
+        assert process.wait(timeout=100) == 0
+        stderr.seek(0)
+        assert stderr.read().count("WARNING: cannot print: ") == 1
+    assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
