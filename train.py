@@ -9,6 +9,7 @@ Writes ckpt_last.pt, ckpt_best.pt, log.jsonl, and config.py, which repeats the r
 """
 
 import copy
+import faulthandler
 import math
 import resource
 import sys
@@ -111,6 +112,7 @@ dist_timeout = 10.0  # minutes that the processes wait for one that hangs
 seed = 0
 # ----
 
+faulthandler.enable()  # names the signal that ends a run whose data file is cut off, SIGBUS
 user_errors_in_one_line()  # until the training loop
 config = configure(globals())
 last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")

@@ -1,6 +1,7 @@
 """A run that is ended, by whatever, goes on as if it had not been."""
 
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import (
     TINY,
     checkpoint,
     log,
+    make_pickle,
     measured,
     refused,
     run,
@@ -421,3 +423,15 @@ def test_output_that_nobody_takes_ends_no_run(dataset, tmp_path, trained, kind):
         stderr.seek(0)
         assert stderr.read().count("WARNING: cannot print: ") == 1
     assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
+
+
+def test_data_that_is_cut_off_under_a_run(tmp_path):
+    """A word, at least."""
+    make_pickle(tmp_path / "data.pkl", n=400, grid=(4, 4))
+    run("prepare.py", tmp_path / "data.pkl", f"--out={tmp_path / 'data'}")
+    flags = [*TINY, f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}"]
+    process = start("train.py", *flags, "--max_iters=100000", "--eval_interval=100000")
+    wait_for(process, "iter 3 ")
+    os.truncate(tmp_path / "data" / "train_cond.npy", 200)
+    assert "Bus error" in process.communicate(timeout=100)[0]
+    assert process.returncode != 0
