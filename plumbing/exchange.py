@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from plumbing.checkpoint import read_checkpoint, read_weights
+from plumbing.checkpoint import check_tensors, read_checkpoint, read_weights
 from plumbing.configurator import configure_paths, user_errors_in_one_line
+from plumbing.distributed import print0
 
 # ---- settings
 out = ""  # the folder to write
@@ -98,7 +99,8 @@ def stack_names(names):
 def open_model(path, weights="ema", grid=None, prefix=""):
     """(ckpt, parameters): what a model is, and its parameters, read one at a time.
 
-    path: a checkpoint, the folder of a run (for its ckpt_best.pt), or a folder of config.json and
+    path: a checkpoint, the folder of a run (for its ckpt_best.pt or, before its
+        first evaluation, ckpt_last.pt), or a folder of config.json and
         safetensors, sharded or not, in our names or in diffusers'
     weights: of a checkpoint, "ema" or "model", the raw ones
     grid: (H, W) of a model from elsewhere; by default the square that its config.json says
@@ -107,15 +109,18 @@ def open_model(path, weights="ema", grid=None, prefix=""):
     Returns a dict(model_args, flow, normalize, stats, cond_tokens, config, files, ...), and an
     iterator of (name, tensor). Raises ValueError where there is no such model.
     """
-    path = Path(path)
-    if path.is_dir():
-        best = path / "ckpt_best.pt"
-        if not best.exists():
+    folder = path = Path(path)
+    if folder.is_dir():
+        path = folder / "ckpt_best.pt"
+        last = folder / "ckpt_last.pt"
+        if last.exists() and not path.exists():
+            print0(f"{folder} has no {path.name}, which an evaluation writes: taking {last.name}")
+            path = last
+        if not path.exists():
             try:
-                return open_safetensors(path, grid, prefix)
+                return open_safetensors(folder, grid, prefix)
             except Exception as e:  # a damaged file can raise anything
-                raise ValueError(f"{path}: no {best.name}, and no safetensors model: {e}") from e
-        path = best
+                raise ValueError(f"{folder}: no {path.name}, and no safetensors model: {e}") from e
     ckpt = read_checkpoint(path)
     return ckpt | {"files": [path]}, read_weights(path, weights)
 
@@ -138,7 +143,9 @@ def open_safetensors(folder, grid, prefix):
 
     def read(name):
         with safe_open(places[name], "pt") as file:  # what an open file has read stays in memory
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        check_tensors(name, tensor)
+        return tensor
 
     if is_ours and "x_embed.weight" in places:
         return ckpt, ((name, read(name)) for name in places)

@@ -136,12 +136,13 @@ class Rows:
 
     The entry is an array (N, C), which is one token, (N, T, C) or (N, H, W, C), or a list of (C,)
     or (T, C) samples or of (n, T, C) or (n, H, W, C) batches.
-    The options are what prepare.py's flags say, the grid as (H, W).
+    The options are the settings of prepare.py, of which the others do not matter here.
     """
 
     def __init__(
         self, content, key, path,
-        dtype="source", grid=None, drop_tokens=0, pool=1, channels_first=False,
+        dtype="source", grid="", drop_tokens=0, drop_cls=False, pool=1, channels_first=False,
+        **others,
     ):  # fmt: skip
         self.where = f"{path}: {key}"
         if key not in content:
@@ -160,9 +161,10 @@ class Rows:
         _, *shape, self.channels = self.base.shape
         n = math.prod(shape)  # tokens
         self.grid, self.n_dropped = None, 0
-        for drop in (0, drop_tokens):
+        sides = tuple(map(int, re.findall(r"\d+", grid)))
+        for drop in (0, drop_tokens or int(drop_cls)):
             side = math.isqrt(abs(n - drop))
-            expected = grid or (side, side)
+            expected = sides or (side, side)
             if 0 < math.prod(expected) == n - drop <= n:
                 self.grid, self.n_dropped = expected, drop
         self.tokens = n - self.n_dropped
