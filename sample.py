@@ -160,8 +160,8 @@ def generate(
     expected = loaded.cond_tokens or S, loaded.model.config.cond_dim
     if (S, C) != expected:
         raise ValueError(
-            f"conditions of shape {(S, C)}; this model takes {expected}: prepare them as its data "
-            "was, by prepare.py's --drop_tokens, --pool or --channels_first, or name it by --data_dir"
+            f"conditions of shape {(S, C)}; this model takes {expected}: --data_dir=DATASET would "
+            "apply the --drop_tokens, --pool or --channels_first that prepare.py had for it"
         )
     noise_indices = [first] * N if same_noise else range(first, first + N)
     kind = getattr(torch, loaded.dtype)
@@ -210,19 +210,17 @@ def line(a, b, n):
 # ---- the script
 
 
-def read_conditions(path, key, meta_path):
+def read_conditions(path, key, meta=None):
     """The conditions in a file, Rows (N, S, C), and an iterator of {"key": ..., "caption": ...}.
 
-    meta_path: the meta.json of the dataset. What is not of its shape is prepared as it was.
+    meta: the meta.json of the dataset. What is not of its shape is prepared as it was.
     """
     content = load_pickle(path)
-    if path.suffix == ".npy":
+    if list(content) == ["array"]:  # a .npy
         key = "array"
     rows = Rows(content, key, path)
-    if meta_path.exists():
-        meta = json.loads(meta_path.read_text())
-        if rows.layout[:2] != meta["shapes"]["val_cond"][1:]:
-            rows = Rows(content, key, path, **meta["settings"] | {"dtype": "source"})
+    if meta and rows.layout[:2] != meta["shapes"]["val_cond"][1:]:
+        rows = Rows(content, key, path, **meta["settings"] | {"dtype": "source"})
     for _ in items(content, len(rows), path):  # refuses bad ones before hours of sampling
         pass
     return rows, items(content, len(rows), path)
@@ -256,9 +254,9 @@ def run(config):
     folder = data_dir or loaded.data_dir
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
     if cond:
-        conditions, named = read_conditions(
-            Path(cond), cond_key, Path(folder or out_dir, "meta.json")
-        )
+        meta_path = Path(folder or out_dir, "meta.json")
+        meta = json.loads(meta_path.read_text()) if meta_path.exists() else None
+        conditions, named = read_conditions(Path(cond), cond_key, meta)
         truth = None
     else:
         if not folder:
@@ -271,7 +269,7 @@ def run(config):
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
             )
     if interpolate:
-        i, j, n = interpolate if len(interpolate) == 3 else (*interpolate, 8)
+        i, j, n = (*interpolate, 8)[:3]
         if not 0 <= min(i, j) <= max(i, j) < len(conditions):
             raise ValueError(f"interpolate={interpolate}: there are {len(conditions)} conditions")
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
@@ -326,13 +324,13 @@ def run(config):
         print0(f"{output.done} of {len(batches)} batches were there")
     for batch in tqdm(batches[output.done :], unit="batch", disable=RANK > 0):
         first = batch * size
-        number = interpolate[0] if interpolate else first
         c = conditions[first : min(first + size, n)]  # (B, S, C)
         states = []
         for draw in range(n_draws if first < n_with_draws else 1):
             x = generate(
-                loaded, c, first=number, draw=draw, same_noise=bool(interpolate), **settings
-            )
+                loaded, c, first=i if interpolate else first, draw=draw,
+                same_noise=bool(interpolate), **settings,
+            )  # fmt: skip
             states.append(x.reshape(-1, len(c), *shape))  # (1 or steps + 1, B, T, D)
         samples = torch.stack([x[-1] for x in states], 1)  # (B, draws, T, D)
         arrays = {target: samples[:, 0], draws_path: samples, states_path: states[0].swapaxes(0, 1)}

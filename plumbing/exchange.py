@@ -99,9 +99,9 @@ def stack_names(names):
 def open_model(path, weights="ema", grid=None, prefix=""):
     """(ckpt, parameters): what a model is, and its parameters, read one at a time.
 
-    path: a checkpoint, the folder of a run (for its ckpt_best.pt or, before its
-        first evaluation, ckpt_last.pt), or a folder of config.json and
-        safetensors, sharded or not, in our names or in diffusers'
+    path: a checkpoint, the folder of a run (for its ckpt_best.pt or, before the first evaluation,
+        its ckpt_last.pt), or a folder of config.json and safetensors, sharded or not, in our names
+        or in diffusers'
     weights: of a checkpoint, "ema" or "model", the raw ones
     grid: (H, W) of a model from elsewhere; by default the square that its config.json says
     prefix: what the names of the parameters begin with. By default it is found, and parameters
@@ -109,18 +109,19 @@ def open_model(path, weights="ema", grid=None, prefix=""):
     Returns a dict(model_args, flow, normalize, stats, cond_tokens, config, files, ...), and an
     iterator of (name, tensor). Raises ValueError where there is no such model.
     """
-    folder = path = Path(path)
-    if folder.is_dir():
-        path = folder / "ckpt_best.pt"
-        last = folder / "ckpt_last.pt"
-        if last.exists() and not path.exists():
-            print0(f"{folder} has no {path.name}, which an evaluation writes: taking {last.name}")
-            path = last
-        if not path.exists():
+    path = Path(path)
+    if path.is_dir():
+        checkpoints = sorted(path.glob("ckpt_*st.pt"))  # ckpt_best.pt before ckpt_last.pt
+        if not checkpoints:
             try:
-                return open_safetensors(folder, grid, prefix)
+                return open_safetensors(path, grid, prefix)
             except Exception as e:  # a damaged file can raise anything
-                raise ValueError(f"{folder}: no {path.name}, and no safetensors model: {e}") from e
+                raise ValueError(f"{path}: no ckpt_best.pt, and no safetensors model: {e}") from e
+        path = checkpoints[0]
+        if path.name == "ckpt_last.pt":
+            print0(
+                f"{path} is taken, since the run has no ckpt_best.pt before its first evaluation"
+            )
     ckpt = read_checkpoint(path)
     return ckpt | {"files": [path]}, read_weights(path, weights)
 

@@ -161,10 +161,10 @@ class Rows:
         _, *shape, self.channels = self.base.shape
         n = math.prod(shape)  # tokens
         self.grid, self.n_dropped = None, 0
-        sides = tuple(map(int, re.findall(r"\d+", grid)))
+        self.asked = tuple(map(int, re.findall(r"\d+", grid)))
         for drop in (0, drop_tokens or int(drop_cls)):
             side = math.isqrt(abs(n - drop))
-            expected = sides or (side, side)
+            expected = self.asked or (side, side)
             if 0 < math.prod(expected) == n - drop <= n:
                 self.grid, self.n_dropped = expected, drop
         self.tokens = n - self.n_dropped
@@ -221,10 +221,10 @@ def load_shard(paths, cond_key, target_key, **options):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
     for rows in (cond, target):
         # (N, H, W, C) of no square, or is it (N, C, H, W)?
-        is_unclear = len(set(rows.base.shape[1:-1])) > 1 and not options["grid"]
+        is_unclear = len(set(rows.base.shape[1:-1])) > 1 and not rows.asked
         if is_unclear or rows is target and not rows.grid:
             raise DataError(
-                f"{rows.where}: {rows.tokens} tokens are not {options['grid'] or 'a square'}; say "
+                f"{rows.where}: {rows.tokens} tokens are not {rows.asked or 'a square'}; say "
                 "--grid=ROWSxCOLUMNS, --channels_first=True, --drop_cls=True or --drop_tokens=5"
             )
     return dict(cond=cond, target=target, content=contents[0])
