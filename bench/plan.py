@@ -150,8 +150,8 @@ def main():
     rows = max(n for n in range(1, math.isqrt(T) + 1) if T % n == 0)
     grid = (rows, T // rows)
     print(f"""assumed:
-  GPUs of {args.tflops:g} TFLOP/s (H100 SXM, bfloat16), {args.share:.0%} of it reached by forward and
-  backward; {args.optimizer:g} ps per parameter for clipping, AdamW and the averages
+  GPUs of {args.tflops:g} TFLOP/s (H100 SXM, bfloat16), {args.share:.0%} of it reached by forward
+  and backward; {args.optimizer:g} ps per parameter for clipping, AdamW and the averages
   {args.per_gpu} samples per GPU and micro-batch, {args.accumulate} micro-batches per iteration
   data in float16 on disk
   {args.nvlink:g} GB/s inside a node of {args.node}, {args.network:g} GB/s per GPU between nodes

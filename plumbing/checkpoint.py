@@ -110,13 +110,14 @@ def check_file(path, written):
 
 def check_tensors(name, value):
     """Raise ValueError unless every tensor in nested dicts is dense and of floats: torch trusts
-    the indices of sparse ones, and would read foreign memory."""
+    sparse indices and some kernels ignore strides, so that they would read foreign memory."""
     if isinstance(value, dict):
         for key, item in value.items():
             check_tensors(f"{name}.{key}", item)
     elif torch.is_tensor(value):
-        is_dense = value.layout == torch.strided and not (value.is_nested or value.is_meta)
-        if not (is_dense and value.is_floating_point() and value.itemsize > 1):
+        is_float = value.is_floating_point() and value.itemsize > 1
+        is_odd = value.layout != torch.strided or value.is_nested or value.is_meta
+        if is_odd or not is_float or not value.is_contiguous():
             raise ValueError(f"{name}: {value.layout}, {value.dtype}, not a dense tensor of floats")
 
 

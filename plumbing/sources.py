@@ -162,7 +162,7 @@ class Rows:
         n = math.prod(shape)  # tokens
         self.grid, self.n_dropped = None, 0
         self.asked = tuple(map(int, re.findall(r"\d+", grid)))
-        for drop in (0, drop_tokens or int(drop_cls)):
+        for drop in (0, drop_tokens or drop_cls):
             side = math.isqrt(abs(n - drop))
             expected = self.asked or (side, side)
             if 0 < math.prod(expected) == n - drop <= n:

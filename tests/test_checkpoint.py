@@ -36,7 +36,7 @@ def damage(path, at, n=400):
     path.write_bytes(data)
 
 
-FINE = ("negated", "one of another shape", "transposed shape", "a parameter", "float64", "float16")
+FINE = ("one of another shape", "a parameter", "float64", "float16")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -45,6 +45,7 @@ def test_only_dense_floats_are_read(tmp_path, where):
     """Sparse, quantized, nested, meta, int8, bool, complex and float8 tensors are refused by name,
     wherever they stand; no sparse one is looked into."""
     odd = fuzz.odd_tensors(torch.randn(16, 8))
+    odd["expanded"] = torch.zeros(1, 1).expand(16, 8)  # one number, that says it is many
     for name, tensor in odd.items():
         if not torch.is_tensor(tensor):
             continue
