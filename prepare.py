@@ -284,11 +284,7 @@ def prepare(sources, config):
 
     @functools.lru_cache(2)
     def load(paths):
-        return load_shard(
-            paths, cond_key, target_key, grid=tuple(map(int, re.findall(r"\d+", grid))),
-            drop_tokens=drop_tokens or int(drop_cls), channels_first=channels_first,
-            dtype=dtype, pool=pool,
-        )  # fmt: skip
+        return load_shard(paths, **config)
 
     shard, counts, repeated = survey(shards, load)
     check_manifests(sources, shards, counts)

@@ -45,7 +45,7 @@ from plumbing.distributed import (
     print0,
 )
 from plumbing.output import Output
-from plumbing.sources import DataError, Rows, items, load_pickle
+from plumbing.sources import Rows, items, load_pickle
 from plumbing.unpickle import drop_pages
 from report import score
 
@@ -159,7 +159,10 @@ def generate(
     N, S, C = cond.shape
     expected = loaded.cond_tokens or S, loaded.model.config.cond_dim
     if (S, C) != expected:
-        raise ValueError(f"conditions of shape {(S, C)}; this model takes {expected}")
+        raise ValueError(
+            f"conditions of shape {(S, C)}; this model takes {expected}: --data_dir=DATASET would "
+            "apply the --drop_tokens, --pool or --channels_first that prepare.py had for it"
+        )
     noise_indices = [first] * N if same_noise else range(first, first + N)
     kind = getattr(torch, loaded.dtype)
     autocast = torch.autocast(loaded.device.split(":")[0], kind, enabled=kind != torch.float32)
@@ -207,22 +210,20 @@ def line(a, b, n):
 # ---- the script
 
 
-def read_conditions(path, key):
-    """The conditions in a file (N, S, C), and a list of their items {"key": ..., ...}.
+def read_conditions(path, key, meta=None):
+    """The conditions in a file, Rows (N, S, C), and an iterator of {"key": ..., "caption": ...}.
 
-    A .npy may hold any real numbers and is returned as it is, the entry of another file as Rows.
+    meta: the meta.json of the dataset. What is not of its shape is prepared as it was.
     """
     content = load_pickle(path)
-    array = content.get("array")
-    if path.suffix == ".npy" and isinstance(array, np.ndarray):
-        conditions = array[:, None] if array.ndim == 2 else array
-        if conditions.ndim != 3 or 0 in array.shape:
-            raise DataError(
-                f"{path}: shape {array.shape} is not that of conditions, (B, S, C) or (B, C)"
-            )
-    else:
-        conditions = Rows(content, key, path)
-    return conditions, list(items(content, len(conditions), path))
+    if list(content) == ["array"]:  # a .npy
+        key = "array"
+    rows = Rows(content, key, path)
+    if meta and rows.layout[:2] != meta["shapes"]["val_cond"][1:]:
+        rows = Rows(content, key, path, **meta["settings"] | {"dtype": "source"})
+    for _ in items(content, len(rows), path):  # refuses bad ones before hours of sampling
+        pass
+    return rows, items(content, len(rows), path)
 
 
 def main():
@@ -253,7 +254,9 @@ def run(config):
     folder = data_dir or loaded.data_dir
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
     if cond:
-        conditions, named = read_conditions(Path(cond), cond_key)
+        meta_path = Path(folder or out_dir, "meta.json")
+        meta = json.loads(meta_path.read_text()) if meta_path.exists() else None
+        conditions, named = read_conditions(Path(cond), cond_key, meta)
         truth = None
     else:
         if not folder:
@@ -266,16 +269,16 @@ def run(config):
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
             )
     if interpolate:
-        i, j, n = interpolate if len(interpolate) == 3 else (*interpolate, 8)
+        i, j, n = (*interpolate, 8)[:3]
         if not 0 <= min(i, j) <= max(i, j) < len(conditions):
             raise ValueError(f"interpolate={interpolate}: there are {len(conditions)} conditions")
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
         truth = None
         named = [{}] * n
-    if subset_size is not None:
-        conditions = conditions[:subset_size]
-        suffix += f"_first{subset_size}"
     n = len(conditions)
+    if subset_size is not None:
+        n = min(n, subset_size)
+        suffix += f"_first{subset_size}"
     n_draws = draws or (1 if truth is None else 4)
     n_with_draws = n if save_draws else min(n, score.LIMIT)  # conditions with so many draws
 
@@ -321,13 +324,13 @@ def run(config):
         print0(f"{output.done} of {len(batches)} batches were there")
     for batch in tqdm(batches[output.done :], unit="batch", disable=RANK > 0):
         first = batch * size
-        number = interpolate[0] if interpolate else first
-        c = conditions[first : first + size]  # (B, S, C)
+        c = conditions[first : min(first + size, n)]  # (B, S, C)
         states = []
         for draw in range(n_draws if first < n_with_draws else 1):
             x = generate(
-                loaded, c, first=number, draw=draw, same_noise=bool(interpolate), **settings
-            )
+                loaded, c, first=i if interpolate else first, draw=draw,
+                same_noise=bool(interpolate), **settings,
+            )  # fmt: skip
             states.append(x.reshape(-1, len(c), *shape))  # (1 or steps + 1, B, T, D)
         samples = torch.stack([x[-1] for x in states], 1)  # (B, draws, T, D)
         arrays = {target: samples[:, 0], draws_path: samples, states_path: states[0].swapaxes(0, 1)}
@@ -351,7 +354,7 @@ def run(config):
         metrics_path.unlink(missing_ok=True)
     if save_pickle:
         results = {
-            "eva_embeddings": np.asarray(conditions[:]),
+            "eva_embeddings": np.asarray(conditions[:n]),
             "clip_targets": None if truth is None else np.asarray(truth[:n]),
             "generated_clip": np.load(target),
             "generation_metrics": metrics,

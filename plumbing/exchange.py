@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from plumbing.checkpoint import read_checkpoint, read_weights
+from plumbing.checkpoint import check_tensors, read_checkpoint, read_weights
 from plumbing.configurator import configure_paths, user_errors_in_one_line
+from plumbing.distributed import print0
 
 # ---- settings
 out = ""  # the folder to write
@@ -98,8 +99,9 @@ def stack_names(names):
 def open_model(path, weights="ema", grid=None, prefix=""):
     """(ckpt, parameters): what a model is, and its parameters, read one at a time.
 
-    path: a checkpoint, the folder of a run (for its ckpt_best.pt), or a folder of config.json and
-        safetensors, sharded or not, in our names or in diffusers'
+    path: a checkpoint, the folder of a run (for its ckpt_best.pt or, before the first evaluation,
+        its ckpt_last.pt), or a folder of config.json and safetensors, sharded or not, in our names
+        or in diffusers'
     weights: of a checkpoint, "ema" or "model", the raw ones
     grid: (H, W) of a model from elsewhere; by default the square that its config.json says
     prefix: what the names of the parameters begin with. By default it is found, and parameters
@@ -109,13 +111,17 @@ def open_model(path, weights="ema", grid=None, prefix=""):
     """
     path = Path(path)
     if path.is_dir():
-        best = path / "ckpt_best.pt"
-        if not best.exists():
+        checkpoints = sorted(path.glob("ckpt_*st.pt"))  # ckpt_best.pt before ckpt_last.pt
+        if not checkpoints:
             try:
                 return open_safetensors(path, grid, prefix)
             except Exception as e:  # a damaged file can raise anything
-                raise ValueError(f"{path}: no {best.name}, and no safetensors model: {e}") from e
-        path = best
+                raise ValueError(f"{path}: no ckpt_best.pt, and no safetensors model: {e}") from e
+        path = checkpoints[0]
+        if path.name == "ckpt_last.pt":
+            print0(
+                f"{path} is taken, since the run has no ckpt_best.pt before its first evaluation"
+            )
     ckpt = read_checkpoint(path)
     return ckpt | {"files": [path]}, read_weights(path, weights)
 
@@ -138,7 +144,9 @@ def open_safetensors(folder, grid, prefix):
 
     def read(name):
         with safe_open(places[name], "pt") as file:  # what an open file has read stays in memory
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        check_tensors(name, tensor)
+        return tensor
 
     if is_ours and "x_embed.weight" in places:
         return ckpt, ((name, read(name)) for name in places)

@@ -136,12 +136,13 @@ class Rows:
 
     The entry is an array (N, C), which is one token, (N, T, C) or (N, H, W, C), or a list of (C,)
     or (T, C) samples or of (n, T, C) or (n, H, W, C) batches.
-    The options are what prepare.py's flags say, the grid as (H, W).
+    The options are the settings of prepare.py, of which the others do not matter here.
     """
 
     def __init__(
         self, content, key, path,
-        dtype="source", grid=None, drop_tokens=0, pool=1, channels_first=False,
+        dtype="source", grid="", drop_tokens=0, drop_cls=False, pool=1, channels_first=False,
+        **others,
     ):  # fmt: skip
         self.where = f"{path}: {key}"
         if key not in content:
@@ -160,9 +161,10 @@ class Rows:
         _, *shape, self.channels = self.base.shape
         n = math.prod(shape)  # tokens
         self.grid, self.n_dropped = None, 0
-        for drop in (0, drop_tokens):
+        self.asked = tuple(map(int, re.findall(r"\d+", grid)))
+        for drop in (0, drop_tokens or drop_cls):
             side = math.isqrt(abs(n - drop))
-            expected = grid or (side, side)
+            expected = self.asked or (side, side)
             if 0 < math.prod(expected) == n - drop <= n:
                 self.grid, self.n_dropped = expected, drop
         self.tokens = n - self.n_dropped
@@ -219,10 +221,10 @@ def load_shard(paths, cond_key, target_key, **options):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
     for rows in (cond, target):
         # (N, H, W, C) of no square, or is it (N, C, H, W)?
-        is_unclear = len(set(rows.base.shape[1:-1])) > 1 and not options["grid"]
+        is_unclear = len(set(rows.base.shape[1:-1])) > 1 and not rows.asked
         if is_unclear or rows is target and not rows.grid:
             raise DataError(
-                f"{rows.where}: {rows.tokens} tokens are not {options['grid'] or 'a square'}; say "
+                f"{rows.where}: {rows.tokens} tokens are not {rows.asked or 'a square'}; say "
                 "--grid=ROWSxCOLUMNS, --channels_first=True, --drop_cls=True or --drop_tokens=5"
             )
     return dict(cond=cond, target=target, content=contents[0])

@@ -282,6 +282,9 @@ def test_files_that_are_no_model(tmp_path):
     refuse(
         "50 surplus parameters", {key: value for key, value in plain.items() if "gate" not in key}
     )
+    for kind in (torch.int8, torch.bool, torch.float8_e4m3fn):
+        odd = plain | {name: plain[name].to(kind)}
+        refuse(f"{name}: torch.strided, {kind}, not a dense tensor of floats", odd)
     file.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="header"):
         read_model(tmp_path)

@@ -920,16 +920,16 @@ def test_inspect_of_an_array(tmp_path):
 
 
 def test_conditions_from_files(tmp_path):
-    """A .npy of any real numbers; of a pickle what can be converted."""
+    """Of a .npy and of a pickle what can be converted."""
     x = np.arange(24).reshape(2, 3, 4)
-    for dtype in ("i8", "u1", ">f4", "longdouble"):
+    for dtype in ("f2", ">f4", "f8"):
         np.save(tmp_path / "c.npy", x.astype(dtype))
         conditions, named = sample.read_conditions(tmp_path / "c.npy", "c")
         assert len(conditions) == 2 and np.array_equal(conditions[1:], x[1:])
-        assert named == [{"key": None, "caption": None}] * 2
+        assert list(named) == [{"key": None, "caption": None}] * 2
         np.save(tmp_path / "c.npy", x[:, 0].astype(dtype))  # pooled: one token each
         conditions, named = sample.read_conditions(tmp_path / "c.npy", "c")
-        assert np.array_equal(conditions, x[:, :1]) and named[0]["key"] is None
+        assert np.array_equal(conditions[:], x[:, :1]) and next(named)["key"] is None
     batches = {
         "c": [torch.tensor(x[:1]).bfloat16(), torch.tensor(x[1:]).bfloat16()],
         "keys": [1, 2],
@@ -939,7 +939,7 @@ def test_conditions_from_files(tmp_path):
     assert len(conditions) == 2 and np.array_equal(conditions[:], x)
     assert [item["key"] for item in named] == [1, 2]
     np.save(tmp_path / "scalar.npy", 1.0)
-    with pytest.raises(sources.DataError, match=r"shape \(\) is not that of conditions"):
+    with pytest.raises(sources.DataError, match=r"array of shape \(\), float64; expected"):
         sample.read_conditions(tmp_path / "scalar.npy", "c")
     (tmp_path / "renamed.npy").write_bytes((tmp_path / "c.pkl").read_bytes())
     assert len(sample.read_conditions(tmp_path / "renamed.npy", "c")[0]) == 2

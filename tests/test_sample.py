@@ -1,9 +1,11 @@
 import dataclasses
+import functools
 import json
 import pickle
 import shutil
 import signal
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -283,7 +285,7 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     )
     np.savez(tmp_path / "several.npz", a=np.zeros(3))
     (tmp_path / "several.npz").rename(tmp_path / "several.npy")
-    assert "several arrays" in refuse(*args, f"--cond={tmp_path}/several.npy")
+    assert "a zip file that is not of torch.save" in refuse(*args, f"--cond={tmp_path}/several.npy")
     make_pickle(tmp_path / "short.pkl", n=5, keys=["a"])
     assert "keys is not a list of 5" in refuse(*args, f"--cond={tmp_path}/short.pkl")
     assert "interpolate=(1, 10): there are 10 conditions" in refuse(*args, "--interpolate=1,10")
@@ -307,6 +309,118 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     assert "dataset 'nowhere' does not exist" in refuse(*args, "--data_dir=nowhere")
     (run_dir / "ckpt_best.pt").write_bytes((run_dir / "ckpt_best.pt").read_bytes()[:5000])
     assert "cannot be read as a checkpoint" in refuse(*args)
+
+
+def test_flipped_bytes_and_sparse_weights(run_dir, refuse):
+    """A line each, neither samples of damaged weights nor a crash."""
+    best = run_dir / "ckpt_best.pt"
+    data = bytearray(best.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 400] = bytes(x ^ 0xFF for x in data[middle : middle + 400])
+    whole = torch.load(best, weights_only=True)
+    best.write_bytes(data)
+    line = refuse(f"--out_dir={run_dir}")
+    assert "ckpt_best.pt cannot be read as a checkpoint: it is damaged" in line
+    assert "ckpt_last.pt" in line
+    x = whole["ema"]["x_embed.weight"]
+    with torch.sparse.check_sparse_tensor_invariants(False):
+        rows, columns = torch.arange(len(x) + 1), torch.full((len(x),), 10**9)
+        whole["ema"]["x_embed.weight"] = torch.sparse_csr_tensor(rows, columns, x[:, 0], x.shape)
+    torch.save(whole, best)
+    assert "ema.x_embed.weight: torch.sparse_csr, torch.float32" in refuse(f"--out_dir={run_dir}")
+
+
+def test_a_run_before_its_first_evaluation(run_dir, refuse):
+    """It has no ckpt_best.pt: ckpt_last.pt is taken, and a line says so."""
+    args = ["sample.py", f"--out_dir={run_dir}", "--draws=1", "--steps=2"]
+    run(*args, "--checkpoint=ckpt_last.pt")
+    expected = np.load(run_dir / "generated.npy")
+    (run_dir / "ckpt_best.pt").unlink()
+    done = run(*args)
+    lines = [line for line in done.stdout.splitlines() if "ckpt_best.pt" in line]
+    assert len(lines) == 1 and "ckpt_last.pt" in lines[0]
+    assert np.array_equal(np.load(run_dir / "generated.npy"), expected)
+    (run_dir / "ckpt_last.pt").write_bytes(b"")
+    assert "ckpt_last.pt cannot be read as a checkpoint: it is empty" in refuse(*args[1:])
+    (run_dir / "ckpt_last.pt").unlink()
+    assert "no ckpt_best.pt, and no safetensors model" in refuse(*args[1:])
+
+
+def with_class_tokens(x, n):
+    return torch.cat([torch.full_like(x[:, :n], 99), x], 1)
+
+
+def larger_grid(x):
+    """(N, 2x2, C) -> (N, 4x4, C) whose means of 2x2 are x."""
+    n, _, C = x.shape
+    x = x.reshape(n, 2, 1, 2, 1, C) + torch.tensor([[-1.0, 1], [2, -2]])[:, None, :, None]
+    return x.reshape(n, 16, C)
+
+
+def channels_first(x):
+    return x.transpose(1, 2).contiguous()
+
+
+PREPARED = {
+    "drop_tokens": (lambda x: with_class_tokens(x, 3), ["--drop_tokens=3"]),
+    "drop_cls": (lambda x: with_class_tokens(x, 1), ["--drop_cls=True"]),
+    "pool": (larger_grid, ["--pool=2"]),
+    "channels_first": (channels_first, ["--channels_first=True"]),
+    "all": (
+        lambda x: channels_first(with_class_tokens(larger_grid(x), 2)),
+        ["--drop_tokens=2", "--pool=2", "--channels_first=True"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_conditions_are_prepared_as_the_datasets(run_dir, dataset, refuse, tmp_path, name):
+    """By the settings in meta.json, from a pickle and a .npy; what fits is taken as it is."""
+    change, flags = PREPARED[name]
+    content = make_pickle(tmp_path / "plain.pkl")
+    raw = {key: change(content[key]) for key in ("eva_blip3o_embeddings", "clip_blip3o_embeddings")}
+    make_pickle(tmp_path / "raw.pkl", **raw)
+    run("prepare.py", tmp_path / "raw.pkl", f"--out={tmp_path / 'data'}", *flags)
+    assert np.load(tmp_path / "data" / "val_cond.npy").shape[1:] == (4, 6)
+    np.save(tmp_path / "plain.npy", content["eva_blip3o_embeddings"].numpy())
+    np.save(tmp_path / "raw.npy", raw["eva_blip3o_embeddings"].numpy())
+    args = [f"--out_dir={run_dir}", f"--save={tmp_path}/made.npy", "--steps=2", "--subset_size=5"]
+    made = []
+    for file in ("plain.npy", "raw.npy", "raw.pkl"):
+        data = f"--data_dir={tmp_path / 'data'}"
+        run("sample.py", *args, data, f"--cond={tmp_path / file}")
+        made.append(np.load(tmp_path / "made.npy"))
+    assert np.allclose(made[0], made[1], atol=1e-4) and np.array_equal(made[1], made[2])
+    # the run's own dataset was prepared in another way: the line names the flags
+    words = refuse(*args, f"--cond={tmp_path / 'raw.npy'}")
+    assert "; this model takes (4, 6)" in words and "--channels_first" in words
+    # and the run's own dataset is found without --data_dir
+    ckpt = torch.load(run_dir / "ckpt_best.pt", weights_only=True)
+    ckpt["config"]["data_dir"] = str(tmp_path / "data")
+    torch.save(ckpt, run_dir / "ckpt_best.pt")
+    run("sample.py", *args, f"--cond={tmp_path / 'raw.pkl'}")
+    assert np.array_equal(np.load(tmp_path / "made.npy"), made[1])
+    # without it, the flags are named
+    ckpt["config"]["data_dir"] = str(tmp_path / "gone")
+    torch.save(ckpt, run_dir / "ckpt_best.pt")
+    words = refuse(*args, f"--cond={tmp_path / 'raw.npy'}")
+    for flag in ("--drop_tokens", "--pool", "--channels_first", "--data_dir"):
+        assert flag in words
+
+
+def test_a_condition_takes_few_bytes(tmp_path):
+    """Nothing is kept of the conditions' items."""
+    n = 20_000
+    content = {"eva_blip3o_embeddings": np.ones((n, 1, 2), np.float16)}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    read = functools.partial(sample.read_conditions, tmp_path / "a.pkl", "eva_blip3o_embeddings")
+    read()
+    tracemalloc.start()
+    conditions, named = read()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * n and len(conditions) == n
+    assert next(named) == {"key": None, "caption": None}
 
 
 def cut(text, first, second):
