@@ -134,6 +134,10 @@ def read_checkpoint(path):
         check_tensors("checkpoint", state)
         if not isinstance(state, dict) or "model_args" not in state:
             raise ValueError("it is no checkpoint of train.py")
+        for name, value in state.get("stats", {}).items():
+            size = state["model_args"][f"{name.split('_')[0]}_dim"]
+            if value.shape != (size,):
+                raise ValueError(f"stats.{name} has shape {tuple(value.shape)}, not {(size,)}")
     except Exception as e:  # a truncated or foreign file can raise anything
         reason = " ".join(str(e).split())[:1000]
         others = "another one of the run may be intact, ckpt_last.pt or ckpt_best.pt"
