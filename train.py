@@ -11,7 +11,6 @@ Writes ckpt_last.pt, ckpt_best.pt, log.jsonl, and config.py, which repeats the r
 import copy
 import faulthandler
 import math
-import resource
 import sys
 import textwrap
 import time
@@ -412,6 +411,8 @@ if eval_only:
     distributed.exit_process()
 if dry_run:
     loss, _ = forward_backward(micros[0]).tolist()
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device_type == "cuda":
         peak = torch.cuda.max_memory_allocated()

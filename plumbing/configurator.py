@@ -42,8 +42,6 @@ def configure(namespace, argv=None, paths=None):
     defaults = read_defaults(source)
     config = {key: value for key, (value, _) in defaults.items()}
     argv = sys.argv[1:] if argv is None else argv
-    if sys.platform == "win32":
-        sys.exit("error: this runs on Linux and macOS; on Windows use WSL")
     if "--help" in argv or "-h" in argv:
         doc = namespace["__doc__"].strip()
         block = settings_block(source)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, refused
 from plumbing.configurator import configure, configure_paths, describe, read_defaults
 
 SCRIPT = '''"""Run me."""
@@ -74,10 +74,15 @@ def test_paths_stand_beside_flags(script, monkeypatch):
     assert paths == ["a.npy", "out_dir", "rate", os.path.expanduser("~/b.npy")]
 
 
-def test_other_systems_get_a_line(script, monkeypatch):
-    monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(SystemExit, match="Linux and macOS; on Windows use WSL"):
-        configure(script, ["--help"])
+@pytest.mark.parametrize("script", ["prepare.py", "train.py", "sample.py"])
+def test_other_systems_get_a_line(script):
+    windows = """
+import sys, torch, tqdm
+sys.platform = "win32"
+sys.modules |= dict(fcntl=None, resource=None)
+"""
+    words = refused(script, "--help", patch=windows, fork=False)
+    assert words == "error: this runs on Linux and macOS; on Windows use WSL"
 
 
 @pytest.mark.parametrize("stdout, words", [(">/dev/full", "No space left"), ("| true", "pipe")])
