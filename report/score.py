@@ -91,9 +91,9 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
 
 
 def most_similar(x, candidates):
-    """(B,) for x (B, D): which of the candidates (N, D) is nearest by cosine. Of several that are
-    equally near, the first."""
-    return (x @ F.normalize(candidates).T).argmax(1)
+    """(B,) for x (B, D): which of the candidates (N, D), of length 1, is nearest by cosine. Of
+    several that are equally near, the first."""
+    return (x @ candidates.T).argmax(1)
 
 
 def chunks(rows, channels=1):
@@ -109,8 +109,9 @@ def evenly(rows, n):
 
 
 def pooled(samples, rows):
-    """(N, D): means over the tokens of samples(rows) -> (B, T, D)."""
-    return torch.cat([samples(part).mean(1) for part in chunks(rows)])
+    """(N, D): means over the tokens of samples(rows) -> (B, T, D), scaled to length 1."""
+    means = [samples(part).mean(1) for part in chunks(rows, math.inf)]
+    return F.normalize(torch.cat(means))
 
 
 def moments(x, rows=None):
@@ -171,7 +172,7 @@ def measure(x, y, rows, true_pooled, project):
     """{name: sum} over samples x (B, T, D) of what makes up METRICS; or over several draws
     x (B, M, T, D), SPREAD too, and METRICS of the first.
 
-    y: (B, T, D) their truth; true_pooled: (N, D) of all, theirs in these rows
+    y: (B, T, D) their truth, that of these rows; true_pooled: (N, D), pooled() of all
     project: see projection()
     """
     values = {}
@@ -183,7 +184,7 @@ def measure(x, y, rows, true_pooled, project):
     values |= {  # each (B,)
         "samples": torch.ones(len(rows)),
         "token_cosine": cosine(x, y).mean(1),
-        "pooled_cosine": cosine(mean, true_pooled[rows]),
+        "pooled_cosine": cosine(mean, y.mean(1)),
         "retrieval_r1": most_similar(mean, true_pooled) == torch.as_tensor(rows),
         "l2": norm(error).mean(1),
         "norm": norm(x).sum(1),
