@@ -415,7 +415,8 @@ def test_output_that_nobody_takes_ends_no_run(dataset, tmp_path, trained, kind):
     flags = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}"]
     with open("/dev/full", "w") as full, open(tmp_path / "stderr", "w+") as stderr:
         stdout = full if kind == "full disk" else subprocess.PIPE
-        process = subprocess.Popen([sys.executable, *flags], stdout=stdout, stderr=stderr, cwd=ROOT)
+        pipes = dict(stdout=stdout, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([sys.executable, *flags], cwd=ROOT, **pipes)
         if kind == "closed pipe":
             process.stdout.readline()
             process.stdout.close()
