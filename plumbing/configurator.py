@@ -11,6 +11,7 @@ with one line; what sweep tools write is taken: `--compile=true`, `--batch_size=
 """
 
 import ast
+import contextlib
 import difflib
 import math
 import os
@@ -117,10 +118,9 @@ def check(key, value, defaults, origin, from_text=False):
     if from_text and "str" in kinds and value not in kinds:  # None can be one of them
         value = os.path.expanduser(value)
     elif from_text:
-        try:
+        # what is no literal stays text, and is refused below
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(value.capitalize())
-        except Exception:  # what is no literal stays text, and is refused below
-            pass
     if type(value) in (int, float) and value % 1 == 0:
         value = int(value) if "int" in kinds else float(value)
     if value == "" and default != "":

@@ -4,6 +4,7 @@ What the sources of a dataset hold: shards of paired samples, opened without rea
 unpickle.py opens a file. Here its entries become Rows, which convert samples a slice at a time.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -242,10 +243,8 @@ def items(content, n, path):
         if values is None:
             continue
         if getattr(values, "shape", None) == (n,):
-            try:
+            with contextlib.suppress(ValueError, SystemError):  # its bytes are no text (numpy)
                 values = values.tolist()
-            except Exception:  # its bytes are no text
-                pass
         if not isinstance(values, list) or len(values) != n:
             raise DataError(f"{path}: {name}s is not a list of {n} strings: {describe(values)}")
         columns[name] = values
