@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT))
 # with pytest -n 2 two processes of tests compete for two cores
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which `make test &` may have ignored
+# which `make test &` and nohup may have ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY = """
     --dim=32 --n_layer=2 --n_head=2 --multiple_of=16
