@@ -31,8 +31,14 @@ import flow
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
-from plumbing.checkpoint import ROOT, hash_files, load_weights, replace_file
-from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
+from plumbing.checkpoint import load_weights, replace_file
+from plumbing.configurator import (
+    check_numbers,
+    configure,
+    describe,
+    ignore_closed_output,
+    user_errors_in_one_line,
+)
 from plumbing.dataset import open_dataset, split_arrays
 from plumbing.distributed import (
     LAUNCHED,
@@ -45,6 +51,7 @@ from plumbing.distributed import (
     print0,
 )
 from plumbing.output import Output
+from plumbing.run_folder import ROOT, hash_files
 from plumbing.sources import Rows, items, load_pickle
 from plumbing.unpickle import drop_pages
 from report import score
@@ -228,6 +235,7 @@ def read_conditions(path, key, meta=None):
 
 def main():
     user_errors_in_one_line()
+    ignore_closed_output()
     config = configure(globals())
     check_numbers(config, "subset_size draws steps batch_size", any_sign="guidance")
     print0(describe(config, __file__))

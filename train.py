@@ -24,8 +24,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import flow
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, flops_per_sample
-from plumbing import checkpoint, distributed, exchange
-from plumbing.configurator import check_numbers, configure, describe, user_errors_in_one_line
+from plumbing import checkpoint, distributed, exchange, run_folder
+from plumbing.configurator import (
+    check_numbers,
+    configure,
+    describe,
+    ignore_closed_output,
+    user_errors_in_one_line,
+)
 from plumbing.dataset import Loader, map_rows, open_dataset
 from plumbing.distributed import all_reduce_sum, print0
 from plumbing.optim import make_optimizer, step_in_backward
@@ -113,6 +119,7 @@ seed = 0
 
 faulthandler.enable()  # names the signal that ends a run whose data file is cut off, SIGBUS
 user_errors_in_one_line()  # until the training loop
+ignore_closed_output()
 config = configure(globals())
 last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
 newest = best if best.exists() and not last.exists() else last
@@ -129,8 +136,6 @@ elif init_from not in ("scratch", "auto"):
     ckpt, parameters = exchange.open_model(init_from, init_weights)
     given = ckpt["model_args"] | ckpt["flow"] | {"normalize": ckpt["normalize"]}
 flags = [f"--{key}={value}" for key, value in given.items() if key in config]
-if parameters:
-    print0(textwrap.fill(f"{init_from}: {' '.join(flags)}", 110, break_on_hyphens=False))
 # a run goes on wherever it lies now, not where it began
 config = configure(globals(), flags + sys.argv[1:] + [f"--out_dir={out_dir}"])
 if debug:
@@ -233,8 +238,8 @@ with torch.device("meta" if parameters else "cpu"):
 if parameters:
     checkpoint.load_weights(raw_model, parameters, torch.Tensor.float)
 if prior and not ckpt:
-    count = min(loader.n_train, math.ceil(65536 / T))  # samples, evenly spaced
-    rows = np.linspace(0, loader.n_train - 1, count).astype(int)
+    count = min(loader.n_train, math.ceil(65536 / T))
+    rows = score.evenly(np.arange(loader.n_train), count)
     x_1, _ = encode(*loader.read("train", rows))
     raw_model.prior.fit(x_1.flatten(0, 1))
 # without dropout nothing trains the null condition, and DDP would wait for its gradient
@@ -266,9 +271,8 @@ params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
 if optimizer_in_backward:
     gradient_norm = step_in_backward(opt)
 
-if compile is None:
-    compile = device_type == "cuda"
-if compile:  # block by block: they are all alike, and DDP or FSDP work between them
+if compile or compile is None and device_type == "cuda":
+    # block by block: they are all alike, and DDP or FSDP work between them
     torch._dynamo.config.optimize_ddp = False  # would cut each of them at DDP's buckets
     for block in [*raw_model.layers, *ema_model.layers]:
         block.compile(dynamic=False)
@@ -385,7 +389,7 @@ def state():
 
 def write_log(record):
     if rank == 0:
-        checkpoint.append_log(out_dir, record)
+        run_folder.append_log(out_dir, record)
     if wandb_log:
         try:
             wandb.log(record, step=iteration)
@@ -418,8 +422,8 @@ if dry_run:
         peak = torch.cuda.max_memory_allocated()
     print0(f"dry run: loss {loss * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
     distributed.exit_process()
-version = checkpoint.code_version()
-lock = checkpoint.claim_folder(out_dir, resume or overwrite)  # as long as this is here
+version = run_folder.code_version()
+lock = run_folder.claim_folder(out_dir, resume or overwrite)  # as long as this is here
 wandb_log = wandb_log and rank == 0
 if wandb_log:  # before anything of an earlier run is replaced, since it can fail
     import wandb
@@ -429,7 +433,7 @@ if wandb_log:  # before anything of an earlier run is replaced, since it can fai
         config=config, dir=out_dir,
     ).id  # fmt: skip
 if rank == 0:
-    checkpoint.open_run(out_dir, config, version, iteration, resume)
+    run_folder.open_run(out_dir, config, version, iteration, resume)
 
 # ---------------------------------------------------------------- training loop
 flops = flops_per_sample(model_config, S)
@@ -502,6 +506,8 @@ while not stop:
             left = pace * (max_iters - iteration - 1)
             record |= dict(ms=1000 * pace, samples_per_s=rate, mfu=mfu, seconds_left=left)
             text += f" | {rate:.4g} samples/s | mfu {mfu:.0%} | {left / 60:.0f} min left"
+        if device_type == "cpu" and distributed.is_crowded():
+            text += " | the machine is busy: try OMP_NUM_THREADS=1"
         print0(text)
     if len(record) > 1:
         write_log(record)

@@ -52,7 +52,7 @@ from bench import resume
 from bench.train import make_dataset
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, flops_per_sample
-from plumbing import checkpoint
+from plumbing import checkpoint, run_folder
 from plumbing.distributed import pick_dtype
 from plumbing.optim import make_optimizer, step_in_backward
 
@@ -176,7 +176,7 @@ class Bench:
         out = self.folder / name
         flags = [f"--device={self.device}", *flags, f"--out_dir={out}"]
         done = python(*launcher, ROOT / "train.py", *flags, threads=threads)
-        return done.stdout + done.stderr, checkpoint.read_log(out)
+        return done.stdout + done.stderr, run_folder.read_log(out)
 
 
 def python(*args, check=True, threads=1):
@@ -452,7 +452,7 @@ def speed(bench):
         records = []
         while process.poll() is None and (not records or records[-1]["iter"] < iters):
             time.sleep(0.2)
-            records = checkpoint.read_log(out) if (out / "log.jsonl").exists() else []
+            records = run_folder.read_log(out) if (out / "log.jsonl").exists() else []
         process.kill()
     records = [record for record in records if "ms" in record]
     a, b = records[len(records) // 4], records[-1]

@@ -1,19 +1,12 @@
 """
-The files of a run: checkpoints, written whole or not at all and read through a memory map, its
-config.py and its log.
+Checkpoints: written whole or not at all, read through a memory map.
 
     saver.start([Path("out/ckpt_last.pt")], state)    # tensors and plain Python values
     state = read_checkpoint("out/ckpt_last.pt")    # no tensor is in memory before it is used
 """
 
-import contextlib
-import fcntl
 import functools
-import hashlib
-import json
-import math
 import os
-import subprocess
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +14,6 @@ from pathlib import Path
 import torch
 
 from plumbing.distributed import RANK, all_reduce_sum, print0
-
-ROOT = Path(__file__).parents[1]
 
 
 class Saver:
@@ -243,79 +234,3 @@ def restore_optimizer(ckpt, opt):
                     x, p.device_mesh, p.placements, src_data_rank=None
                 )
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
-
-
-def code_version():
-    """The git commit of this code, "-dirty" if files differ from it; without git, their hash."""
-    git = f"git -C '{ROOT}' describe --always --dirty --abbrev=12"
-    status, commit = subprocess.getstatusoutput(git)
-    if status == 0:
-        return commit
-    return hash_files(sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]))
-
-
-def hash_files(paths):
-    """sha256 of the contents of files, in hexadecimal."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def claim_folder(out_dir, replace):
-    """Make out_dir if it is missing, and lock it. Raises ValueError if it holds a run, unless that
-    may be replaced or gone on with, and if another process has the lock.
-
-    Returns an open file: the lock lasts until it is closed or the process ends, however that ends.
-    """
-    folder = Path(out_dir)
-    if list(folder.glob("ckpt_*.pt")) and not replace:
-        ways = "--init_from=auto goes on with it, --overwrite=True replaces it"
-        raise ValueError(f"{out_dir} already holds a run: {ways}, or choose another --out_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
-    try:
-        if RANK == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise ValueError(f"another run is writing to {out_dir}; choose another --out_dir") from e
-    except OSError as e:  # a file system without locks
-        print0(f"WARNING: {out_dir} cannot be locked ({e}): start no other run there")
-    return lock
-
-
-def open_run(out_dir, config, version, iteration, resume):
-    """Begin a run at an iteration, or go on: write config.py, and keep of log.jsonl what came
-    before. Raises OSError."""
-    folder = Path(out_dir)
-    log = folder / "log.jsonl"
-    text = f"# The settings of this run, for the code at {version}.\n"
-    for key, value in config.items():
-        text += f"{key} = {value!r}\n"
-    records = read_log(out_dir) if resume and log.exists() else []
-    kept = [json.dumps(record) + "\n" for record in records if record["iter"] < iteration]
-    replace_file(folder / "config.py", lambda f: f.write(text.encode()))
-    replace_file(log, lambda f: f.write("".join(kept).encode()))
-    if not resume:
-        for path in folder.glob("ckpt_*.pt"):  # of the run that is replaced
-            path.unlink()
-
-
-def read_log(out_dir):
-    """The records of a run's log.jsonl. A line that a kill cut short is left out."""
-    records = []
-    for line in Path(out_dir, "log.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
-def append_log(out_dir, record):
-    """Add a line to a run's log.jsonl, or a warning to the console where that fails."""
-    log = Path(out_dir, "log.jsonl")
-    record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
-    size = log.stat().st_size if log.exists() else 0
-    try:
-        with open(log, "a") as f:
-            f.write(json.dumps(record) + "\n")
-    except OSError as e:
-        print0(f"WARNING: {log} not written ({e})")
-        if log.exists():
-            os.truncate(log, size)  # leave no half a line

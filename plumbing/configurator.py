@@ -159,6 +159,31 @@ def user_errors_in_one_line():
     sys.excepthook = hook
 
 
+class Output:
+    """Standard output or error of a script that goes on, after one warning, where nobody takes what
+    it prints: a full disk, a closed pipe."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            print(f"WARNING: cannot print: {e}", file=sys.stderr)
+
+
+def ignore_closed_output():
+    """From here on a script goes on where nobody takes what it prints."""
+    sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
+
+
 def describe(config, script):
     """The settings that differ from the script's defaults, as flags."""
     defaults = read_defaults(Path(script).read_text())

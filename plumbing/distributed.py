@@ -5,7 +5,6 @@ Devices, and what the processes of a run do together: start, add up, stop, shard
     total = all_reduce_sum(torch.stack([loss, interrupts.flag()]))
 """
 
-import contextlib
 import datetime
 import os
 import signal
@@ -22,16 +21,9 @@ LAUNCHED = "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def print0(*args):
-    """Print in the first process only. Where nobody takes it, a full disk or a closed pipe, the
-    run goes on in silence, after one warning."""
-    if RANK > 0:
-        return
-    try:
+    """Print in the first process only."""
+    if RANK == 0:
         print(*args, flush=True)
-    except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        with contextlib.suppress(OSError):
-            print(f"WARNING: cannot print: {e}; the run goes on", file=sys.stderr, flush=True)
 
 
 def pick_device(name):
@@ -144,6 +136,12 @@ def shard_model(model, dtype):
     # would miss later updates
     fsdp.fully_shard(model, reshard_after_forward=True)
     fsdp.register_fsdp_forward_method(model, "context")
+
+
+def is_crowded():
+    """Whether more threads want to run than there are processors: those of this process, if it has
+    several, then spend their time waiting for each other."""
+    return torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.25 * os.cpu_count()
 
 
 def matmul_rate(device, dtype):

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.checkpoint import read_log
 from plumbing.configurator import configure_paths, show, user_errors_in_one_line
 from plumbing.dataset import split_arrays
+from plumbing.run_folder import read_log
 from report import score
 
 COMPARED = 500  # samples in the histogram of cosines, the first ones

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import tracemalloc
 
@@ -674,6 +675,22 @@ output.open = full
     assert "2 of 4 batches were there" in run(*args).stdout
     expected = sample.generate(sample.load(run_dir), np.load(conditions))
     assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full disk", "closed pipe"])
+def test_output_that_nobody_takes_ends_nothing(run_dir, tmp_path, kind):
+    """sample.py > /dev/full 2>&1; sample.py 2>&1 | head -1"""
+    run("sample.py", f"--out_dir={run_dir}", f"--save={tmp_path}/a.npy")
+    command = [sys.executable, "sample.py", f"--out_dir={run_dir}", f"--save={tmp_path}/b.npy"]
+    with open("/dev/full", "w") as full:
+        stdout = full if kind == "full disk" else subprocess.PIPE
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT)
+        if kind == "closed pipe":
+            process.stdout.readline()
+            process.stdout.close()
+        assert process.wait(timeout=100) == 0
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    assert not (tmp_path / "b.npy.partial").exists()
 
 
 def test_several_processes_write_the_same_file(run_dir, dataset, tmp_path):
