@@ -18,6 +18,7 @@ From Python:
 """
 
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ import flow
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
-from plumbing.checkpoint import load_weights, replace_file
+from plumbing.checkpoint import load_weights, replace_file, same_statistics
 from plumbing.configurator import (
     check_numbers,
     configure,
@@ -129,6 +130,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         target=Normalizer(ckpt["normalize"], stats["target_mean"], stats["target_std"], device),
         stats=stats,
         data_dir=ckpt["config"]["data_dir"],
+        data_stats=ckpt.get("data_stats"),
         cond_tokens=ckpt["cond_tokens"],
         files=ckpt["files"],
         device=device,
@@ -191,7 +193,7 @@ def generate(
         batches.append(loaded.target.decode(x).cpu())  # (B, T, D) or (steps + 1, B, T, D)
     x = torch.cat(batches, -3)
     if not x.isfinite().all():
-        raise ValueError(f"the samples are not finite, with guidance={guidance}")
+        raise ValueError(f"the samples are not finite: {guidance=}, {steps=}, {solver}")
     return x
 
 
@@ -276,6 +278,12 @@ def run(config):
             raise ValueError(
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
             )
+        if not data_dir and not same_statistics(loaded.data_stats, data["stats"]):
+            print0(
+                f"WARNING: {folder} has changed since the model was trained on it: some of its "
+                f"{split} samples may have been. Not scored; --data_dir={folder} scores them"
+            )
+            truth = None
     if interpolate:
         i, j, n = (*interpolate, 8)[:3]
         if not 0 <= min(i, j) <= max(i, j) < len(conditions):
@@ -295,10 +303,14 @@ def run(config):
     target = Path(save or Path(out_dir, f"{name}{suffix}.npy"))
     if target.suffix != ".npy":
         raise ValueError(f"save={save!r} must end in .npy")
-    metrics_path = Path(out_dir, f"metrics{suffix}.json")
+    metrics_path = target.with_name(f"{target.stem}_metrics.json")
     picture_path = target.with_suffix(".png")
     if not save and not interpolate:
+        metrics_path = Path(out_dir, f"metrics{suffix}.json")
         picture_path = Path(out_dir, f"samples{suffix}.png")
+    for path in (target, Path(save_pickle or target)):  # before hours of sampling
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written: is its folder there, and writable?")
     partial_folder = Path(f"{target}.partial")
     states_path = target.with_name(f"{target.stem}_trajectory.npy")
     kept_draws = target.with_name(f"{target.stem}_draws.npy")
@@ -358,7 +370,7 @@ def run(config):
         metrics, text, references = score.report(samples[: score.LIMIT], data, split)
         print(text)
         metrics_path.write_text(json.dumps({"generated": str(target)} | metrics, indent=1))
-    elif not save and not interpolate:
+    else:
         metrics_path.unlink(missing_ok=True)
     if save_pickle:
         results = {

@@ -251,7 +251,7 @@ saver = checkpoint.Saver(math.inf, device)
 if resume:
     # without averages both are the raw model, and the last one counts
     models = {"ema": ema_model, "model": raw_model}
-    checkpoint.restore(newest, ckpt, config, data_stats, models, scaler)
+    checkpoint.restore(newest, ckpt, config, data["stats"], models, scaler)
     iteration, bad_steps, wandb_id = ckpt["iter"], ckpt["bad_steps"], ckpt["wandb_id"]
     saver.best_val_loss = ckpt["best_val_loss"]
     config["init_from"] = ckpt["config"]["init_from"]  # where the run began
@@ -425,13 +425,16 @@ if dry_run:
 version = run_folder.code_version()
 lock = run_folder.claim_folder(out_dir, resume or overwrite)  # as long as this is here
 wandb_log = wandb_log and rank == 0
-if wandb_log:  # before anything of an earlier run is replaced, since it can fail
+if wandb_log:
     import wandb
 
-    wandb_id = wandb.init(
-        project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
-        config=config, dir=out_dir,
-    ).id  # fmt: skip
+    options = dict(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir)
+    options |= dict(id=wandb_id, resume="allow")
+    try:
+        wandb_id = wandb.init(**options).id
+    except Exception as e:  # no network, not logged in, a wrong variable
+        print0(f"WARNING: wandb: {e}; it works offline, in {out_dir}/wandb: see wandb sync")
+        wandb_id = wandb.init(mode="offline", **options).id
 if rank == 0:
     run_folder.open_run(out_dir, config, version, iteration, resume)
 
@@ -462,9 +465,10 @@ while not stop:
         if (iteration or parameters) and record["val_loss"] < saver.best_val_loss:
             files, val_loss = [best], record["val_loss"]
         clock += time.perf_counter() - start
-    # not while updates are skipped: the last good checkpoint is where to go on from
     done = iteration >= max_iters
-    if done or (iteration > 0 and iteration % save_interval == 0 and bad_in_a_row == 0):
+    # not while updates are skipped: the last good checkpoint is where to go on from
+    is_sound = bad_in_a_row == 0 and math.isfinite(record.get("val_loss", 0.0))
+    if is_sound and (done or iteration > 0 and iteration % save_interval == 0):
         files.append(last)
     if files:
         saver.start(files, state(), val_loss)
@@ -522,12 +526,15 @@ while not stop:
 if stop and bad_in_a_row == 0:
     saver.start([last], state())
 saved = saver.wait()
+interrupts.restore()
 if stop:
     print0(f"stopped before iteration {iteration} by {interrupts.reason or 'another process'}")
 else:
     loss = f"best validation loss {saver.best_val_loss:.4f}"
-    print0(f"done: {max_iters} iterations, {loss}, in {out_dir}")
+    print0(f"done: {iteration} iterations, {loss}, in {out_dir}")
 if not saved:
     sys.exit(f"error: {last} could not be written at the end: it is an older one")
+if not (stop or is_sound):
+    sys.exit(f"error: the last iterations were not finite: {last} is an older one")
 if distributed.LAUNCHED:
     distributed.exit_process()

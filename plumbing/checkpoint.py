@@ -11,6 +11,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from plumbing.distributed import RANK, all_reduce_sum, print0
@@ -176,12 +177,18 @@ def check_fixed(path, old, config):
             raise ValueError(f"{path} was trained with {name}={old[name]}, not {config[name]}")
 
 
+def same_statistics(old, stats):
+    """Whether a dataset's statistics, {name: array}, are those in a checkpoint: with another split,
+    or of other sources, they differ."""
+    return all(np.array_equal(old[name], np.float32(x)) for name, x in stats.items())
+
+
 def restore(path, ckpt, config, stats, models, scaler):
     """Load the weights of a checkpoint into models, and its gradient scaler's state into `scaler`.
 
     path, ckpt: its file and what read_checkpoint() returned
     config: the settings now, of which those in FIXED must equal the checkpoint's
-    stats: the dataset's {name: tensor}, which must equal the checkpoint's
+    stats: the dataset's, which must equal the checkpoint's
     models: {"ema": module, "model": module}
     Prints the settings that have changed. Raises ValueError.
     """
@@ -190,9 +197,8 @@ def restore(path, ckpt, config, stats, models, scaler):
     for name, value in config.items():
         if value != old.get(name) and name != "init_from":
             print0(f"changed since the checkpoint: {name} {old.get(name)} -> {value}")
-    for name, value in stats.items():
-        if not torch.equal(value, ckpt.get("data_stats", ckpt["stats"])[name]):
-            raise ValueError(f"{path} was trained on other data: its statistics differ")
+    if not same_statistics(ckpt["data_stats"], stats):
+        raise ValueError(f"{path} was trained on other data: its statistics differ")
     for key, model in models.items():
         load_weights(model, ckpt[key].items(), torch.Tensor.float)
     if ckpt["scaler"]:  # empty unless it was float16

@@ -101,10 +101,11 @@ class Interrupts:
     def __init__(self, time_limit, device):
         self.device = device
         self.reason = None
+        self.handlers = {}  # those before
         for name in SIGNALS.split():
             number = getattr(signal, name)
             if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is, under nohup
-                signal.signal(number, self.note)
+                self.handlers[number] = signal.signal(number, self.note)
         if time_limit is not None:
             signal.setitimer(signal.ITIMER_REAL, 60 * time_limit or 1e-6)  # 0 would be never
 
@@ -112,6 +113,11 @@ class Interrupts:
         self.reason = signal.Signals(number).name if number != signal.SIGALRM else "the time limit"
         if number == signal.SIGINT and WORLD_SIZE == 1:
             signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+
+    def restore(self):
+        """Leave signals to those who handled them before, in a notebook say."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def flag(self):
         """1 if this process should stop, else 0, to be summed over the processes."""

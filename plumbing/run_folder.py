@@ -57,6 +57,18 @@ def claim_folder(out_dir, replace):
     return lock
 
 
+# what train.py, sample.py and report.plot write
+NAMES = "ckpt_*.pt generated*.npy interpolation*.npy metrics*.json samples*.png curves.png"
+
+
+def remove_run(folder):
+    """Remove the checkpoints of a run that is replaced, and its samples, metrics and pictures."""
+    if list(folder.glob("ckpt_*.pt")):
+        for name in NAMES.split():
+            for path in folder.glob(name):
+                path.unlink()
+
+
 def open_run(out_dir, config, version, iteration, resume):
     """Begin a run at an iteration, or go on: write config.py, and keep of log.jsonl what came
     before. Raises OSError."""
@@ -70,8 +82,7 @@ def open_run(out_dir, config, version, iteration, resume):
     replace_file(folder / "config.py", lambda f: f.write(text.encode()))
     replace_file(log, lambda f: f.write("".join(kept).encode()))
     if not resume:
-        for path in folder.glob("ckpt_*.pt"):  # of the run that is replaced
-            path.unlink()
+        remove_run(folder)
 
 
 def read_log(out_dir):

@@ -415,7 +415,7 @@ def test_a_run_as_safetensors(trained, dataset, tmp_path):
     made = []
     for path in (trained, folder):
         run("sample.py", f"--out_dir={path}", *args)
-        made.append((samples.read_bytes(), (path / "metrics.json").read_bytes()))
+        made.append((samples.read_bytes(), (tmp_path / "samples_metrics.json").read_bytes()))
     assert made[0] == made[1]
     fine_tune(dataset, tmp_path / "out", folder, *STILL)
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(trained, "ckpt_best.pt")["ema"])

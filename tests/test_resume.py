@@ -339,6 +339,36 @@ def test_the_best_loss_is_that_on_the_disk(tmp_path, monkeypatch, capsys):
     assert read_checkpoint(last)["best_val_loss"] == saver.best_val_loss == 1.0
 
 
+def test_a_ruined_model_is_not_saved(dataset, tmp_path, trained):
+    """One iteration at a rate of 1e30, and the run's last ones have no finite loss."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    for iterations in (7, 11):
+        flags = ["--init_from=resume", f"--max_iters={iterations}", "--learning_rate=1e30"]
+        done = train(dataset, out, *flags, "--min_lr=1e30", "--grad_clip=0", check=False)
+        assert done.returncode == 1
+        assert "the last iterations were not finite" in done.stderr
+        assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
+
+
+def test_a_replaced_run_leaves_nothing_behind(dataset, tmp_path, trained):
+    """That would look like the new one's; what is not of its making stays."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    run("sample.py", f"--out_dir={out}", "--steps=1", "--draws=1", "--plot=True")
+    (out / "notes.txt").write_text("mine")
+    train(dataset, out, "--overwrite=True", "--max_iters=1", "--eval_interval=9")
+    names = {path.name for path in out.iterdir()}
+    kept = {".lock", "ckpt_best.pt", "ckpt_last.pt", "config.py", "log.jsonl", "notes.txt"}
+    assert names == kept
+
+
+def test_signals_are_those_of_before_after_a_run(dataset, tmp_path):
+    """As for %run in a notebook, whose next Ctrl-C is its own."""
+    code = RUN_SCRIPT + "import signal; print(signal.getsignal(signal.SIGINT))"
+    flags = [*TINY, f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}"]
+    done = run("-c", code, "train.py", *flags)
+    assert "default_int_handler" in done.stdout.splitlines()[-1]
+
+
 def test_nohup_is_respected(dataset, tmp_path):
     out = tmp_path / "out"
     ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + RUN_SCRIPT
@@ -406,6 +436,17 @@ sys.modules["wandb"] = wandb
     done = train(dataset, tmp_path / "out", "--wandb_log=True", patch=broken, fork=False)
     assert "WARNING: wandb: the service is gone" in done.stdout
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(trained)["model"])
+
+
+@pytest.mark.parametrize("mode", ["online", "nonsense"])
+def test_goes_on_without_a_login(dataset, tmp_path, mode):
+    """As without a network: what wandb would be sent stays here."""
+    out = tmp_path / "out"
+    patch = f"import os; os.environ.update(WANDB_MODE={mode!r}, WANDB_API_KEY='')\n"
+    done = train(dataset, out, "--max_iters=1", "--wandb_log=True", patch=patch, fork=False)
+    assert "WARNING: wandb: " in done.stdout and "offline" in done.stdout
+    assert len(list(out.glob("wandb/offline-run-*"))) == 1
+    assert checkpoint(out)["wandb_id"]
 
 
 @pytest.mark.parametrize("kind", ["full disk", "closed pipe"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sample
-from conftest import ROOT, TORCHRUN, make_pickle, refused, run
+from conftest import ROOT, TORCHRUN, make_pickle, refused, run, train
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
 from plumbing.checkpoint import read_checkpoint, read_weights, replace_file
@@ -303,7 +303,7 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     assert "steps=0" in refuse(*args, "--steps=0")
     assert "shift=0" in refuse(*args, "--shift=0")
     assert "must end in .npy" in refuse(*args, "--save=foo")
-    assert "No such file" in refuse(*args, "--save=no/x.npy")
+    assert "no/x.npy cannot be written" in refuse(*args, "--save=no/x.npy")
     assert "did you mean 'steps'" in refuse(*args, "--step=3")
     assert "No such file" in refuse(*args, "--checkpoint=ckpt_lsat.pt")
     assert "No such file" in refuse(f"--out_dir={tmp_path}/nowhere")
@@ -569,7 +569,11 @@ def test_what_follows_sampling_can_be_repeated(run_dir, tmp_path):
     done = run(*args, "--plot=True").stdout
     assert "1 of 1 batches were there" in done and "generated" in done
     assert (tmp_path / "a.npy").stat().st_mtime_ns == made
-    assert sorted(path.name for path in tmp_path.glob("a*")) == ["a.npy", "a.png"]
+    assert sorted(path.name for path in tmp_path.glob("a*")) == [
+        "a.npy",
+        "a.png",
+        "a_metrics.json",
+    ]
 
 
 def test_a_part_does_not_overwrite_the_whole(run_dir, tmp_path):
@@ -609,7 +613,7 @@ def test_weights_dtype_and_split_of_the_command_line(run_dir, dataset, tmp_path)
     ).abs().max() > 2e-3
     stats = np.load(dataset / "stats.npz")
     standardize = score.standardizer(stats["target_mean"], stats["target_std"])
-    metrics = json.loads((run_dir / "metrics_train.json").read_text())
+    metrics = json.loads((tmp_path / "a_metrics.json").read_text())
     assert metrics["l2"] == pytest.approx(
         score.metrics(standardize(made), standardize(truth))["l2"], rel=1e-4
     )
@@ -625,8 +629,8 @@ def test_further_draws_are_of_what_is_scored(run_dir, dataset, tmp_path):
     ]
     done = run(*args, patch="from report import score; score.LIMIT = 4").stdout
     assert "10 conditions, 4 draws" in done
-    assert json.loads((run_dir / "metrics.json").read_text())["spread"]["draws"] == 4
-    assert json.loads((run_dir / "metrics.json").read_text())["samples"] == 4
+    metrics = json.loads((tmp_path / "a_metrics.json").read_text())
+    assert metrics["spread"]["draws"] == metrics["samples"] == 4
     expected = sample.generate(sample.load(run_dir), np.load(dataset / "val_cond.npy"), steps=2)
     assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
 
@@ -702,13 +706,13 @@ def test_several_processes_write_the_same_file(run_dir, dataset, tmp_path):
         "--trajectory=True",
     ]
     run("sample.py", *args, f"--save={tmp_path}/one.npy")
-    metrics = (run_dir / "metrics.json").read_text().replace("one.npy", "two.npy")
+    metrics = (tmp_path / "one_metrics.json").read_text().replace("one.npy", "two.npy")
     done = run("sample.py", *args, f"--save={tmp_path}/two.npy", processes=2)
     assert (
         "2/2" in done.stderr and "4/4" not in done.stderr
     )  # of four batches, two are the first process's
     assert done.stdout.count("10 conditions, 2 draws") == done.stdout.count("energy_score") == 1
-    assert (run_dir / "metrics.json").read_text() == metrics
+    assert (tmp_path / "two_metrics.json").read_text() == metrics
     for name in ("", "_draws", "_trajectory"):
         assert (tmp_path / f"one{name}.npy").read_bytes() == (
             tmp_path / f"two{name}.npy"
@@ -724,7 +728,7 @@ def test_trajectory_and_interpolation_of_the_command_line(run_dir, dataset, tmp_
     assert np.allclose(
         states.swapaxes(0, 1), sample.generate(loaded, cond, steps=4, trajectory=True), atol=1e-5
     )
-    metrics = (run_dir / "metrics.json").read_text()
+    (run_dir / "metrics.json").write_text("{}")
     run(*args, "--interpolate=7,2,5", "--plot=True")
     path = np.load(run_dir / "interpolation.npy")
     assert path.shape == (5, 4, 5) and np.allclose(path[0], last[7], atol=1e-5)
@@ -733,9 +737,8 @@ def test_trajectory_and_interpolation_of_the_command_line(run_dir, dataset, tmp_
         sample.interpolate_embeddings(loaded, cond[7], cond[2], 5, steps=4, first=7),
         atol=1e-5,
     )
-    assert (run_dir / "metrics.json").read_text() == metrics and (
-        run_dir / "interpolation.png"
-    ).stat().st_size > 1000
+    assert (run_dir / "metrics.json").read_text() == "{}"
+    assert (run_dir / "interpolation.png").stat().st_size > 1000
 
 
 def test_guidance_of_the_command_line(run_dir, loaded, dataset, tmp_path):
@@ -807,3 +810,32 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, kind):
         )
         assert np.load(tmp_path / "generated.npy").shape == (n, 16, 512)
     assert peaks[1] < peaks[0] + 25, peaks
+
+
+def test_training_samples_are_not_scored_as_validation(tmp_path):
+    """Once the dataset was made anew with another split; unless it is named."""
+    make_pickle(tmp_path / "a.pkl")
+    prepare = ["prepare.py", tmp_path / "a.pkl", f"--out={tmp_path / 'data'}", "--overwrite=True"]
+    run(*prepare)
+    train(tmp_path / "data", tmp_path / "out", "--max_iters=1")
+    args = ["sample.py", f"--out_dir={tmp_path / 'out'}", "--steps=1", "--draws=1"]
+    metrics = tmp_path / "out" / "metrics.json"
+    run(*prepare)  # the same data again
+    assert "WARNING" not in run(*args).stdout and metrics.exists()
+    run(*prepare, "--seed=7")
+    lines = [line for line in run(*args).stdout.splitlines() if "WARNING" in line]
+    assert len(lines) == 1 and "has changed since the model was trained on it" in lines[0]
+    assert "--data_dir=" in lines[0] and not metrics.exists()
+    assert "frechet" in run(*args, f"--data_dir={tmp_path / 'data'}").stdout and metrics.exists()
+
+
+def test_what_will_be_written_is_checked_before_the_first_sample(run_dir, tmp_path):
+    """And what belongs to the samples lies beside them."""
+    args = ["sample.py", f"--out_dir={run_dir}", "--steps=1", "--draws=1"]
+    for flag in (f"--save_pickle={tmp_path}", f"--save_pickle={tmp_path}/no/a.pkl"):
+        assert "cannot be written" in refused(*args, flag)
+        assert not (run_dir / "generated.npy").exists()
+    before = sorted(run_dir.iterdir())
+    run(*args, f"--save={tmp_path}/a.npy", "--plot=True")
+    names = sorted(path.name for path in tmp_path.glob("a*"))
+    assert names == ["a.npy", "a.png", "a_metrics.json"] and sorted(run_dir.iterdir()) == before
