@@ -33,7 +33,7 @@ from plumbing.configurator import (
     user_errors_in_one_line,
 )
 from plumbing.dataset import Loader, map_rows, open_dataset
-from plumbing.distributed import all_reduce_sum, print0
+from plumbing.distributed import LAUNCHED, RANK, WORLD_SIZE, all_reduce_sum, print0
 from plumbing.optim import make_optimizer, step_in_backward
 from report import score
 
@@ -149,25 +149,24 @@ max_bad_steps dist_timeout
 check_numbers(config, positive, any_sign="t_mean")
 
 # ---------------------------------------------------------------- system
-rank, world_size = distributed.RANK, distributed.WORLD_SIZE
 device = distributed.pick_device(device)
 device_type = device.split(":")[0]
 dtype = distributed.pick_dtype(dtype, device)
 if gradient_accumulation_steps is None:
-    micro = batch_size or (256 // world_size if device_type == "cuda" else 32)
-    gradient_accumulation_steps = world_size * max(1, 256 // (micro * world_size))
+    micro = batch_size or (256 // WORLD_SIZE if device_type == "cuda" else 32)
+    gradient_accumulation_steps = WORLD_SIZE * max(1, 256 // (micro * WORLD_SIZE))
 batch_size = batch_size or max(1, 256 // gradient_accumulation_steps)
-one_pass = not distributed.LAUNCHED and gradient_accumulation_steps == 1
+one_pass = not LAUNCHED and gradient_accumulation_steps == 1
 if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
     raise ValueError(
         "optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, "
         "--grad_clip=0 and no float16"
     )
-if fsdp and (not distributed.LAUNCHED or dtype == "float16" or optimizer == "adafactor"):
+if fsdp and (not LAUNCHED or dtype == "float16" or optimizer == "adafactor"):
     raise ValueError("fsdp=True needs torchrun, float32 or bfloat16, and adamw")
-if gradient_accumulation_steps % world_size:
-    raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {world_size} processes")
-if distributed.LAUNCHED:
+if gradient_accumulation_steps % WORLD_SIZE:
+    raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {WORLD_SIZE} processes")
+if LAUNCHED:
     device = distributed.init_distributed(device, dist_timeout)
 interrupts = distributed.Interrupts(time_limit, device)
 # "high": TF32 on cuda. On a CPU "medium" chooses oneDNN, up to twice as fast as MKL; it computes in
@@ -265,7 +264,7 @@ if resume:
     checkpoint.restore_optimizer(ckpt, opt)
     last_lr = ckpt["optimizer"]["param_groups"][0]["lr"]
     ckpt = None
-if all_reduce_sum(torch.tensor([iteration], device=device)).item() != world_size * iteration:
+if all_reduce_sum(torch.tensor([iteration], device=device)).item() != WORLD_SIZE * iteration:
     raise ValueError(f"the processes see different files {newest}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
 if optimizer_in_backward:
@@ -277,13 +276,13 @@ if compile or compile is None and device_type == "cuda":
     for block in [*raw_model.layers, *ema_model.layers]:
         block.compile(dynamic=False)
 model = raw_model
-if distributed.LAUNCHED and not fsdp:
+if LAUNCHED and not fsdp:
     model = DDP(model, gradient_as_bucket_view=True, bucket_cap_mb=100)
 
 # ---------------------------------------------------------------- steps, evaluations, checkpoints
-micro_steps = gradient_accumulation_steps // world_size  # of this process
+micro_steps = gradient_accumulation_steps // WORLD_SIZE  # of this process
 # the place of a micro-batch in the global batch decides its data and its noise
-micros = range(rank * micro_steps, (rank + 1) * micro_steps)
+micros = range(RANK * micro_steps, (RANK + 1) * micro_steps)
 # Endless pairs (target, cond), raw, on the CPU, one per micro-batch of this process. For a torch
 # DataLoader, let its batch_sampler be loader.rows(i, micro), i from iteration on, for these micros.
 batches = loader.stream(iteration, micros)
@@ -315,7 +314,7 @@ def forward_backward(micro):
     is_last = micro == micros[-1]  # only then are gradients summed over the processes
     if fsdp:
         model.set_requires_gradient_sync(is_last)
-    elif distributed.LAUNCHED:
+    elif LAUNCHED:
         model.require_backward_grad_sync = is_last
     with autocast:
         losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
@@ -387,21 +386,26 @@ def state():
     )  # fmt: skip
 
 
+def ask_wandb(function, *args, **options):
+    """Whatever ails wandb or its service, the run goes on."""
+    try:
+        return function(*args, **options)
+    except Exception as e:
+        print0(f"WARNING: wandb: {e}")
+
+
 def write_log(record):
-    if rank == 0:
+    if RANK == 0:
         run_folder.append_log(out_dir, record)
     if wandb_log:
-        try:
-            wandb.log(record, step=iteration)
-        except Exception as e:  # whatever ails wandb or its service, the run goes on
-            print0(f"WARNING: wandb: {e}")
+        ask_wandb(wandb.log, record, step=iteration)
 
 
 # ---------------------------------------------------------------- start
 print0(describe(config, __file__))
 n_params = sum(p.numel() for p in params)
 n_epochs = max_iters * samples_per_iter / loader.n_train
-print0(f"{n_params / 1e6:.2f}M parameters on {world_size} x {device}, {dtype}")
+print0(f"{n_params / 1e6:.2f}M parameters on {WORLD_SIZE} x {device}, {dtype}")
 print0(
     f"{loader.n_train} samples, {samples_per_iter} per iteration, "
     f"{max_iters} iterations ({n_epochs:.1f} epochs)"
@@ -424,23 +428,24 @@ if dry_run:
     distributed.exit_process()
 version = run_folder.code_version()
 lock = run_folder.claim_folder(out_dir, resume or overwrite)  # as long as this is here
-wandb_log = wandb_log and rank == 0
+wandb_log = wandb_log and RANK == 0
 if wandb_log:
     import wandb
 
-    options = dict(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir)
-    options |= dict(id=wandb_id, resume="allow")
-    try:
-        wandb_id = wandb.init(**options).id
-    except Exception as e:  # no network, not logged in, a wrong variable
-        print0(f"WARNING: wandb: {e}; it works offline, in {out_dir}/wandb: see wandb sync")
-        wandb_id = wandb.init(mode="offline", **options).id
-if rank == 0:
+    options = dict(
+        project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
+        config=config, dir=out_dir,
+    )  # fmt: skip
+    run = ask_wandb(wandb.init, **options)
+    if run is None:  # no network, not logged in, a wrong variable
+        run = wandb.init(mode="offline", **options)  # says how to send it later
+    wandb_id = run.id
+if RANK == 0:
     run_folder.open_run(out_dir, config, version, iteration, resume)
 
 # ---------------------------------------------------------------- training loop
 flops = flops_per_sample(model_config, S)
-peak_flops = world_size * distributed.matmul_rate(device, dtype)  # per second
+peak_flops = WORLD_SIZE * distributed.matmul_rate(device, dtype)  # per second
 torch.autograd.set_detect_anomaly(debug)
 first_iteration = iteration
 bad_in_a_row, stop = 0, False
@@ -480,7 +485,7 @@ while not stop:
     grad_norm = clip_gradients()
     # the only time in an iteration that this process waits for the device
     sums = torch.stack([loss, output_norm, grad_norm, interrupts.flag()])
-    loss, output_norm, grad_norm, stop = (all_reduce_sum(sums) / world_size).tolist()
+    loss, output_norm, grad_norm, stop = (all_reduce_sum(sums) / WORLD_SIZE).tolist()
 
     if math.isfinite(loss + grad_norm):
         bad_in_a_row = 0
@@ -536,5 +541,5 @@ if not saved:
     sys.exit(f"error: {last} could not be written at the end: it is an older one")
 if not (stop or is_sound):
     sys.exit(f"error: the last iterations were not finite: {last} is an older one")
-if distributed.LAUNCHED:
+if LAUNCHED:
     distributed.exit_process()
