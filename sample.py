@@ -219,17 +219,17 @@ def line(a, b, n):
 # ---- the script
 
 
-def read_conditions(path, key, meta=None):
+def read_conditions(path, key, data=None):
     """The conditions in a file, Rows (N, S, C), and an iterator of {"key": ..., "caption": ...}.
 
-    meta: the meta.json of the dataset. What is not of its shape is prepared as it was.
+    data: the dataset. What is not of its conditions' shape is prepared as they were.
     """
     content = load_pickle(path)
     if list(content) == ["array"]:  # a .npy
         key = "array"
     rows = Rows(content, key, path)
-    if meta and rows.layout[:2] != meta["shapes"]["val_cond"][1:]:
-        rows = Rows(content, key, path, **meta["settings"] | {"dtype": "source"})
+    if data and (rows.tokens, rows.channels) != data["val_cond"].shape[1:]:
+        rows = Rows(content, key, path, **data["meta"]["settings"] | {"dtype": "source"})
     for _ in items(content, len(rows), path):  # refuses bad ones before hours of sampling
         pass
     return rows, items(content, len(rows), path)
@@ -260,18 +260,19 @@ def run(config):
     grid = tuple(data["meta"]["grid"]) if data else None
     loaded = load(Path(out_dir, checkpoint), own_device, weights, dtype, grid)
     shape = loaded.shape  # (T, D)
-    config["batch_size"] = size = batch_size or loaded.batch_size
+    size = batch_size or loaded.batch_size
+    # what the defaults stand for here
+    config |= {"batch_size": size, "device": own_device, "dtype": loaded.dtype}
     folder = data_dir or loaded.data_dir
+    if not (cond or folder):
+        raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
+    if data is None and folder and (not cond or Path(folder, "meta.json").exists()):
+        data = open_dataset(folder)
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
     if cond:
-        meta_path = Path(folder or out_dir, "meta.json")
-        meta = json.loads(meta_path.read_text()) if meta_path.exists() else None
-        conditions, named = read_conditions(Path(cond), cond_key, meta)
+        conditions, named = read_conditions(Path(cond), cond_key, data)
         truth = None
     else:
-        if not folder:
-            raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
-        data = data or open_dataset(folder)
         conditions, truth = split_arrays(data, split)
         named = map(json.loads, open(Path(folder, f"{split}_items.jsonl")))
         if truth.shape[1:] != shape:
@@ -286,7 +287,8 @@ def run(config):
             truth = None
     if interpolate:
         i, j, n = (*interpolate, 8)[:3]
-        if not 0 <= min(i, j) <= max(i, j) < len(conditions):
+        numbers = range(len(conditions))
+        if i not in numbers or j not in numbers:
             raise ValueError(f"interpolate={interpolate}: there are {len(conditions)} conditions")
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
         truth = None
@@ -324,10 +326,8 @@ def run(config):
     paths = [path.resolve() for path in (*written, Path(save_pickle), *read)]
     if len(set(paths)) < len(paths):
         raise ValueError(f"save={save}, save_pickle={save_pickle}: this is read, or written twice")
-    # of device and dtype what they stand for; the other two change no sample
-    resolved = {"device": own_device, "dtype": loaded.dtype, "plot": None, "save_pickle": None}
     made_with = {
-        "settings": config | resolved,
+        "settings": config | {"plot": None, "save_pickle": None},  # these change no sample
         "read": {str(path): path.stat().st_mtime_ns for path in read},
         "code": hash_files(ROOT / name for name in ("model.py", "flow.py", "sample.py")),
     }

@@ -213,8 +213,8 @@ def warn_of_distance(path, old, new):
     """
     for kind in ("cond", "target"):
         mean, std = f"{kind}_mean", f"{kind}_std"
-        square = (new[mean] - old[mean]) ** 2 + (new[std] - old[std]) ** 2
-        distance = (square.sum() / (old[std] ** 2).sum()) ** 0.5
+        moved = torch.cat([new[mean] - old[mean], new[std] - old[std]])
+        distance = moved.norm() / old[std].norm()
         if distance > 0.5:
             print0(f"WARNING: {kind} is {distance:.2f} standard deviations from that of {path}")
 
