@@ -31,7 +31,7 @@ prefix = ""  # of the parameters' names; needed if the files hold several models
 # ----
 
 # Our parameters and the reference's. Where ours has several, they are stacked in it.
-PARAMETERS = """
+PARAMETERS = """\
 x_embed.weight                    patch_embedder.proj.weight
 x_embed.bias                      patch_embedder.proj.bias
 t_embed.0.weight                  time_caption_embed.timestep_embedder.linear_1.weight
@@ -78,7 +78,7 @@ final.weight                      norm_out.linear_2.weight
 final.bias                        norm_out.linear_2.bias
 """
 # NextDiTConfig's arguments and the reference's; of ffn_dim see reference_config.
-CONFIG = """
+CONFIG = """\
 target_dim  in_channels
 cond_dim    cross_attention_dim
 dim         hidden_size
@@ -101,7 +101,7 @@ def stack_names(names):
     in `names`, ours or theirs."""
     n_layer = sum(name.endswith(".gate") for name in names)
     stacks = {}
-    for line in PARAMETERS.strip().splitlines():
+    for line in PARAMETERS.splitlines():
         for i in range(n_layer if "N" in line else 1):
             ours, theirs = line.replace("N", str(i)).split()
             if ours in names or theirs in names:
@@ -143,13 +143,8 @@ def open_safetensors(folder, grid, prefix):
     """open_model() for a folder of such files."""
     from safetensors import safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
     given = json.loads((folder / "config.json").read_text())
-    ckpt = dict.fromkeys(META) | {"files": files, "config": {"data_dir": None}}
-    is_ours = "model_args" in given
-    if is_ours:
-        ckpt |= {name: given[name] for name in META}
-        ckpt["stats"] = {name: torch.tensor(value) for name, value in ckpt["stats"].items()}
+    files = sorted(folder.glob("*.safetensors"))
     places = {}  # name -> file
     for path in files:
         with safe_open(path, "pt") as file:
@@ -161,8 +156,13 @@ def open_safetensors(folder, grid, prefix):
         check_tensors(name, tensor)
         return tensor
 
-    if is_ours and "x_embed.weight" in places:
-        return ckpt, ((name, read(name)) for name in places)
+    ckpt = dict.fromkeys(META) | {"files": files, "config": {"data_dir": None}}
+    is_ours = "model_args" in given
+    if is_ours:
+        ckpt |= {name: given[name] for name in META}
+        ckpt["stats"] = {name: torch.tensor(value) for name, value in given["stats"].items()}
+        if "x_embed.weight" in places:
+            return ckpt, ((name, read(name)) for name in places)
     starts = [name.removesuffix(FIRST) for name in places if name.endswith(prefix + FIRST)]
     if len(starts) != 1:
         raise ValueError(
@@ -237,7 +237,7 @@ def save_model(folder, ckpt, state):
 def reference_config(args):
     """The config.json of diffusers' model for NextDiTConfig's arguments `args`."""
     given = {"_class_name": "LuminaNextDiT2DModel", "patch_size": 1, "learn_sigma": False}
-    for line in CONFIG.strip().splitlines():
+    for line in CONFIG.splitlines():
         ours, theirs = line.split()
         given[theirs] = args[ours]
     given["sample_size"], _ = args["grid"]
