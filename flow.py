@@ -85,7 +85,7 @@ def shift_time(t, shift):
 
 def coefficients(t, cfg):
     """alpha, sigma, alpha', sigma' at t, each of shape (B, 1, 1) for t (B,)."""
-    t = t[:, None, None]
+    t = t[:, None, None]  # (B, 1, 1)
     # fall: how the noise falls from 1 at t = 0 to 0 at t = 1
     if cfg.path == "linear":
         alpha, d_alpha = t, torch.ones_like(t)

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-LinearNoBias = partial(nn.Linear, bias=False)
+LinearNoBias = partial(nn.Linear, bias=False)  # of attention and feed-forward
 ROPE = {  # highest frequency, in radians per token, and theta
     "lumina": (1.0, 10000.0),  # as in texts
     "grid": (3.0, 10.0),  # for few rows and columns
