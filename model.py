@@ -17,6 +17,7 @@ Shapes: B batch, T = H * W target tokens, D their channels, S condition tokens, 
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+LinearNoBias = partial(nn.Linear, bias=False)  # of attention and feed-forward
 ROPE = {  # highest frequency, in radians per token, and theta
     "lumina": (1.0, 10000.0),  # as in texts
     "grid": (3.0, 10.0),  # for few rows and columns
@@ -53,13 +55,7 @@ class NextDiTConfig:
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        if min(self.dim, self.n_layer, self.n_head, self.n_kv_head, self.multiple_of) < 1:
-            raise ValueError(
-                f"dim={self.dim}, n_layer={self.n_layer}, n_head={self.n_head}, "
-                f"n_kv_head={self.n_kv_head} and multiple_of={self.multiple_of} must be at least 1"
-            )
+        self.n_kv_head = self.n_kv_head or self.n_head
         if self.conditioning not in ("cross", "aligned"):
             raise ValueError(
                 f"conditioning={self.conditioning!r} is unknown; it is one of cross, aligned"
@@ -78,7 +74,6 @@ class NextDiTConfig:
         self.grid = tuple(self.grid)
         self.n_tokens = math.prod(self.grid)  # T
         self.head_dim = self.dim // self.n_head
-        self.kv_dim = self.n_kv_head * self.head_dim
         self.emb_dim = min(self.dim, 1024)  # of the embedding of time and pooled condition
         self.cond_width = self.dim if self.cond_projection else self.cond_dim  # in the model
         if self.ffn_dim is None:  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
@@ -90,16 +85,14 @@ def rope_2d(config, device):
     """Cosines and sines of a 2D rotary embedding, each (T, 1, head_dim / 2).
     Channels (2j, 2j + 1) turn with the row for even j, with the column for odd j, at frequency
     highest * theta^(-4k / head_dim), k = j // 2: Su et al. 2021 (arXiv 2104.09864), per axis."""
-    H, W = config.grid
     highest, theta = ROPE[config.rope]
     half = config.head_dim // 2
     exponents = torch.arange(0, half, 2, device=device) / half  # (head_dim / 4,)
     freqs = highest / theta**exponents
-    rows = torch.arange(H, device=device)
-    cols = torch.arange(W, device=device)
-    positions = torch.cartesian_prod(rows, cols)  # (T, 2)
-    angles = positions[:, None] * freqs[:, None]  # (T, head_dim / 4, 2)
-    angles = angles.flatten(1)[:, None]  # (T, 1, head_dim / 2)
+    axes = [torch.arange(n, device=device) for n in config.grid]  # rows and columns
+    positions = torch.cartesian_prod(*axes)  # (T, 2)
+    angles = positions[:, None, None] * freqs[:, None]  # (T, 1, head_dim / 4, 2)
+    angles = angles.flatten(2)  # (T, 1, head_dim / 2)
     return angles.cos(), angles.sin()
 
 
@@ -124,9 +117,9 @@ def attend(q, k, v, head_dim):
     """(B, T, n_head * head_dim), (B, S, n_kv_head * head_dim) twice -> (B, T, n_head, head_dim)."""
     q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, n, ., h)
     grouped = q.shape[1] > k.shape[1]  # several heads share keys and values
-    if q.device.type == "cpu" and not grouped:  # where SDPA is up to ten times slower
-        scores = (q * head_dim**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, S)
-        y = scores.softmax(dim=-1) @ v  # (B, n_head, T, head_dim)
+    if q.is_cpu and not grouped:  # where SDPA is up to ten times slower
+        scores = (q * head_dim**-0.5) @ k.mT  # (B, n_head, T, S)
+        y = scores.softmax(-1) @ v  # (B, n_head, T, head_dim)
     else:
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     return y.transpose(1, 2)
@@ -137,19 +130,19 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim = config.dim
-        kv_dim = config.kv_dim
+        kv_dim = config.n_kv_head * config.head_dim
         norm = nn.LayerNorm if config.qk_norm else nn.Identity  # spans all heads, as in Lumina-Next
         self.head_dim = config.head_dim
         self.cross = config.conditioning == "cross"
         self.sizes = [dim, kv_dim, kv_dim, dim if self.cross else 0]
-        self.qkvq = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.qkvq = LinearNoBias(dim, sum(self.sizes))
         if self.cross:
             self.gate = nn.Parameter(torch.empty(config.n_head))
             self.cond_norm = nn.RMSNorm(config.cond_width, config.norm_eps)
-            self.cond_kv = nn.Linear(config.cond_width, 2 * kv_dim, bias=False)
+            self.cond_kv = LinearNoBias(config.cond_width, 2 * kv_dim)
             self.cond_q_norm = norm(dim)
             self.cond_k_norm = norm(kv_dim)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = LinearNoBias(dim, dim)
         self.q_norm = norm(dim)
         self.k_norm = norm(kv_dim)
 
@@ -165,7 +158,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), rope)
         y = attend(q, k, v, self.head_dim)  # (B, T, n_head, head_dim)
         if self.cross:
-            if not isinstance(condition, tuple):  # else they were computed before
+            if torch.is_tensor(condition):  # else they were computed before
                 condition = self.keys_values(condition)
             k, v = condition
             q = rotate(self.cond_q_norm(cond_q), rope)  # the reference turns it here too
@@ -178,13 +171,12 @@ class FeedForward(nn.Module):
     # SwiGLU (Shazeer 2020, arXiv 2002.05202)
     def __init__(self, config):
         super().__init__()
-        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w13 = LinearNoBias(config.dim, 2 * config.ffn_dim)
+        self.w2 = LinearNoBias(config.ffn_dim, config.dim)
 
     def forward(self, x):
         a, b = self.w13(x).chunk(2, -1)  # each (B, T, ffn_dim)
-        h = F.silu(a) * b
-        return self.w2(h)  # (B, T, dim)
+        return self.w2(F.silu(a) * b)  # (B, T, dim)
 
 
 class Block(nn.Module):
@@ -212,10 +204,9 @@ class Block(nn.Module):
         it returned in an earlier call; None if the conditioning is aligned"""
         modulation = self.ada(emb)[:, None]  # (B, 1, 4 * dim)
         scale1, gate1, scale2, gate2 = modulation.chunk(4, -1)
-        if self.conv is not None:
-            image = self.norm1(x).transpose(1, 2)  # (B, dim, T)
-            image = self.conv(image.unflatten(2, self.grid))  # (B, dim, H, W)
-            x = x + image.flatten(2).transpose(1, 2)  # (B, T, dim)
+        if self.conv:
+            image = self.norm1(x).mT.unflatten(2, self.grid)  # (B, dim, H, W)
+            x = x + self.conv(image).flatten(2).mT  # (B, T, dim)
         h = self.norm1(x) * (1 + scale1)
         h = self.attn(h, rope, condition)
         x = x + gate1.tanh() * self.norm2(h.type_as(x))
@@ -243,8 +234,7 @@ class Prior(nn.Module):
         has: TF32 and float32 lose small variances."""
         tokens = tokens.cpu().double()
         mean = tokens.mean(0)  # (D,)
-        centered = tokens - mean
-        covariance = centered.T @ centered / len(tokens)  # (D, D)
+        covariance = tokens.T.cov(correction=0)  # (D, D)
         variance, basis = torch.linalg.eigh(covariance)  # (D,), (D, D)
         variance = variance.clamp(min=1e-4 * variance.mean())
         self.load_state_dict({"mean": mean, "basis": basis, "variance": variance})
@@ -284,18 +274,18 @@ class NextDiT(nn.Module):
             nn.LayerNorm(config.cond_width),
             nn.Linear(config.cond_width, emb_dim),
         )
-        aligned = config.conditioning == "aligned"
-        self.cond_in = nn.Linear(config.cond_width, dim) if aligned else None
+        self.cond_in = None
+        if config.conditioning == "aligned":
+            self.cond_in = nn.Linear(config.cond_width, dim)
         self.null_cond = nn.Parameter(torch.empty(config.cond_dim))  # stands for "no condition"
         self.prior = Prior(config.target_dim) if config.prior else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_ada = nn.Linear(emb_dim, dim)
-        self.final_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.final = nn.Linear(dim, config.target_dim)
         self.init_weights()
 
     def init_weights(self):
-        """The reference's initialization, and zero for what must start silent.
+        """The reference's initialization, which is torch's, and zero for what must start silent.
 
         Linear                weights and biases uniform in +-1 / sqrt(fan_in)
         RMSNorm, LayerNorm    weights 1, biases 0
@@ -305,24 +295,19 @@ class NextDiT(nn.Module):
         anything else         torch's own: nn.Embedding, say, from N(0, 1)
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                bound = module.in_features**-0.5
-                for p in module.parameters():
-                    nn.init.uniform_(p, -bound, bound)
-            elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            if isinstance(module, nn.Linear | nn.RMSNorm | nn.LayerNorm):
                 module.reset_parameters()
-            elif isinstance(module, Attention) and module.cross:
-                nn.init.zeros_(module.gate)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.zeros_(module.weight)
-        nn.init.zeros_(self.null_cond)
-        if self.prior is not None:
-            for p in self.final.parameters():
+        silent = ("gate", "conv.weight", "null_cond")
+        if self.prior:
+            silent += ("final.weight", "final.bias")
+        for name, p in self.named_parameters():
+            if name.endswith(silent):
                 nn.init.zeros_(p)
 
     def embed_condition(self, cond):
         """cond (B, S, C) -> its part of adaLN's input (B, emb_dim); what is added to the target's
-        tokens (B, S, dim) if aligned, else None; normalized tokens for attention, else None."""
+        tokens (B, S, dim) if aligned, else None; and for each block its normalized tokens for
+        attention, else None."""
         cond = self.cond_projection(cond)  # (B, S, C or dim)
         added = tokens = None
         if self.cond_in is None:
@@ -334,15 +319,15 @@ class NextDiT(nn.Module):
                 f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
                 'train with conditioning="cross"'
             )
-        return self.cond_embed(cond.mean(1)), added, tokens
+        return self.cond_embed(cond.mean(1)), added, [tokens] * len(self.layers)
 
     def context(self, cond):
         """What depends on cond (B, S, C) alone, for forward(): computed once per trajectory. The
         null condition is one token, `null_cond.expand(B, 1, -1)`."""
-        cond_emb, added, tokens = self.embed_condition(cond)
-        if tokens is None:
-            return cond_emb, added, [None] * len(self.layers)
-        return cond_emb, added, [block.context(tokens) for block in self.layers]
+        cond_emb, added, conditions = self.embed_condition(cond)
+        if added is None:
+            conditions = [block.context(x) for block, x in zip(self.layers, conditions)]
+        return cond_emb, added, conditions
 
     def forward(self, x_t, t, cond=None, drop=None, context=None):
         """
@@ -352,36 +337,37 @@ class NextDiT(nn.Module):
         Returns (B, T, D): the prediction (velocity, noise or data: flow.py decides).
         """
         config = self.config
-        if x_t.shape[1:] != (config.n_tokens, config.target_dim):
+        if x_t.shape[1] != config.n_tokens:
             raise ValueError(
-                f"x_t has {x_t.shape[1]} tokens of {x_t.shape[2]} channels; "
-                f"the model is for a grid of {config.grid} tokens of {config.target_dim} channels"
+                f"x_t has {x_t.shape[1]} tokens; the model is for a grid of {config.grid}"
             )
         if context is None:
             if drop is not None:
                 cond = torch.where(drop[:, None, None], self.null_cond, cond)
-            cond_emb, added, tokens = self.embed_condition(cond)
-            conditions = [tokens] * len(self.layers)
-        else:
-            cond_emb, added, conditions = context
-        t_emb = timestep_embedding(t).to(x_t.dtype)  # (B, 256)
+            context = self.embed_condition(cond)
+        cond_emb, added, conditions = context
+        t_emb = timestep_embedding(t).type_as(x_t)  # (B, 256)
         emb = F.silu(self.t_embed(t_emb) + cond_emb)  # (B, emb_dim)
         t = t[:, None, None]  # (B, 1, 1)
-        z = x_t if self.prior is None else self.prior.project(x_t, t)  # (B, T, D)
-        x = self.x_embed(z)  # (B, T, dim)
-        x = x.to(x_t.dtype)  # under autocast the residual stream stays in float32
+        z = x_t  # (B, T, D)
+        if self.prior:
+            z = self.prior.project(x_t, t)
+        # under autocast the residual stream stays in float32
+        x = self.x_embed(z).type_as(x_t)  # (B, T, dim)
         if added is not None:
             x = x + added
         rope = rope_2d(config, x.device)
         for block, condition in zip(self.layers, conditions):
-            args = (x, emb, rope, condition)
             if config.gradient_checkpointing:
-                x = checkpoint(block, *args, use_reentrant=False)
+                x = checkpoint(block, x, emb, rope, condition, use_reentrant=False)
             else:
-                x = block(*args)
-        x = self.final_norm(x) * (1 + self.final_ada(emb)[:, None])
+                x = block(x, emb, rope, condition)
+        scale = self.final_ada(emb)[:, None]  # (B, 1, dim)
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale)
         out = self.final(x)  # (B, T, D)
-        return out if self.prior is None else self.prior(z, t, out)
+        if self.prior:
+            out = self.prior(z, t, out)
+        return out
 
 
 def flops_per_sample(config, cond_tokens):
@@ -391,5 +377,6 @@ def flops_per_sample(config, cond_tokens):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:  # computes nothing
         x_t = torch.empty(1, config.n_tokens, config.target_dim)
         cond = torch.empty(1, cond_tokens, config.cond_dim)
-        NextDiT(config)(x_t, torch.empty(1), cond).sum().backward()
+        out = NextDiT(config)(x_t, torch.empty(1), cond)
+        out.sum().backward()
     return counter.get_total_flops()

@@ -31,28 +31,31 @@ def open_dataset(data_dir):
     Raises ValueError where the dataset is missing, incomplete or not what meta.json says.
     """
     folder = Path(data_dir).expanduser()
+    meta_file = folder / "meta.json"
     make = f"make it with: python prepare.py SRC --out={data_dir}"
-    if not (folder / "meta.json").is_file():
-        incomplete = any((folder / name).exists() for name in FILES)
-        state = "is incomplete: it has no meta.json" if incomplete else "does not exist"
+    if not meta_file.is_file():
+        state = "is incomplete: it has no meta.json" if folder.is_dir() else "does not exist"
         raise ValueError(f"the dataset {str(data_dir)!r} {state}; {make}")
     try:
-        data = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        data["meta"] = meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads(meta_file.read_text())
+        data = {"meta": meta}
         with np.load(folder / "stats.npz") as stats:
             data["stats"] = dict(stats)
         for name in ARRAYS:
-            if list(data[name].shape) != meta["shapes"][name]:
-                shapes = f"{data[name].shape}, meta.json says {meta['shapes'][name]}"
-                raise ValueError(f"{name}.npy has shape {shapes}")
+            data[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+            expected = tuple(meta["shapes"][name])
+            if data[name].shape != expected:
+                raise ValueError(
+                    f"{name}.npy has shape {data[name].shape}, meta.json says {expected}"
+                )
         for name in FILES:
-            if not (folder / name).is_file():
-                raise ValueError(f"{name} is missing")
+            (folder / name).stat()  # raises OSError if it is missing
         if len(meta["grid"]) != 2:
             raise ValueError("meta.json has no grid")
     except Exception as e:  # a damaged file can raise anything
-        words = f"the dataset {str(data_dir)!r} is damaged: {e}"
-        raise ValueError(f"{words}; {make} --overwrite=True") from e
+        raise ValueError(
+            f"the dataset {str(data_dir)!r} is damaged: {e}; {make} --overwrite=True"
+        ) from e
     return data
 
 
@@ -83,10 +86,9 @@ class Loader:
         self.micro_batches = micro_batches
         self.seed = seed
         self.pin_memory = pin_memory
-        n = len(data["train_cond"])
-        self.n_train = n if subset_size is None else min(subset_size, n)
+        self.n_train = len(data["train_cond"][:subset_size])
         self.n_val = len(data["val_cond"])
-        self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
+        self.epoch_order = functools.lru_cache(2)(self.epoch_order)
 
     def epoch_order(self, epoch):
         rows = np.arange(self.n_train, dtype=np.uint32)  # half the memory of the default
@@ -95,8 +97,8 @@ class Loader:
     def rows(self, iteration, micro):
         """(batch_size,) rows of the training split in micro-batch `micro` of an iteration."""
         first = (iteration * self.micro_batches + micro) * self.batch_size
-        epoch, offset = np.divmod(np.arange(first, first + self.batch_size), self.n_train)
-        orders = [self.epoch_order(e)[offset[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)]
+        epoch, offset = np.divmod(first + np.arange(self.batch_size), self.n_train)
+        orders = [self.epoch_order(e)[offset[epoch == e]] for e in np.unique(epoch)]
         return np.concatenate(orders)
 
     def read(self, split, rows):
@@ -106,7 +108,7 @@ class Loader:
         batch = []
         for name in ("target", "cond"):
             array = self.data[f"{split}_{name}"]
-            x = torch.from_numpy(np.asarray(array[rows]))
+            x = torch.from_numpy(array[rows])
             batch.append(x.pin_memory() if self.pin_memory else x)
             drop_pages(array)  # they stay in the system's cache, but are not this process's memory
         return batch
@@ -140,7 +142,7 @@ def map_rows(function, n, batch_size, interrupts):
     size = min(batch_size, count)
     batches = []
     for first in range(RANK * count, (RANK + 1) * count, size):
-        if all_reduce_sum(interrupts.flag()).item():
+        if all_reduce_sum(interrupts.flag()):
             raise InterruptedError("the evaluation was broken off")
         rows = first + np.arange(size)
         with torch.no_grad():

@@ -30,41 +30,55 @@ weights = "ema"  # of a run: ema | model (the raw ones)
 prefix = ""  # of the parameters' names; needed if the files hold several models of diffusers
 # ----
 
-# Our modules and the reference's. Where ours has several, their parameters are stacked in it.
-MODULES = """
-x_embed                  patch_embedder.proj
-t_embed.0                time_caption_embed.timestep_embedder.linear_1
-t_embed.2                time_caption_embed.timestep_embedder.linear_2
-cond_projection.0        caption_projection.linear_1
-cond_projection.2        caption_projection.linear_2
-cond_embed.0             time_caption_embed.caption_embedder.0
-cond_embed.1             time_caption_embed.caption_embedder.1
-layers.N.ada             layers.N.norm1.linear
-layers.N.norm1           layers.N.norm1.norm
-layers.N.norm2           layers.N.norm2
-layers.N.ffn_norm1       layers.N.ffn_norm1
-layers.N.ffn_norm2       layers.N.ffn_norm2
-layers.N.attn.qkvq       layers.N.attn1.to_q
-layers.N.attn.qkvq       layers.N.attn1.to_k
-layers.N.attn.qkvq       layers.N.attn1.to_v
-layers.N.attn.qkvq       layers.N.attn2.to_q
-layers.N.attn.q_norm     layers.N.attn1.norm_q
-layers.N.attn.k_norm     layers.N.attn1.norm_k
-layers.N.attn.cond_norm  layers.N.norm1_context
-layers.N.attn.cond_kv    layers.N.attn2.to_k
-layers.N.attn.cond_kv    layers.N.attn2.to_v
-layers.N.attn.cond_q_norm layers.N.attn2.norm_q
-layers.N.attn.cond_k_norm layers.N.attn2.norm_k
-layers.N.attn.gate       layers.N.gate
-layers.N.attn.out        layers.N.attn2.to_out.0
-layers.N.ffn.w13         layers.N.feed_forward.linear_1
-layers.N.ffn.w13         layers.N.feed_forward.linear_3
-layers.N.ffn.w2          layers.N.feed_forward.linear_2
-final_ada                norm_out.linear_1
-final                    norm_out.linear_2
+# Our parameters and the reference's. Where ours has several, they are stacked in it.
+PARAMETERS = """\
+x_embed.weight                    patch_embedder.proj.weight
+x_embed.bias                      patch_embedder.proj.bias
+t_embed.0.weight                  time_caption_embed.timestep_embedder.linear_1.weight
+t_embed.0.bias                    time_caption_embed.timestep_embedder.linear_1.bias
+t_embed.2.weight                  time_caption_embed.timestep_embedder.linear_2.weight
+t_embed.2.bias                    time_caption_embed.timestep_embedder.linear_2.bias
+cond_projection.0.weight          caption_projection.linear_1.weight
+cond_projection.0.bias            caption_projection.linear_1.bias
+cond_projection.2.weight          caption_projection.linear_2.weight
+cond_projection.2.bias            caption_projection.linear_2.bias
+cond_embed.0.weight               time_caption_embed.caption_embedder.0.weight
+cond_embed.0.bias                 time_caption_embed.caption_embedder.0.bias
+cond_embed.1.weight               time_caption_embed.caption_embedder.1.weight
+cond_embed.1.bias                 time_caption_embed.caption_embedder.1.bias
+layers.N.ada.weight               layers.N.norm1.linear.weight
+layers.N.ada.bias                 layers.N.norm1.linear.bias
+layers.N.norm1.weight             layers.N.norm1.norm.weight
+layers.N.norm2.weight             layers.N.norm2.weight
+layers.N.ffn_norm1.weight         layers.N.ffn_norm1.weight
+layers.N.ffn_norm2.weight         layers.N.ffn_norm2.weight
+layers.N.attn.qkvq.weight         layers.N.attn1.to_q.weight
+layers.N.attn.qkvq.weight         layers.N.attn1.to_k.weight
+layers.N.attn.qkvq.weight         layers.N.attn1.to_v.weight
+layers.N.attn.qkvq.weight         layers.N.attn2.to_q.weight
+layers.N.attn.q_norm.weight       layers.N.attn1.norm_q.weight
+layers.N.attn.q_norm.bias         layers.N.attn1.norm_q.bias
+layers.N.attn.k_norm.weight       layers.N.attn1.norm_k.weight
+layers.N.attn.k_norm.bias         layers.N.attn1.norm_k.bias
+layers.N.attn.cond_norm.weight    layers.N.norm1_context.weight
+layers.N.attn.cond_kv.weight      layers.N.attn2.to_k.weight
+layers.N.attn.cond_kv.weight      layers.N.attn2.to_v.weight
+layers.N.attn.cond_q_norm.weight  layers.N.attn2.norm_q.weight
+layers.N.attn.cond_q_norm.bias    layers.N.attn2.norm_q.bias
+layers.N.attn.cond_k_norm.weight  layers.N.attn2.norm_k.weight
+layers.N.attn.cond_k_norm.bias    layers.N.attn2.norm_k.bias
+layers.N.attn.gate                layers.N.gate
+layers.N.attn.out.weight          layers.N.attn2.to_out.0.weight
+layers.N.ffn.w13.weight           layers.N.feed_forward.linear_1.weight
+layers.N.ffn.w13.weight           layers.N.feed_forward.linear_3.weight
+layers.N.ffn.w2.weight            layers.N.feed_forward.linear_2.weight
+final_ada.weight                  norm_out.linear_1.weight
+final_ada.bias                    norm_out.linear_1.bias
+final.weight                      norm_out.linear_2.weight
+final.bias                        norm_out.linear_2.bias
 """
 # NextDiTConfig's arguments and the reference's; of ffn_dim see reference_config.
-CONFIG = """
+CONFIG = """\
 target_dim  in_channels
 cond_dim    cross_attention_dim
 dim         hidden_size
@@ -87,12 +101,11 @@ def stack_names(names):
     in `names`, ours or theirs."""
     n_layer = sum(name.endswith(".gate") for name in names)
     stacks = {}
-    for line in MODULES.strip().splitlines():
+    for line in PARAMETERS.splitlines():
         for i in range(n_layer if "N" in line else 1):
-            for end in (".weight", ".bias", ""):
-                ours, theirs = (module + end for module in line.replace("N", str(i)).split())
-                if ours in names or theirs in names:
-                    stacks.setdefault(ours, []).append(theirs)
+            ours, theirs = line.replace("N", str(i)).split()
+            if ours in names or theirs in names:
+                stacks.setdefault(ours, []).append(theirs)
     return stacks
 
 
@@ -130,13 +143,8 @@ def open_safetensors(folder, grid, prefix):
     """open_model() for a folder of such files."""
     from safetensors import safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
     given = json.loads((folder / "config.json").read_text())
-    ckpt = dict.fromkeys(META) | {"files": files, "config": {"data_dir": None}}
-    is_ours = "model_args" in given
-    if is_ours:
-        ckpt |= {name: given[name] for name in META}
-        ckpt["stats"] = {name: torch.tensor(value) for name, value in ckpt["stats"].items()}
+    files = sorted(folder.glob("*.safetensors"))
     places = {}  # name -> file
     for path in files:
         with safe_open(path, "pt") as file:
@@ -148,8 +156,13 @@ def open_safetensors(folder, grid, prefix):
         check_tensors(name, tensor)
         return tensor
 
-    if is_ours and "x_embed.weight" in places:
-        return ckpt, ((name, read(name)) for name in places)
+    ckpt = dict.fromkeys(META) | {"files": files, "config": {"data_dir": None}}
+    is_ours = "model_args" in given
+    if is_ours:
+        ckpt |= {name: given[name] for name in META}
+        ckpt["stats"] = {name: torch.tensor(value) for name, value in given["stats"].items()}
+        if "x_embed.weight" in places:
+            return ckpt, ((name, read(name)) for name in places)
     starts = [name.removesuffix(FIRST) for name in places if name.endswith(prefix + FIRST)]
     if len(starts) != 1:
         raise ValueError(
@@ -224,7 +237,7 @@ def save_model(folder, ckpt, state):
 def reference_config(args):
     """The config.json of diffusers' model for NextDiTConfig's arguments `args`."""
     given = {"_class_name": "LuminaNextDiT2DModel", "patch_size": 1, "learn_sigma": False}
-    for line in CONFIG.strip().splitlines():
+    for line in CONFIG.splitlines():
         ours, theirs = line.split()
         given[theirs] = args[ours]
     given["sample_size"], _ = args["grid"]
