@@ -130,33 +130,27 @@ def loss(model, x_1, cond, cfg, generator=None, x_0=None, t=None):
     out = model(x_t, t, cond, drop).float()  # (B, T, D)
     error = out - target
     if cfg.loss_space == "v":
-        v, _, _ = convert(out, x_t, t, cfg)
-        v_target, _, _ = convert(target, x_t, t, cfg)
-        error = v - v_target
+        error = to_velocity(out, x_t, t, cfg) - to_velocity(target, x_t, t, cfg)
     losses = (error**2).mean((1, 2)) + cfg.l2_weight * (out**2).mean((1, 2))  # (B,)
     return losses, out
 
 
-def convert(out, x_t, t, cfg):
-    """What a model's output means: (v, x_0, x_1), each (B, T, D).
+def to_velocity(out, x_t, t, cfg):
+    """The velocity (B, T, D) that follows from a model's output, by the equations at the top.
 
-    Solves the two equations at the top of this file for the two unknowns. No divisor falls below
-    0.05: near t = 0 epsilon says nothing about the data, near t = 1 x nothing about the noise.
-    Li and He 2025 (arXiv 2511.13720) clip at the same value.
+    No divisor falls below 0.05: near t = 0 epsilon says nothing about the data, near t = 1 x
+    nothing about the noise. Li and He 2025 (arXiv 2511.13720) clip at the same value.
     """
-    alpha, sigma, d_alpha, d_sigma = coefficients(t, cfg)  # each (B, 1, 1)
     if cfg.prediction == "v":
-        det = alpha * d_sigma - d_alpha * sigma
-        x_0 = (alpha * out - d_alpha * x_t) / det
-        x_1 = (d_sigma * x_t - sigma * out) / det
-        return out, x_0, x_1
+        return out
+    alpha, sigma, d_alpha, d_sigma = coefficients(t, cfg)  # each (B, 1, 1)
     if cfg.prediction == "epsilon":
         x_0 = out
         x_1 = (x_t - sigma * out) / alpha.clamp(min=0.05)
     else:
         x_0 = (x_t - alpha * out) / sigma.clamp(min=0.05)
         x_1 = out
-    return d_alpha * x_1 + d_sigma * x_0, x_0, x_1
+    return d_alpha * x_1 + d_sigma * x_0
 
 
 # ---------------------------------------------------------------- sampling
@@ -189,8 +183,7 @@ def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0)):
 
     def velocity_given(context, x, t):
         out = model(x, t, context=context).float()
-        v, _, _ = convert(out, x, t, cfg)
-        return v
+        return to_velocity(out, x, t, cfg)
 
     def velocity(x, t):
         times = x.new_full((len(x),), t)  # (B,)
@@ -275,7 +268,8 @@ class Normalizer:
     mode: 'channel': zero mean and unit variance per channel; 'none': as they are; 'l2': every
         token scaled to norm sqrt(channels). l2 forgets the norms: decode scales tokens such that
         norm sqrt(channels) becomes the root mean square norm of the training set.
-    mean, std: (channels,) statistics of the training set
+    mean, std: (channels,) statistics of the training set. A channel whose std is below a millionth
+        of the largest is constant: encode gives 0 there, decode the mean.
     """
 
     def __init__(self, mode, mean, std, device=None):
@@ -284,16 +278,18 @@ class Normalizer:
         self.mode = mode
         self.mean = torch.as_tensor(mean).to(device, torch.float32)
         std = torch.as_tensor(std).to(device, torch.float32)
-        self.std = std.where(std > 1e-6, 1.0)  # a constant channel is not scaled
+        varies = std > 1e-6 * std.max()
+        self.std = std.where(varies, 0.0)
+        self.scale = std.where(varies, math.inf)  # what encode divides by
         self.rms = (self.mean**2 + std**2).mean().sqrt()
 
     def encode(self, x):
         x = x.float()
         if self.mode == "channel":
-            return (x - self.mean) / self.std
+            return (x - self.mean) / self.scale
         if self.mode == "l2":
             mean_square = x.square().mean(-1, keepdim=True)  # (..., 1)
-            return x * mean_square.clamp(min=1e-12).rsqrt()
+            return x * mean_square.clamp(min=1e-37).rsqrt()  # a zero token stays zero
         return x
 
     def decode(self, x):

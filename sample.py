@@ -239,7 +239,7 @@ def main():
     user_errors_in_one_line()
     ignore_closed_output()
     config = configure(globals())
-    check_numbers(config, "subset_size draws steps batch_size", any_sign="guidance")
+    check_numbers(config, "subset_size draws steps shift batch_size", any_sign="guidance")
     print0(describe(config, __file__))
     try:
         run(config)

@@ -143,8 +143,8 @@ if debug:
     eval_interval, log_interval, wandb_log = 5, 1, False
 positive = """
 batch_size gradient_accumulation_steps subset_size eval_batch_size eval_size eval_sample_steps
-eval_interval save_interval log_interval max_iters num_epochs ffn_dim ffn_dim_multiplier norm_eps
-max_bad_steps dist_timeout
+eval_interval save_interval log_interval max_iters num_epochs dim n_layer n_head n_kv_head ffn_dim
+multiple_of ffn_dim_multiplier norm_eps t_std t_shift max_bad_steps dist_timeout
 """
 check_numbers(config, positive, any_sign="t_mean")
 

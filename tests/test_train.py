@@ -311,6 +311,8 @@ NOWHERE = "dataset 'nowhere' does not exist; make it with: python prepare.py"
         (["--learning_rate=nan"], "learning_rate takes float or None, not 'nan'"),
         (["--num_epochs=-1"], "num_epochs=-1"),
         (["--n_kv_head=0"], "n_kv_head=0"),
+        (["--n_layer=0"], "n_layer=0 must be above 0"),
+        (["--t_std=0"], "t_std=0.0 must be above 0"),
         (["--dtype=int8"], "dtype='int8'"),
         (["--grad_clip=1e999"], "grad_clip=inf must be finite"),
         (["--device=tpu"], "device='tpu'"),
