@@ -72,10 +72,16 @@ def init_distributed(device, timeout):
     return device
 
 
-def exit_process():
-    """End this process together with the others."""
+def barrier():
+    """Wait until all processes have come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def exit_process():
+    """End this process together with the others."""
+    barrier()
+    if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit()
 

@@ -12,9 +12,8 @@ import os
 import shutil
 
 import numpy as np
-import torch
 
-from plumbing.distributed import RANK, WORLD_SIZE
+from plumbing.distributed import RANK, WORLD_SIZE, barrier
 
 
 class Output:
@@ -45,13 +44,9 @@ class Output:
             for path, shape in files.items():  # headers; the rows take no space yet
                 np.lib.format.open_memmap(folder / path.name, "w+", np.float32, shape)
             manifest.write_text(text)
-        self.wait_for_all()
+        barrier()
         self.progress = open(folder / f"process_{RANK}", "ab", buffering=0)
         self.done = self.progress.tell()
-
-    def wait_for_all(self):
-        if WORLD_SIZE > 1:
-            torch.distributed.barrier()
 
     def write(self, first, arrays):
         """Write {path: rows}, from row `first` on, to those that are among the files, as far as
@@ -66,7 +61,7 @@ class Output:
 
     def publish(self):
         """Once all processes have written everything, give the files their names."""
-        self.wait_for_all()
+        barrier()
         for path in self.files:
             made = self.folder / path.name
             if RANK == 0 and made.exists():  # not yet done
