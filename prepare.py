@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.configurator import configure_paths
+from plumbing.configurator import check_numbers, configure_paths
 from plumbing.dataset import ARRAYS, FILES
 from plumbing.sources import (
     DataError,
@@ -51,9 +51,8 @@ from plumbing.sources import (
 )  # fmt: skip
 from plumbing.unpickle import drop_pages
 
-SLICE = 1 << 21  # bytes of samples, of both kinds, that a thread converts: they fit the cache
+SLICE = 1 << 20  # bytes of samples, of both kinds, that a thread converts: they fit the cache
 AHEAD = 5  # slices that are converted while one is written
-BLOCK = 1 << 18  # float64 values that are summed at a time
 KINDS = ("cond", "target")
 
 # ---- the dataset
@@ -79,9 +78,7 @@ seed = 0  # of the permutation that chooses them
 
 def split(n, val_fraction, seed):
     """Sorted indices (train, val) of n samples, by a permutation from the seed."""
-    if seed < 0:
-        raise DataError(f"seed={seed} must not be negative")
-    n_val = round(n * min(1, val_fraction))
+    n_val = round(n * val_fraction)
     if not 0 < n_val < n:
         raise DataError(
             f"{n} samples with val_fraction={val_fraction} leave {n - n_val} for training "
@@ -113,8 +110,9 @@ def survey(shards, load):
         promised = plain(shard["content"].get("total_samples", n))
         if promised != n:
             print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
-        keys = (item["key"] for item in items(shard["content"], n, paths[0]))
-        hashes.extend(hash(repr(key)) for key in keys if key is not None)
+        for item in items(shard["content"], n, paths[0]):
+            if item["key"] is not None:
+                hashes.append(hash(repr(item["key"])))
     hashes = np.sort(hashes)
     repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if repeated:
@@ -143,18 +141,8 @@ def moments(samples):
 
     A sample with NaN, Inf or an overflow has sums that are not finite.
     """
-    n, T, C = samples.shape
-    step = max(1, BLOCK // (T * C))
-    sums = np.empty((n, 2, C))
-    wide = np.empty((step, T, C))  # one for all blocks: new memory costs as much as the sums
-    with np.errstate(all="ignore"):
-        for start in range(0, n, step):
-            part = slice(start, start + step)
-            block = wide[: n - start]
-            block[:] = samples[part]
-            block.sum(1, out=sums[part, 0])
-            np.einsum("ntc,ntc->nc", block, block, out=sums[part, 1])
-    return sums
+    wide = samples.astype(np.float64)
+    return np.stack([wide.sum(1), np.einsum("ntc,ntc->nc", wide, wide)], 1)
 
 
 def convert(shard, is_val, threads):
@@ -167,8 +155,9 @@ def convert(shard, is_val, threads):
     step = max(1, SLICE * n // sum(shard[kind].nbytes for kind in KINDS))
 
     def convert_slice(part):
-        samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
-        sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
+        with np.errstate(all="ignore"):  # values that are not finite are found below
+            samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
+            sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
         is_good = np.all([np.isfinite(x).all((1, 2)) for x in sums.values()], 0)
         train = is_good & ~is_val[part]
         sums = {kind: x[train].sum(0) for kind, x in sums.items()}
@@ -265,22 +254,20 @@ def prepare(sources, config):
         raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
-    if pool < 1:
-        raise DataError(f"--pool={pool} must be 1 or more")
     if not re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", grid):
         raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     shards, arrays = find_files(sources)
-    paths = [path for paths in shards for path in paths] + arrays
-    written = [(folder / name).resolve() for name in FILES]
-    for path in paths:
-        if path.resolve() in written:
-            raise DataError(f"{path} is both a source and a file to be written")
     half, odd = divmod(len(arrays), 2)
     if odd:
         raise DataError(
             f"{len(arrays)} .npy files: name all conditions first, then as many targets"
         )
     shards += zip(arrays[:half], arrays[half:])
+    paths = list(itertools.chain(*shards))
+    written = [(folder / name).resolve() for name in FILES]
+    for path in paths:
+        if path.resolve() in written:
+            raise DataError(f"{path} is both a source and a file to be written")
 
     @functools.lru_cache(2)
     def load(paths):
@@ -342,6 +329,7 @@ def print_contents(shards, arrays):
 
 def main():
     config, sources = configure_paths(globals())
+    check_numbers(config, positive="pool", any_sign="")
     if not sources or not (out or inspect):
         sys.exit("error: name sources and a folder: python prepare.py SRC [SRC ...] --out=DIR")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C
