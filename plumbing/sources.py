@@ -148,44 +148,51 @@ class Rows:
         dtype="source", grid="", drop_tokens=0, drop_cls=False, pool=1, channels_first=False,
         **others,
     ):  # fmt: skip
-        self.where = f"{path}: {key}"
         if key not in content:
             raise DataError(
                 f"{path}: no key {key!r} (choose --cond_key, --target_key); "
                 f"it holds {str(list(content))[:200]}"
             )
-        self.pieces = find_pieces(content[key], self.where)
+        where = f"{path}: {key}"
+        pieces = find_pieces(content[key], where)
         if channels_first:
-            self.pieces = [np.moveaxis(piece, 1, -1) for piece in self.pieces]
-        self.base = self.pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
-        self.ends = np.cumsum([len(piece) for piece in self.pieces])
-        self.nbytes = sum(piece.nbytes for piece in self.pieces)
+            pieces = [np.moveaxis(piece, 1, -1) for piece in pieces]
+        self.pieces = pieces
+        self.base = pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
+        self.ends = np.cumsum(list(map(len, pieces)))
+        self.nbytes = sum(piece.nbytes for piece in pieces)
         if self.nbytes > path.stat().st_size:
-            raise DataError(f"{self.where} repeats the same arrays: it is larger than the file")
+            raise DataError(f"{where} repeats the same arrays: it is larger than the file")
         _, *shape, channels = self.base.shape
         tokens = math.prod(shape)
-        self.grid, self.n_dropped = None, 0
-        self.asked = tuple(map(int, re.findall(r"\d+", grid)))
-        for drop in (0, drop_tokens or drop_cls):
-            side = math.isqrt(abs(tokens - drop))
-            expected = self.asked or (side, side)
-            if 0 < math.prod(expected) == tokens - drop <= tokens:
-                self.grid, self.n_dropped = expected, drop
+        asked = tuple(map(int, re.findall(r"\d+", grid)))
         # (N, H, W, C) of no square may be (N, C, H, W), and (N, T, C) may be (N, C, T)
         is_swapped = CHANNELS.intersection(shape) and channels not in CHANNELS
-        self.is_unclear = not self.asked and (is_swapped or len(set(shape)) > 1)
+        self.is_unclear = not asked and (is_swapped or len(set(shape)) > 1)
+        self.question = (
+            f"{where}: {tokens} tokens of {channels} channels are not "
+            f"{asked or 'clearly a square'}; say --grid=ROWSxCOLUMNS, --channels_first=True, "
+            "--drop_cls=True or --drop_tokens=5"
+        )
+        grid, self.n_dropped = None, 0
+        for drop in (0, drop_tokens or drop_cls):
+            side = math.isqrt(abs(tokens - drop))
+            expected = asked or (side, side)
+            if 0 < math.prod(expected) == tokens - drop <= tokens:
+                grid, self.n_dropped = expected, drop
         tokens -= self.n_dropped
         self.pool = pool if tokens > 1 else 1  # pooled embeddings are one token already
         if self.pool > 1:
-            self.grid = tuple(side // pool for side in self.grid or (0, 0))
-            if math.prod(self.grid) * pool**2 != tokens:
+            grid = tuple(side // pool for side in grid or (0, 0))
+            if math.prod(grid) * pool**2 != tokens:
                 raise DataError(
-                    f"{self.where}: {tokens} tokens are not a grid that --pool={pool} divides"
+                    f"{where}: {tokens} tokens are not a grid that --pool={pool} divides"
                 )
-            tokens = math.prod(self.grid)
-        found = dtype_name(self.base).replace("bfloat16", "float32")
-        self.dtype = found if dtype == "source" else dtype
-        self.layout = [tokens, channels, self.dtype, self.grid]
+            tokens = math.prod(grid)
+        if dtype == "source":
+            dtype = dtype_name(self.base).replace("bfloat16", "float32")
+        self.grid, self.dtype = grid, dtype
+        self.layout = [tokens, channels, dtype, grid]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -223,12 +230,7 @@ def load_shard(paths, cond_key, target_key, **options):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
     for rows in (cond, target):
         if rows.is_unclear or rows is target and not rows.grid:
-            tokens, channels, *_ = rows.layout
-            raise DataError(
-                f"{rows.where}: {tokens} tokens of {channels} channels are not "
-                f"{rows.asked or 'clearly a square'}; say --grid=ROWSxCOLUMNS, "
-                "--channels_first=True, --drop_cls=True or --drop_tokens=5"
-            )
+            raise DataError(rows.question)
     return dict(cond=cond, target=target, content=contents[0])
 
 
