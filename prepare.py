@@ -250,7 +250,8 @@ def prepare(sources, config):
     config: all settings, for meta.json. Raises DataError.
     """
     folder = Path(out)
-    if (folder / "meta.json").is_file() and not overwrite:
+    meta_path = folder / "meta.json"
+    if meta_path.is_file() and not overwrite:
         raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
@@ -299,7 +300,7 @@ def prepare(sources, config):
         )
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         # without meta.json there is no dataset, until all of the new one is in place
-        (folder / "meta.json").unlink(missing_ok=True)
+        meta_path.unlink(missing_ok=True)
         for name in (*FILES, "meta.json"):
             os.replace(partial / name, folder / name)
     finally:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing import unpickle
-from plumbing.unpickle import BFLOAT16, DataError
+from plumbing.unpickle import BFLOAT16, DataError, describe, dtype_name
+from plumbing.unpickle import load as load_pickle
 
 CHANNELS = {*range(384, 9999, 128)}  # the usual numbers of channels
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # the types of embeddings
@@ -64,14 +64,6 @@ def find_files(sources):
     return shards, arrays
 
 
-def load_pickle(path):
-    """The dict in a file of any kind: see unpickle.load. Raises DataError."""
-    content = unpickle.load(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {describe(content)}, not a dict of embeddings")
-    return content
-
-
 def load_contents(paths):
     """The dicts in the files of a shard. In a Pair, a single sample is named like its file."""
     contents = [load_pickle(path) for path in paths]
@@ -80,26 +72,6 @@ def load_contents(paths):
         if isinstance(paths, Pair) and getattr(array, "ndim", 3) < 3:
             content.update(array=array[None], keys=[paths[0].stem])
     return contents
-
-
-# ---------------------------------------------------------------- in words
-
-
-def dtype_name(array):
-    """The name "float32" in any byte order; numpy itself has no bfloat16."""
-    return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
-
-
-def describe(value):
-    """What a file holds under a key, in a few words."""
-    if isinstance(value, np.ndarray):
-        kind = "tensor" if isinstance(value, unpickle.Tensor) else "array"
-        return f"{kind} of shape {value.shape}, {dtype_name(value)}"
-    if isinstance(value, unpickle.Unknown):
-        return value
-    if hasattr(value, "__len__"):
-        return f"{type(value).__name__.lower()} of {len(value)}"
-    return f"<{type(value).__name__}>"
 
 
 def plain(value):
@@ -195,7 +167,7 @@ class Rows:
         self.layout = [tokens, channels, dtype, grid]
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def __getitem__(self, rows):
         """Samples (n, T, C) in C order, a view of the file where nothing has to be converted.

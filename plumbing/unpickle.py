@@ -20,7 +20,6 @@ import re
 import struct
 import types
 import zipfile
-from pickle import UnpicklingError
 
 import numpy as np
 
@@ -111,13 +110,13 @@ class LazyTensor:
         storage, offset, size, stride, gradient, hooks, *negated = self.args
         # a hostile file could make the shape long
         if negated or len(size) + len(stride) > 16 or min((offset, *size, *stride)) < 0:
-            raise UnpicklingError("a tensor of impossible strides, or negated: save its clone()")
+            raise DataError("a tensor of impossible strides, or negated: save its clone()")
         values = np.frombuffer(storage.data, storage.dtype)[offset:]
         # the number of elements, and where the last one stands: numpy's own check overflows
         count = math.prod(size)
         last = sum((n - 1) * step for n, step in zip(size, stride))
         if count and max(count, last + 1) > len(values):
-            raise UnpicklingError(f"a tensor larger than its storage: shape {tuple(size)}")
+            raise DataError(f"a tensor larger than its storage: shape {tuple(size)}")
         strides = [step * values.itemsize for step in stride]
         return Tensor(size, values.dtype, values, 0, strides)
 
@@ -131,13 +130,13 @@ def make_array(data, dtype, shape, order, axes=None):
 
 def make_scalar(dtype, data):
     if len(data) > VIEW:
-        raise UnpicklingError(f"a single value of {len(data)} bytes")
+        raise DataError(f"a single value of {len(data)} bytes")
     return np.frombuffer(data, dtype.dtype).tolist()[0]
 
 
 def make_bytes(text, encoding):
     if len(text) > VIEW:
-        raise UnpicklingError(SAVE_AGAIN)
+        raise DataError(SAVE_AGAIN)
     return text.encode("latin1")
 
 
@@ -145,7 +144,7 @@ def load_storage(data):
     """The storage of a pickled tensor, a file in the old format of torch.save in a byte string."""
     storage = load_file(memoryview(data), STORAGE_ROOM)
     if not isinstance(storage, Storage):  # all else that was made for it is gone
-        raise UnpicklingError("a tensor without a storage")
+        raise DataError("a tensor without a storage")
     return storage
 
 
@@ -221,17 +220,17 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
             if opcode == pickle.STOP:
                 return self.stack.pop()
             if opcode not in OPCODES:
-                raise UnpicklingError(f"it uses the opcode {opcode!r}, which no embeddings need")
+                raise DataError(f"it uses the opcode {opcode!r}, which no embeddings need")
             method = self.dispatch[opcode[0]].__name__
             getattr(self, method)()  # of this class where it has one
 
     def read(self, n):
         part, self.data = self.data[:n], self.data[n:]
         if len(part) != n:
-            raise UnpicklingError("it is cut short")
+            raise DataError("it is cut short")
         self.room -= 32 + min(n, VIEW)  # about what an object takes, beside its bytes
         if self.room < 0:
-            raise UnpicklingError("it holds more small objects than embeddings of this size would")
+            raise DataError("it holds more small objects than embeddings of this size would")
         return part if n > VIEW else part.tobytes()
 
     def readline(self):
@@ -240,13 +239,13 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     def find_class(self, module, name):
         name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
         if re.match(COMMANDS, name):
-            raise UnpicklingError(f"it asks for {name!r}, which no embeddings need")
+            raise DataError(f"it asks for {name!r}, which no embeddings need")
         return NAMES.get(name, Unknown(f"<{ascii(name)[1:-1][:80]}>"))
 
     def persistent_load(self, pid):
         _, dtype, key, *_ = pid
         if not isinstance(dtype, np.dtype) or not isinstance(key, str):
-            raise UnpicklingError("a torch storage of unknown type")
+            raise DataError("a torch storage of unknown type")
         return self.storages.setdefault(key, Storage(dtype=dtype))
 
     def load_frame(self):
@@ -255,7 +254,7 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     def load_reduce(self):
         args = self.stack.pop()
         if type(args) is not tuple or len(args) > 64:  # a string would come apart into its bytes
-            raise UnpicklingError("it calls something with arguments that nothing takes")
+            raise DataError("it calls something with arguments that nothing takes")
         self.stack[-1] = self.stack[-1](*args)
 
     def load_build(self):
@@ -264,7 +263,7 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
 
     def load_binunicode(self):
         if int.from_bytes(self.data[:4], "little") > LONGEST_TEXT:
-            raise UnpicklingError(SAVE_AGAIN)
+            raise DataError(SAVE_AGAIN)
         super().load_binunicode()
 
     def load_empty_dictionary(self):
@@ -285,6 +284,26 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     load_bytearray8 = pickle._Unpickler.load_binbytes8
 
 
+# ---------------------------------------------------------------- in words
+
+
+def dtype_name(array):
+    """The name "float32" in any byte order; numpy itself has no bfloat16."""
+    return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
+
+
+def describe(value):
+    """What a file holds under a key, in a few words."""
+    if isinstance(value, np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"{kind} of shape {value.shape}, {dtype_name(value)}"
+    if isinstance(value, Unknown):
+        return value
+    if hasattr(value, "__len__"):
+        return f"{type(value).__name__.lower()} of {len(value)}"
+    return f"<{type(value).__name__}>"
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -295,13 +314,13 @@ def load_zip(data, room):
     names = archive.namelist()
     folder = names[0].split("/")[0]
     if f"{folder}/data.pkl" not in names:
-        raise UnpicklingError("a zip file that is not of torch.save; save a .npz as .npy files")
+        raise DataError("a zip file that is not of torch.save; save a .npz as .npy files")
 
     def read(name):
         entry = archive.getinfo(f"{folder}/{name}")
         start = entry.header_offset + len(data) - len(end)
         if entry.compress_type:
-            raise UnpicklingError(f"{name!r} in the zip file is compressed")
+            raise DataError(f"{name!r} in the zip file is compressed")
         # 30 bytes, of which 4 are the sizes of the name and the extra field that follow
         start += 30 + sum(struct.unpack_from("<HH", data, start + 26))
         return data[start:][: entry.file_size]
@@ -323,12 +342,12 @@ def load_file(data, room):
         value = file.load()
         for key in file.load():
             if not isinstance(key, str):
-                raise UnpicklingError("a torch file with unknown storages")
+                raise DataError("a torch file with unknown storages")
             storage = file.storages[key]
             n = int.from_bytes(file.read(8), "little")
             storage.data = file.read(n * storage.dtype.itemsize)
     if file.data:
-        raise UnpicklingError(f"{len(file.data)} bytes follow its end")
+        raise DataError(f"{len(file.data)} bytes follow its end")
     return value
 
 
@@ -376,15 +395,16 @@ def load(path):
             return load_safetensors(data)
         foreign = re.match(FORMATS, data)
         if foreign:
-            raise UnpicklingError(
+            raise DataError(
                 f"its format is {foreign.lastgroup}: unpack it, or save the arrays in it with "
                 "numpy.save or pickle.dump(content, f, protocol=4)"
             )
         load_content = load_zip if data[:2] == b"PK" else load_file
-        value = load_content(data, ROOM + len(data) // 2)
-        if isinstance(value, dict):
-            resolve(value)
-        return value
+        content = load_content(data, ROOM + len(data) // 2)
+        if not isinstance(content, dict):
+            raise DataError(f"it holds a {describe(content)}, not a dict")
+        resolve(content)
+        return content
     except Exception as e:  # a hostile or broken file can raise anything: all of it means the same
         reason = f"cannot be read as embeddings: {' '.join(str(e).split())}"
         raise DataError(f"{path}: {reason[:1000]}") from e
