@@ -89,7 +89,10 @@ class DType:
 
 
 class Array:
-    """What numpy's _reconstruct makes, of which nothing but the state that follows is kept."""
+    """Stands for an array or tensor that resolve() makes once the whole file is read.
+
+    It is what numpy's _reconstruct makes, of which nothing but the state that follows is kept.
+    """
 
     def build(self, state):
         _, shape, dtype, fortran, data = state
@@ -100,14 +103,10 @@ class Storage(types.SimpleNamespace):
     """The dtype of tensors and, once the pickle is read, their data."""
 
 
-class LazyTensor:
-    """What torch's _rebuild_tensor_v2 makes: a tensor whose storage has no data yet."""
+def make_tensor(storage, offset, size, stride, gradient, hooks, *negated):
+    """What torch's _rebuild_tensor_v2 makes, an Array as long as the storage has no data yet."""
 
-    def __init__(self, *args):
-        self.args = args
-
-    def resolve(self):
-        storage, offset, size, stride, gradient, hooks, *negated = self.args
+    def resolve():
         # a hostile file could make the shape long
         if negated or len(size) + len(stride) > 16 or min((offset, *size, *stride)) < 0:
             raise DataError("a tensor of impossible strides, or negated: save its clone()")
@@ -119,6 +118,10 @@ class LazyTensor:
             raise DataError(f"a tensor larger than its storage: shape {tuple(size)}")
         strides = [step * values.itemsize for step in stride]
         return Tensor(size, values.dtype, values, 0, strides)
+
+    array = Array()
+    array.resolve = resolve
+    return array
 
 
 def make_array(data, dtype, shape, order, axes=None):
@@ -161,7 +164,7 @@ NAMES = {
     "numpy.core.numeric._frombuffer": make_array,
     "torch.storage._load_from_bytes": load_storage,
     "torch.Size": lambda size: tuple(size[:8]),
-    "torch._utils._rebuild_tensor_v2": LazyTensor,
+    "torch._utils._rebuild_tensor_v2": make_tensor,
     "torch._utils._rebuild_parameter": lambda data, *flags: data,
     "torch.BFloat16Storage": BFLOAT16,
 }
@@ -365,7 +368,7 @@ def load_safetensors(data):
 
 
 def resolve(content):
-    """Put values in place of Array and LazyTensor in the dict, also in a list under a key."""
+    """Put arrays and tensors in place of each Array in the dict, also in a list under a key."""
     lists = {}  # by identity: the same one may be there under many keys
     for key, value in content.items():
         value = resolve_one(value)

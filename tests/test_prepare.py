@@ -537,6 +537,37 @@ def test_channels_first(tmp_path):
     same(arrays(pooled, tmp_path / "pooled", channels_first=True)[0], tokens[:, :1], tokens[:, :1])
 
 
+def test_tokens_that_look_like_channels_are_asked_about(tmp_path):
+    """(N, channels, tokens) is not taken for (N, tokens, channels)."""
+
+    def is_unclear(*shape, **options):
+        np.save(tmp_path / "x.npy", np.zeros((1, *shape), np.float16))
+        content = sources.load_pickle(tmp_path / "x.npy")
+        return sources.Rows(content, "array", tmp_path / "x.npy", **options).is_unclear
+
+    channels = (384, 512, 768, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 2048, 3072, 4096)
+    for width in channels:
+        for tokens in (16, 49, 64, 144, 196, 256, 257, 261, 576, 577, 729):
+            assert not is_unclear(tokens, width) and is_unclear(width, tokens)
+        assert not is_unclear(1024, width) and not is_unclear(32, 32, width)
+    for tokens, width in ((16, 16), (16, 4), (64, 8), (256, 16), (1369, 1024), (77, 768)):
+        assert not is_unclear(tokens, width)
+    assert not is_unclear(768) and not is_unclear(32, 32, 256)
+
+    x = np.random.default_rng(0).standard_normal((8, 1024, 256), np.float32)
+    line = "1024 tokens of 256 channels .*--grid=ROWSxCOLUMNS, --channels_first=True"
+    for kind, source in enumerate(({COND: x, TARGET: x[:, :4]}, {COND: x[:, :4], TARGET: x})):
+        with pytest.raises(DataError, match=line):
+            arrays(source, tmp_path / f"{kind}")
+    data, grid = arrays([tmp_path / "1" / "e.pkl"], tmp_path / "right", grid="32x32")
+    assert grid == [32, 32]
+    same(data, x[:, :4], x)
+    turned = x.transpose(0, 2, 1)
+    data, grid = arrays({COND: x, TARGET: x}, tmp_path / "turned", channels_first=True)
+    assert grid == [16, 16]
+    same(data, turned, turned)
+
+
 def test_npy_pairs(tmp_path):
     cond, target = np.random.default_rng(0).standard_normal((2, 12, 4, 9), np.float32)
     for i in (0, 1):
