@@ -94,11 +94,11 @@ def split(n, val_fraction, seed):
 def survey(shards, load):
     """Compare the shards with each other; no embedding is read.
 
-    Returns the first shard, the number of samples in each, and the set of hash(repr(key)) of
-    repeated keys: of strings, since integers can be chosen to have the same hash.
+    Returns the first shard, a Counter of the samples in each folder, and the set of hash(repr(key))
+    of repeated keys: of strings, since integers can be chosen to have the same hash.
     """
     first = load(shards[0])
-    counts, hashes = [], array.array("q")  # 8 bytes per sample
+    counts, hashes = Counter(), array.array("q")  # 8 bytes per sample
     for paths in shards:
         shard = load(paths)
         for kind in KINDS:
@@ -106,7 +106,7 @@ def survey(shards, load):
             if found != expected:
                 raise DataError(f"{paths[0]}: {kind} is {found}, but {expected} in {shards[0][0]}")
         n = len(shard["cond"])
-        counts.append(n)
+        counts[paths[0].parent] += n
         promised = plain(shard["content"].get("total_samples", n))
         if promised != n:
             print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
@@ -120,7 +120,7 @@ def survey(shards, load):
     return first, counts, repeated
 
 
-def check_manifests(sources, shards, counts):
+def check_manifests(sources, counts):
     """The folders that have a manifest must hold as many samples as it promises."""
     for folder in map(Path, sources):
         manifest = folder / "embeddings_manifest.json"
@@ -128,7 +128,7 @@ def check_manifests(sources, shards, counts):
             promised = "no readable number of"
             with contextlib.suppress(Exception):  # JSON may hold anything
                 promised = json.loads(manifest.read_text())["total_samples"]
-            held = sum(n for paths, n in zip(shards, counts) if paths[0].parent == folder)
+            held = counts[folder]
             if promised != held:
                 raise DataError(f"{manifest} promises {promised} samples, the files hold {held}")
 
@@ -155,10 +155,10 @@ def convert(shard, is_val, threads):
     step = max(1, SLICE * n // sum(shard[kind].nbytes for kind in KINDS))
 
     def convert_slice(part):
-        with np.errstate(all="ignore"):  # values that are not finite are found below
+        with np.errstate(all="ignore"):  # NaN, Inf and an overflow remain in every sum
             samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
             sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
-        is_good = np.all([np.isfinite(x).all((1, 2)) for x in sums.values()], 0)
+            is_good = np.isfinite(sum(x.sum((1, 2)) for x in sums.values()))
         train = is_good & ~is_val[part]
         sums = {kind: x[train].sum(0) for kind, x in sums.items()}
         return samples, sums, is_good
@@ -275,9 +275,9 @@ def prepare(sources, config):
         return load_shard(paths, **config)
 
     shard, counts, repeated = survey(shards, load)
-    check_manifests(sources, shards, counts)
+    check_manifests(sources, counts)
     layout = {kind: shard[kind].layout for kind in KINDS}
-    is_val = np.zeros(sum(counts), bool)
+    is_val = np.zeros(counts.total(), bool)
     is_val[split(len(is_val), val_fraction, seed)[1]] = True
     partial = folder / ".partial-dataset"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -318,7 +318,7 @@ def print_contents(shards, arrays):
     for paths in shards + [[path] for path in arrays]:
         for path, content in zip(paths, load_contents(paths)):
             print(f"{path}:")
-            for key, value in itertools.islice(content.items(), 100):
+            for key, value in content.items():
                 line = f"  {str(key)[:80]!r}: {describe(value)}"
                 with contextlib.suppress(DataError):  # which says that these are no embeddings
                     rows = Rows(content, key, path)

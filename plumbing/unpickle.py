@@ -157,7 +157,6 @@ NAMES = {
     "collections.OrderedDict": lambda: Dict(),
     "collections.defaultdict": lambda *factory: Dict(),
     "_codecs.encode": make_bytes,
-    "__builtin__.bytes": lambda: b"",  # protocol 2's only way to say so
     "numpy.dtype": DType,
     "numpy.core.multiarray._reconstruct": lambda *ignored: Array(),
     "numpy.core.multiarray.scalar": make_scalar,
@@ -341,7 +340,7 @@ def load_file(data, room):
     value = file.load()
     if value == TORCH_MAGIC:
         file.load()  # the version
-        file.load()  # the machine: floats of another byte order are found by their NaN
+        file.load()  # the machine's byte order, taken to be ours
         value = file.load()
         for key in file.load():
             if not isinstance(key, str):
