@@ -102,9 +102,11 @@ def survey(shards, load):
     for paths in shards:
         shard = load(paths)
         for kind in KINDS:
-            found, expected = shard[kind].layout, first[kind].layout
-            if found != expected:
-                raise DataError(f"{paths[0]}: {kind} is {found}, but {expected} in {shards[0][0]}")
+            if shard[kind].layout != first[kind].layout:
+                raise DataError(
+                    f"{paths[0]}: {kind} is {shard[kind].layout}, "
+                    f"but {first[kind].layout} in {shards[0][0]}"
+                )
         n = len(shard["cond"])
         counts[paths[0].parent] += n
         promised = plain(shard["content"].get("total_samples", n))
@@ -128,9 +130,10 @@ def check_manifests(sources, counts):
             promised = "no readable number of"
             with contextlib.suppress(Exception):  # JSON may hold anything
                 promised = json.loads(manifest.read_text())["total_samples"]
-            held = counts[folder]
-            if promised != held:
-                raise DataError(f"{manifest} promises {promised} samples, the files hold {held}")
+            if promised != counts[folder]:
+                raise DataError(
+                    f"{manifest} promises {promised} samples, the files hold {counts[folder]}"
+                )
 
 
 # ---------------------------------------------------------------- the second pass: convert
@@ -284,7 +287,6 @@ def prepare(sources, config):
     partial.mkdir(parents=True)
     try:
         with contextlib.ExitStack() as stack:
-            stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
             files = {name: stack.enter_context(open(partial / name, "wb")) for name in FILES}
             write_headers(files, layout, Counter())
             totals, counts = write_arrays(shards, load, is_val, repeated, files)
@@ -304,6 +306,7 @@ def prepare(sources, config):
         for name in (*FILES, "meta.json"):
             os.replace(partial / name, folder / name)
     finally:
+        print(file=sys.stderr)  # ends the line that shows the progress
         shutil.rmtree(partial)
         with contextlib.suppress(OSError):  # which says that it is not empty
             folder.rmdir()

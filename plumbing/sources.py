@@ -17,7 +17,7 @@ from plumbing.unpickle import BFLOAT16, DataError, describe, dtype_name
 from plumbing.unpickle import load as load_pickle
 
 CHANNELS = {*range(384, 9999, 128)}  # the usual numbers of channels
-FLOATS = ("float16", "bfloat16", "float32", "float64")  # the types of embeddings
+FLOATS = "float16 bfloat16 float32 float64".split()  # the types of embeddings
 
 
 # ---------------------------------------------------------------- files
@@ -66,7 +66,7 @@ def find_files(sources):
 
 def load_contents(paths):
     """The dicts in the files of a shard. In a Pair, a single sample is named like its file."""
-    contents = [load_pickle(path) for path in paths]
+    contents = list(map(load_pickle, paths))
     for content in contents:
         array = content.get("array")
         if isinstance(paths, Pair) and getattr(array, "ndim", 3) < 3:
@@ -153,7 +153,7 @@ class Rows:
             if 0 < math.prod(expected) == tokens - drop <= tokens:
                 grid, self.n_dropped = expected, drop
         tokens -= self.n_dropped
-        self.pool = pool if tokens > 1 else 1  # pooled embeddings are one token already
+        self.pool = min(pool, tokens)  # embeddings of one token are pooled already
         if self.pool > 1:
             grid = tuple(side // pool for side in grid or (0, 0))
             if math.prod(grid) * pool**2 != tokens:

@@ -254,10 +254,10 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
         self.read(8)  # frames spare small reads from a file; here there are none
 
     def load_reduce(self):
-        args = self.stack.pop()
+        args = self.stack[-1]
         if type(args) is not tuple or len(args) > 64:  # a string would come apart into its bytes
             raise DataError("it calls something with arguments that nothing takes")
-        self.stack[-1] = self.stack[-1](*args)
+        super().load_reduce()
 
     def load_build(self):
         # of an Array, a DType or an Unknown: nothing else has that method
