@@ -283,8 +283,7 @@ def prepare(sources, config):
     is_val = np.zeros(counts.total(), bool)
     is_val[split(len(is_val), val_fraction, seed)[1]] = True
     partial = folder / ".partial-dataset"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)  # where a run was killed
     try:
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(partial / name, "wb")) for name in FILES}

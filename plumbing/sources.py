@@ -180,7 +180,8 @@ class Rows:
             x = np.stack([self.pieces[i][row - self.ends[i]] for i, row in zip(pieces, rows)])
         if x.dtype == BFLOAT16:
             x = (x["bfloat16"].astype("uint32") << 16).view("float32")
-        n, p, C = len(x), self.pool, x.shape[-1]
+        n, *_, C = x.shape
+        p = self.pool
         x = x.reshape(n, -1, C)[:, self.n_dropped :]  # (n, H * W, C)
         if p > 1:
             x = x.reshape(n, -1, p, self.grid[1], p, C)  # (n, H, p, W, p, C)
