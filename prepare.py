@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.configurator import configure_paths
+from plumbing.configurator import check_numbers, configure_paths
 from plumbing.dataset import ARRAYS, FILES
 from plumbing.sources import (
     DataError,
@@ -51,9 +51,8 @@ from plumbing.sources import (
 )  # fmt: skip
 from plumbing.unpickle import drop_pages
 
-SLICE = 1 << 21  # bytes of samples, of both kinds, that a thread converts: they fit the cache
+SLICE = 1 << 20  # bytes of samples, of both kinds, that a thread converts: they fit the cache
 AHEAD = 5  # slices that are converted while one is written
-BLOCK = 1 << 18  # float64 values that are summed at a time
 KINDS = ("cond", "target")
 
 # ---- the dataset
@@ -79,9 +78,7 @@ seed = 0  # of the permutation that chooses them
 
 def split(n, val_fraction, seed):
     """Sorted indices (train, val) of n samples, by a permutation from the seed."""
-    if seed < 0:
-        raise DataError(f"seed={seed} must not be negative")
-    n_val = round(n * min(1, val_fraction))
+    n_val = round(n * val_fraction)
     if not 0 < n_val < n:
         raise DataError(
             f"{n} samples with val_fraction={val_fraction} leave {n - n_val} for training "
@@ -97,24 +94,27 @@ def split(n, val_fraction, seed):
 def survey(shards, load):
     """Compare the shards with each other; no embedding is read.
 
-    Returns the first shard, the number of samples in each, and the set of hash(repr(key)) of
-    repeated keys: of strings, since integers can be chosen to have the same hash.
+    Returns the first shard, a Counter of the samples in each folder, and the set of hash(repr(key))
+    of repeated keys: of strings, since integers can be chosen to have the same hash.
     """
     first = load(shards[0])
-    counts, hashes = [], array.array("q")  # 8 bytes per sample
+    counts, hashes = Counter(), array.array("q")  # 8 bytes per sample
     for paths in shards:
         shard = load(paths)
         for kind in KINDS:
-            found, expected = shard[kind].layout, first[kind].layout
-            if found != expected:
-                raise DataError(f"{paths[0]}: {kind} is {found}, but {expected} in {shards[0][0]}")
+            if shard[kind].layout != first[kind].layout:
+                raise DataError(
+                    f"{paths[0]}: {kind} is {shard[kind].layout}, "
+                    f"but {first[kind].layout} in {shards[0][0]}"
+                )
         n = len(shard["cond"])
-        counts.append(n)
+        counts[paths[0].parent] += n
         promised = plain(shard["content"].get("total_samples", n))
         if promised != n:
             print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
-        keys = (item["key"] for item in items(shard["content"], n, paths[0]))
-        hashes.extend(hash(repr(key)) for key in keys if key is not None)
+        for item in items(shard["content"], n, paths[0]):
+            if item["key"] is not None:
+                hashes.append(hash(repr(item["key"])))
     hashes = np.sort(hashes)
     repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if repeated:
@@ -122,7 +122,7 @@ def survey(shards, load):
     return first, counts, repeated
 
 
-def check_manifests(sources, shards, counts):
+def check_manifests(sources, counts):
     """The folders that have a manifest must hold as many samples as it promises."""
     for folder in map(Path, sources):
         manifest = folder / "embeddings_manifest.json"
@@ -130,9 +130,10 @@ def check_manifests(sources, shards, counts):
             promised = "no readable number of"
             with contextlib.suppress(Exception):  # JSON may hold anything
                 promised = json.loads(manifest.read_text())["total_samples"]
-            held = sum(n for paths, n in zip(shards, counts) if paths[0].parent == folder)
-            if promised != held:
-                raise DataError(f"{manifest} promises {promised} samples, the files hold {held}")
+            if promised != counts[folder]:
+                raise DataError(
+                    f"{manifest} promises {promised} samples, the files hold {counts[folder]}"
+                )
 
 
 # ---------------------------------------------------------------- the second pass: convert
@@ -143,18 +144,8 @@ def moments(samples):
 
     A sample with NaN, Inf or an overflow has sums that are not finite.
     """
-    n, T, C = samples.shape
-    step = max(1, BLOCK // (T * C))
-    sums = np.empty((n, 2, C))
-    wide = np.empty((step, T, C))  # one for all blocks: new memory costs as much as the sums
-    with np.errstate(all="ignore"):
-        for start in range(0, n, step):
-            part = slice(start, start + step)
-            block = wide[: n - start]
-            block[:] = samples[part]
-            block.sum(1, out=sums[part, 0])
-            np.einsum("ntc,ntc->nc", block, block, out=sums[part, 1])
-    return sums
+    wide = samples.astype(np.float64)
+    return np.stack([wide.sum(1), np.einsum("ntc,ntc->nc", wide, wide)], 1)
 
 
 def convert(shard, is_val, threads):
@@ -167,9 +158,10 @@ def convert(shard, is_val, threads):
     step = max(1, SLICE * n // sum(shard[kind].nbytes for kind in KINDS))
 
     def convert_slice(part):
-        samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
-        sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
-        is_good = np.all([np.isfinite(x).all((1, 2)) for x in sums.values()], 0)
+        with np.errstate(all="ignore"):  # NaN, Inf and an overflow remain in every sum
+            samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
+            sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
+            is_good = np.isfinite(sum(x.sum((1, 2)) for x in sums.values()))
         train = is_good & ~is_val[part]
         sums = {kind: x[train].sum(0) for kind, x in sums.items()}
         return samples, sums, is_good
@@ -261,42 +253,39 @@ def prepare(sources, config):
     config: all settings, for meta.json. Raises DataError.
     """
     folder = Path(out)
-    if (folder / "meta.json").is_file() and not overwrite:
+    meta_path = folder / "meta.json"
+    if meta_path.is_file() and not overwrite:
         raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
-    if pool < 1:
-        raise DataError(f"--pool={pool} must be 1 or more")
     if not re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", grid):
         raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     shards, arrays = find_files(sources)
-    paths = [path for paths in shards for path in paths] + arrays
-    written = [(folder / name).resolve() for name in FILES]
-    for path in paths:
-        if path.resolve() in written:
-            raise DataError(f"{path} is both a source and a file to be written")
     half, odd = divmod(len(arrays), 2)
     if odd:
         raise DataError(
             f"{len(arrays)} .npy files: name all conditions first, then as many targets"
         )
     shards += zip(arrays[:half], arrays[half:])
+    paths = list(itertools.chain(*shards))
+    written = [(folder / name).resolve() for name in FILES]
+    for path in paths:
+        if path.resolve() in written:
+            raise DataError(f"{path} is both a source and a file to be written")
 
     @functools.lru_cache(2)
     def load(paths):
         return load_shard(paths, **config)
 
     shard, counts, repeated = survey(shards, load)
-    check_manifests(sources, shards, counts)
+    check_manifests(sources, counts)
     layout = {kind: shard[kind].layout for kind in KINDS}
-    is_val = np.zeros(sum(counts), bool)
+    is_val = np.zeros(counts.total(), bool)
     is_val[split(len(is_val), val_fraction, seed)[1]] = True
     partial = folder / ".partial-dataset"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)  # where a run was killed
     try:
         with contextlib.ExitStack() as stack:
-            stack.callback(print, file=sys.stderr)  # ends the line that shows the progress
             files = {name: stack.enter_context(open(partial / name, "wb")) for name in FILES}
             write_headers(files, layout, Counter())
             totals, counts = write_arrays(shards, load, is_val, repeated, files)
@@ -312,10 +301,11 @@ def prepare(sources, config):
         )
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         # without meta.json there is no dataset, until all of the new one is in place
-        (folder / "meta.json").unlink(missing_ok=True)
+        meta_path.unlink(missing_ok=True)
         for name in (*FILES, "meta.json"):
             os.replace(partial / name, folder / name)
     finally:
+        print(file=sys.stderr)  # ends the line that shows the progress
         shutil.rmtree(partial)
         with contextlib.suppress(OSError):  # which says that it is not empty
             folder.rmdir()
@@ -330,7 +320,7 @@ def print_contents(shards, arrays):
     for paths in shards + [[path] for path in arrays]:
         for path, content in zip(paths, load_contents(paths)):
             print(f"{path}:")
-            for key, value in itertools.islice(content.items(), 100):
+            for key, value in content.items():
                 line = f"  {str(key)[:80]!r}: {describe(value)}"
                 with contextlib.suppress(DataError):  # which says that these are no embeddings
                     rows = Rows(content, key, path)
@@ -342,6 +332,7 @@ def print_contents(shards, arrays):
 
 def main():
     config, sources = configure_paths(globals())
+    check_numbers(config, positive="pool", any_sign="")
     if not sources or not (out or inspect):
         sys.exit("error: name sources and a folder: python prepare.py SRC [SRC ...] --out=DIR")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing import unpickle
-from plumbing.unpickle import BFLOAT16, DataError
+from plumbing.unpickle import BFLOAT16, DataError, describe, dtype_name
+from plumbing.unpickle import load as load_pickle
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")  # the types of embeddings
+CHANNELS = {*range(384, 9999, 128)}  # the usual numbers of channels
+FLOATS = "float16 bfloat16 float32 float64".split()  # the types of embeddings
 
 
 # ---------------------------------------------------------------- files
@@ -33,70 +34,44 @@ def natural_order(path):
 
 
 def list_folder(folder):
-    """The shards in a folder: (file,) of one kind, or Pairs."""
+    """The shards in a folder, in natural order: (file,) of one kind, or Pairs."""
     for ending in ("pkl", "safetensors", "pt"):  # beside pickles, other files may be anything
-        shards = [(path,) for path in folder.glob(f"*.{ending}")]
-        if shards:
-            return shards
+        paths = sorted(folder.glob(f"*.{ending}"), key=natural_order)
+        if paths:
+            return [(path,) for path in paths]
     names = {path.name for kind in ("cond", "target") for path in folder.glob(f"{kind}/*.npy")}
+    if not names:
+        raise DataError(
+            f"{folder}: no such file, and no folder of .pkl or .pt files, of .safetensors, "
+            "or of cond/*.npy and target/*.npy"
+        )
     # where a file has no partner, opening that fails
-    return [Pair((folder / "cond" / name, folder / "target" / name)) for name in sorted(names)]
+    names = sorted(names, key=natural_order)
+    return [Pair((folder / "cond" / name, folder / "target" / name)) for name in names]
 
 
 def find_files(sources):
-    """(shards, arrays): the shards that the sources name, those of a folder in natural order, and
-    the .npy files, of which two will be a shard."""
+    """(shards, arrays): the shards that the sources name, and the .npy files, of which two will be
+    a shard."""
     shards, arrays = [], []
     for path in map(Path, sources):
-        if path.suffix == ".npy" and path.is_file():
+        if path.suffix == ".npy":
             arrays.append(path)
-            continue
-        found = [(path,)] if path.is_file() else list_folder(path)
-        if not found:
-            raise DataError(
-                f"{path}: no such file, and no folder of .pkl or .pt files, of .safetensors, "
-                "or of cond/*.npy and target/*.npy"
-            )
-        shards += sorted(found, key=lambda paths: natural_order(paths[0]))
+        elif path.is_file():
+            shards.append((path,))
+        else:
+            shards += list_folder(path)
     return shards, arrays
-
-
-def load_pickle(path):
-    """The dict in a file of any kind: see unpickle.load. Raises DataError."""
-    content = unpickle.load(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {describe(content)}, not a dict of embeddings")
-    return content
 
 
 def load_contents(paths):
     """The dicts in the files of a shard. In a Pair, a single sample is named like its file."""
-    contents = [load_pickle(path) for path in paths]
+    contents = list(map(load_pickle, paths))
     for content in contents:
         array = content.get("array")
         if isinstance(paths, Pair) and getattr(array, "ndim", 3) < 3:
             content.update(array=array[None], keys=[paths[0].stem])
     return contents
-
-
-# ---------------------------------------------------------------- in words
-
-
-def dtype_name(array):
-    """The name "float32" in any byte order; numpy itself has no bfloat16."""
-    return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
-
-
-def describe(value):
-    """What a file holds under a key, in a few words."""
-    if isinstance(value, np.ndarray):
-        kind = "tensor" if isinstance(value, unpickle.Tensor) else "array"
-        return f"{kind} of shape {value.shape}, {dtype_name(value)}"
-    if isinstance(value, unpickle.Unknown):
-        return value
-    if hasattr(value, "__len__"):
-        return f"{type(value).__name__.lower()} of {len(value)}"
-    return f"<{type(value).__name__}>"
 
 
 def plain(value):
@@ -145,67 +120,73 @@ class Rows:
         dtype="source", grid="", drop_tokens=0, drop_cls=False, pool=1, channels_first=False,
         **others,
     ):  # fmt: skip
-        self.where = f"{path}: {key}"
         if key not in content:
             raise DataError(
                 f"{path}: no key {key!r} (choose --cond_key, --target_key); "
                 f"it holds {str(list(content))[:200]}"
             )
-        self.pieces = find_pieces(content[key], self.where)
+        where = f"{path}: {key}"
+        pieces = find_pieces(content[key], where)
         if channels_first:
-            self.pieces = [np.moveaxis(piece, 1, -1) for piece in self.pieces]
-        self.base = self.pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
-        self.ends = np.cumsum([len(piece) for piece in self.pieces])
-        self.nbytes = sum(piece.nbytes for piece in self.pieces)
+            pieces = [np.moveaxis(piece, 1, -1) for piece in pieces]
+        self.pieces = pieces
+        self.base = pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
+        self.ends = np.cumsum(list(map(len, pieces)))
+        self.nbytes = sum(piece.nbytes for piece in pieces)
         if self.nbytes > path.stat().st_size:
-            raise DataError(f"{self.where} repeats the same arrays: it is larger than the file")
-        _, *shape, self.channels = self.base.shape
-        n = math.prod(shape)  # tokens
-        self.grid, self.n_dropped = None, 0
-        self.asked = tuple(map(int, re.findall(r"\d+", grid)))
+            raise DataError(f"{where} repeats the same arrays: it is larger than the file")
+        _, *shape, channels = self.base.shape
+        tokens = math.prod(shape)
+        asked = tuple(map(int, re.findall(r"\d+", grid)))
+        # (N, H, W, C) of no square may be (N, C, H, W), and (N, T, C) may be (N, C, T)
+        is_swapped = CHANNELS.intersection(shape) and channels not in CHANNELS
+        self.is_unclear = not asked and (is_swapped or len(set(shape)) > 1)
+        self.question = (
+            f"{where}: {tokens} tokens of {channels} channels are not "
+            f"{asked or 'clearly a square'}; say --grid=ROWSxCOLUMNS, --channels_first=True, "
+            "--drop_cls=True or --drop_tokens=5"
+        )
+        grid, self.n_dropped = None, 0
         for drop in (0, drop_tokens or drop_cls):
-            side = math.isqrt(abs(n - drop))
-            expected = self.asked or (side, side)
-            if 0 < math.prod(expected) == n - drop <= n:
-                self.grid, self.n_dropped = expected, drop
-        self.tokens = n - self.n_dropped
-        self.pool = pool if self.tokens > 1 else 1  # pooled embeddings are one token already
+            side = math.isqrt(abs(tokens - drop))
+            expected = asked or (side, side)
+            if 0 < math.prod(expected) == tokens - drop <= tokens:
+                grid, self.n_dropped = expected, drop
+        tokens -= self.n_dropped
+        self.pool = min(pool, tokens)  # embeddings of one token are pooled already
         if self.pool > 1:
-            self.grid = tuple(side // pool for side in self.grid or (0, 0))
-            if math.prod(self.grid) * pool**2 != self.tokens:
+            grid = tuple(side // pool for side in grid or (0, 0))
+            if math.prod(grid) * pool**2 != tokens:
                 raise DataError(
-                    f"{self.where}: {self.tokens} tokens are not a grid that --pool={pool} divides"
+                    f"{where}: {tokens} tokens are not a grid that --pool={pool} divides"
                 )
-            self.tokens = math.prod(self.grid)
-        found = dtype_name(self.base).replace("bfloat16", "float32")
-        self.dtype = found if dtype == "source" else dtype
-        self.layout = [self.tokens, self.channels, self.dtype, self.grid]
+            tokens = math.prod(grid)
+        if dtype == "source":
+            dtype = dtype_name(self.base).replace("bfloat16", "float32")
+        self.grid, self.dtype = grid, dtype
+        self.layout = [tokens, channels, dtype, grid]
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def __getitem__(self, rows):
-        """Samples (n, T, C) in C order, a view of the file where nothing has to be converted."""
-        if len(self.pieces) == 1:
-            return self.convert(self.base[rows])
-        rows = range(len(self))[rows]
-        pieces = np.searchsorted(self.ends, rows, "right")
-        # a negative index: counted from the end of the piece
-        samples = [self.pieces[i][row - self.ends[i]] for i, row in zip(pieces, rows)]
-        return self.convert(np.stack(samples))
-
-    def convert(self, x):
-        """Some samples of a piece -> (n, T, C); values that are too large become Inf."""
+        """Samples (n, T, C) in C order, a view of the file where nothing has to be converted.
+        Values that are too large become Inf."""
+        x = self.base[rows]
+        if len(self.pieces) > 1:
+            rows = range(len(self))[rows]
+            pieces = np.searchsorted(self.ends, rows, "right")
+            # a negative index: counted from the end of the piece
+            x = np.stack([self.pieces[i][row - self.ends[i]] for i, row in zip(pieces, rows)])
         if x.dtype == BFLOAT16:
             x = (x["bfloat16"].astype("uint32") << 16).view("float32")
-        x = x.reshape(len(x), -1, self.channels)[:, self.n_dropped :]  # (n, H * W, C)
-        if self.pool > 1:
-            p = self.pool
-            x = x.reshape(len(x), -1, p, self.grid[1], p, self.channels)  # (n, H, p, W, p, C)
-            x = x.mean((2, 4), dtype=np.result_type(x, "float32"))  # (n, H, W, C)
-            x = x.reshape(len(x), -1, self.channels)  # (n, T, C)
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(x, self.dtype)
+        n, *_, C = x.shape
+        p = self.pool
+        x = x.reshape(n, -1, C)[:, self.n_dropped :]  # (n, H * W, C)
+        if p > 1:
+            x = x.reshape(n, -1, p, self.grid[1], p, C)  # (n, H, p, W, p, C)
+            x = x.mean((2, 4), np.result_type(x, "float32")).reshape(n, -1, C)  # (n, T, C)
+        return np.ascontiguousarray(x, self.dtype)
 
 
 def load_shard(paths, cond_key, target_key, **options):
@@ -221,13 +202,8 @@ def load_shard(paths, cond_key, target_key, **options):
     if len(cond) != len(target):
         raise DataError(f"{paths[0]}: {len(cond)} conditions but {len(target)} targets")
     for rows in (cond, target):
-        # (N, H, W, C) of no square, or is it (N, C, H, W)?
-        is_unclear = len(set(rows.base.shape[1:-1])) > 1 and not rows.asked
-        if is_unclear or rows is target and not rows.grid:
-            raise DataError(
-                f"{rows.where}: {rows.tokens} tokens are not {rows.asked or 'a square'}; say "
-                "--grid=ROWSxCOLUMNS, --channels_first=True, --drop_cls=True or --drop_tokens=5"
-            )
+        if rows.is_unclear or rows is target and not rows.grid:
+            raise DataError(rows.question)
     return dict(cond=cond, target=target, content=contents[0])
 
 
@@ -235,9 +211,10 @@ def load_shard(paths, cond_key, target_key, **options):
 
 
 def items(content, n, path):
-    """Yields {"key": ..., "caption": ...} of each of a file's n samples, with a "label" if it has
-    labels. A caption or a label may be a list."""
+    """An iterator of {"key": ..., "caption": ...} of each of a file's n samples, with a "label" if
+    it has labels. A caption or a label may be a list."""
     columns = dict.fromkeys(("key", "caption"), [None] * n)
+    room = 3 * path.stat().st_size
     for name in ("key", "caption", "label"):
         values = content.get(f"{name}s")
         if values is None:
@@ -248,14 +225,11 @@ def items(content, n, path):
         if not isinstance(values, list) or len(values) != n:
             raise DataError(f"{path}: {name}s is not a list of {n} strings: {describe(values)}")
         columns[name] = values
-    room = 3 * path.stat().st_size
-    for values in zip(*columns.values()):
-        item = dict(zip(columns, values))
-        for name, value in item.items():
+        for value in values:
             for text in value if isinstance(value, list | tuple) and name != "key" else [value]:
                 if type(text) not in (str, int, type(None)):
                     raise DataError(f"{path}: {name}s hold {describe(text)}, not text or integers")
                 room -= 1 + len(str(text))
-        if room < 0:
-            raise DataError(f"{path}: keys or captions repeat the same strings endlessly")
-        yield item
+            if room < 0:
+                raise DataError(f"{path}: keys or captions repeat the same strings endlessly")
+    return (dict(zip(columns, values)) for values in zip(*columns.values()))

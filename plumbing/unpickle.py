@@ -20,12 +20,12 @@ import re
 import struct
 import types
 import zipfile
-from pickle import UnpicklingError
 
 import numpy as np
 
 VIEW = 256  # bytes: a longer string is a view of the map, a shorter one a copy
 ROOM = 67_000_000  # bytes of small objects that a file may make, beside half of its own size
+STORAGE_ROOM = 10_000  # the same of a file nested in it, a storage of torch, which takes 4,000
 DIRECTORY = 16_000_000  # bytes that the directory of a zip file may have
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # begins a torch.save file of the format before zip
 LONGEST_TEXT = 1_048_576  # bytes
@@ -89,37 +89,39 @@ class DType:
 
 
 class Array:
-    """What numpy's _reconstruct makes, of which nothing but the state that follows is kept."""
+    """Stands for an array or tensor that resolve() makes once the whole file is read.
+
+    It is what numpy's _reconstruct makes, of which nothing but the state that follows is kept.
+    """
 
     def build(self, state):
         _, shape, dtype, fortran, data = state
-        array = make_array(data, dtype, shape, "F" if fortran else "C")
-        self.resolve = lambda: array
+        self.resolve = lambda: make_array(data, dtype, shape, "F" if fortran else "C")
 
 
 class Storage(types.SimpleNamespace):
-    """The dtype and the data of tensors."""
+    """The dtype of tensors and, once the pickle is read, their data."""
 
 
-class LazyTensor:
-    """What torch's _rebuild_tensor_v2 makes: a tensor whose storage may follow in the file."""
+def make_tensor(storage, offset, size, stride, gradient, hooks, *negated):
+    """What torch's _rebuild_tensor_v2 makes, an Array as long as the storage has no data yet."""
 
-    def __init__(self, *args):
-        self.args = args
-
-    def resolve(self):
-        storage, offset, size, stride, gradient, hooks, *negated = self.args
-        size, stride = size[:8], stride[:8]  # a hostile file could make them long
-        if negated or min((offset, *size, *stride)) < 0:
-            raise UnpicklingError("a tensor of impossible strides, or negated: save its clone()")
+    def resolve():
+        # a hostile file could make the shape long
+        if negated or len(size) + len(stride) > 16 or min((offset, *size, *stride)) < 0:
+            raise DataError("a tensor of impossible strides, or negated: save its clone()")
         values = np.frombuffer(storage.data, storage.dtype)[offset:]
         # the number of elements, and where the last one stands: numpy's own check overflows
         count = math.prod(size)
         last = sum((n - 1) * step for n, step in zip(size, stride))
         if count and max(count, last + 1) > len(values):
-            raise UnpicklingError(f"a tensor larger than its storage: shape {tuple(size)}")
+            raise DataError(f"a tensor larger than its storage: shape {tuple(size)}")
         strides = [step * values.itemsize for step in stride]
         return Tensor(size, values.dtype, values, 0, strides)
+
+    array = Array()
+    array.resolve = resolve
+    return array
 
 
 def make_array(data, dtype, shape, order, axes=None):
@@ -131,14 +133,22 @@ def make_array(data, dtype, shape, order, axes=None):
 
 def make_scalar(dtype, data):
     if len(data) > VIEW:
-        raise UnpicklingError(f"a single value of {len(data)} bytes")
-    return make_array(data, dtype, (1,), "C").tolist()[0]
+        raise DataError(f"a single value of {len(data)} bytes")
+    return np.frombuffer(data, dtype.dtype).tolist()[0]
 
 
 def make_bytes(text, encoding):
     if len(text) > VIEW:
-        raise UnpicklingError(SAVE_AGAIN)
+        raise DataError(SAVE_AGAIN)
     return text.encode("latin1")
+
+
+def load_storage(data):
+    """The storage of a pickled tensor, a file in the old format of torch.save in a byte string."""
+    storage = load_file(memoryview(data), STORAGE_ROOM)
+    if not isinstance(storage, Storage):  # all else that was made for it is gone
+        raise DataError("a tensor without a storage")
+    return storage
 
 
 # names that a pickle may mention, and what stands in their place: functions of ours that it may
@@ -147,13 +157,13 @@ NAMES = {
     "collections.OrderedDict": lambda: Dict(),
     "collections.defaultdict": lambda *factory: Dict(),
     "_codecs.encode": make_bytes,
-    "__builtin__.bytes": lambda: b"",  # protocol 2's only way to say so
     "numpy.dtype": DType,
     "numpy.core.multiarray._reconstruct": lambda *ignored: Array(),
     "numpy.core.multiarray.scalar": make_scalar,
     "numpy.core.numeric._frombuffer": make_array,
+    "torch.storage._load_from_bytes": load_storage,
     "torch.Size": lambda size: tuple(size[:8]),
-    "torch._utils._rebuild_tensor_v2": LazyTensor,
+    "torch._utils._rebuild_tensor_v2": make_tensor,
     "torch._utils._rebuild_parameter": lambda data, *flags: data,
     "torch.BFloat16Storage": BFLOAT16,
 }
@@ -188,22 +198,20 @@ for line in TYPES.splitlines():
 OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
     BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
-    EMPTY_SET ADDITEMS FROZENSET NEWOBJ
+    EMPTY_SET ADDITEMS FROZENSET NEWOBJ NEWOBJ_EX
     MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"""
+OPCODES = {getattr(pickle, name) for name in OPCODES.split()}
 
 
 class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     """A file over a memoryview, and the reader of the pickles in it.
 
-    room: a list of one number, the bytes of small objects that may still be made, which nested
-    files share
-    get_storage(key, dtype) -> Storage: set it where the pickle is one of torch
+    room: the bytes of small objects that may still be made
+    storages: {key: Storage} of those that the pickles mention, where they are of torch
     """
 
-    dispatch = {}
-
     def __init__(self, data, room):
-        self.data, self.room = data, room
+        self.data, self.room, self.storages = data, room, {}
 
     def load(self):
         """The next value. The library's own loop would read through what may copy long strings."""
@@ -213,62 +221,52 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
             opcode = self.read(1)
             if opcode == pickle.STOP:
                 return self.stack.pop()
-            if opcode not in self.dispatch:
-                raise UnpicklingError(f"it uses the opcode {opcode!r}, which no embeddings need")
-            self.dispatch[opcode](self)
+            if opcode not in OPCODES:
+                raise DataError(f"it uses the opcode {opcode!r}, which no embeddings need")
+            method = self.dispatch[opcode[0]].__name__
+            getattr(self, method)()  # of this class where it has one
 
     def read(self, n):
         part, self.data = self.data[:n], self.data[n:]
         if len(part) != n:
-            raise UnpicklingError("it is cut short")
-        self.room[0] -= 32 + min(n, VIEW)  # about what an object takes, beside its bytes
-        if self.room[0] < 0:
-            raise UnpicklingError("it holds more small objects than embeddings of this size would")
-        return part if n >= VIEW else part.tobytes()
+            raise DataError("it is cut short")
+        self.room -= 32 + min(n, VIEW)  # about what an object takes, beside its bytes
+        if self.room < 0:
+            raise DataError("it holds more small objects than embeddings of this size would")
+        return part if n > VIEW else part.tobytes()
 
     def readline(self):
-        start = bytes(self.data[:VIEW])
-        return bytes(self.read(start.index(b"\n") + 1))
+        return self.read(re.match(rb".{,255}\n", self.data).end())
 
     def find_class(self, module, name):
         name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
-        if name == "torch.storage._load_from_bytes":
-            return self.load_storage
         if re.match(COMMANDS, name):
-            raise UnpicklingError(f"it asks for {name!r}, which no embeddings need")
-        return NAMES[name] if name in NAMES else Unknown(f"<{ascii(name)[1:-1][:80]}>")
-
-    def load_storage(self, data):
-        before = self.room[0]
-        value = load_file(memoryview(data), self.room)
-        if isinstance(value, Storage):  # all else that was made for it is gone
-            self.room[0] = before - VIEW
-        return value
+            raise DataError(f"it asks for {name!r}, which no embeddings need")
+        return NAMES.get(name, Unknown(f"<{ascii(name)[1:-1][:80]}>"))
 
     def persistent_load(self, pid):
-        _, dtype, key, _, _, *view = pid
-        if not isinstance(dtype, np.dtype) or not isinstance(key, str) or any(view):
-            raise UnpicklingError("a torch storage of unknown type")
-        return self.get_storage(key, dtype)
+        _, dtype, key, *_ = pid
+        if not isinstance(dtype, np.dtype) or not isinstance(key, str):
+            raise DataError("a torch storage of unknown type")
+        return self.storages.setdefault(key, Storage(dtype=dtype))
 
     def load_frame(self):
         self.read(8)  # frames spare small reads from a file; here there are none
 
     def load_reduce(self):
-        args = self.stack.pop()
+        args = self.stack[-1]
         if type(args) is not tuple or len(args) > 64:  # a string would come apart into its bytes
-            raise UnpicklingError("it calls something with arguments that nothing takes")
-        self.stack[-1] = self.stack[-1](*args)
+            raise DataError("it calls something with arguments that nothing takes")
+        super().load_reduce()
 
     def load_build(self):
         # of an Array, a DType or an Unknown: nothing else has that method
         self.stack[-2].build(self.stack.pop())
 
     def load_binunicode(self):
-        (n,) = struct.unpack("<I", self.read(4))
-        if n > LONGEST_TEXT:
-            raise UnpicklingError(SAVE_AGAIN)
-        self.append(str(self.read(n), "utf-8", "surrogatepass"))
+        if int.from_bytes(self.data[:4], "little") > LONGEST_TEXT:
+            raise DataError(SAVE_AGAIN)
+        super().load_binunicode()
 
     def load_empty_dictionary(self):
         self.append(Dict())
@@ -280,14 +278,32 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
         self.pop_mark()
         self.load_empty_set()
 
+    def load_newobj_ex(self):
+        self.stack.pop()  # its keyword arguments
+        self.load_reduce()
+
     load_newobj = load_reduce
     load_bytearray8 = pickle._Unpickler.load_binbytes8
 
 
-for name in OPCODES.split():
-    opcode = getattr(pickle, name)
-    method = pickle._Unpickler.dispatch[opcode[0]].__name__
-    Unpickler.dispatch[opcode] = getattr(Unpickler, method)
+# ---------------------------------------------------------------- in words
+
+
+def dtype_name(array):
+    """The name "float32" in any byte order; numpy itself has no bfloat16."""
+    return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
+
+
+def describe(value):
+    """What a file holds under a key, in a few words."""
+    if isinstance(value, np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"{kind} of shape {value.shape}, {dtype_name(value)}"
+    if isinstance(value, Unknown):
+        return value
+    if hasattr(value, "__len__"):
+        return f"{type(value).__name__.lower()} of {len(value)}"
+    return f"<{type(value).__name__}>"
 
 
 # ---------------------------------------------------------------- files
@@ -298,56 +314,42 @@ def load_zip(data, room):
     end = data[-DIRECTORY:]  # zipfile finds the directory there, and counts positions from there
     archive = zipfile.ZipFile(io.BytesIO(end))
     names = archive.namelist()
-    pickles = [name for name in names if name.endswith("data.pkl")]
-    if not pickles:
-        raise UnpicklingError("a zip file that is not of torch.save; save a .npz as .npy files")
-    folder = pickles[0].removesuffix("data.pkl")
+    folder = names[0].split("/")[0]
+    if f"{folder}/data.pkl" not in names:
+        raise DataError("a zip file that is not of torch.save; save a .npz as .npy files")
 
     def read(name):
-        entry = archive.getinfo(name)
+        entry = archive.getinfo(f"{folder}/{name}")
         start = entry.header_offset + len(data) - len(end)
-        name_size, extra_size = struct.unpack_from("<HH", data, start + 26)
-        values = data[start + 30 + name_size + extra_size :][: entry.file_size]
-        if entry.compress_type or len(values) < entry.file_size:
-            raise UnpicklingError(f"{name!r} in the zip file is compressed or cut short")
-        return values
+        if entry.compress_type:
+            raise DataError(f"{name!r} in the zip file is compressed")
+        # 30 bytes, of which 4 are the sizes of the name and the extra field that follow
+        start += 30 + sum(struct.unpack_from("<HH", data, start + 26))
+        return data[start:][: entry.file_size]
 
-    if folder + "byteorder" in names and read(folder + "byteorder") != b"little":
-        raise UnpicklingError("it was saved on a machine of another byte order")
-
-    file = Unpickler(read(pickles[0]), room)
-    file.get_storage = lambda key, dtype: Storage(dtype=dtype, data=read(f"{folder}data/{key}"))
-    return file.load()
-
-
-def load_legacy(file):
-    """What torch.save wrote before version 1.6, and what a pickled tensor holds.
-
-    The storages follow the object that refers to them.
-    """
-    file.load()  # the version
-    if file.load()["little_endian"] is not True:
-        raise UnpicklingError("it was saved on a machine of another byte order")
-    storages = {}
-
-    file.get_storage = lambda key, dtype: storages.setdefault(key, Storage(dtype=dtype))
+    file = Unpickler(read("data.pkl"), room)
     value = file.load()
-    for key in file.load():
-        if not isinstance(key, str):
-            raise UnpicklingError("a torch file with unknown storages")
-        (n,) = struct.unpack("<q", file.read(8))
-        storages[key].data = file.read(n * storages[key].dtype.itemsize)
+    for key, storage in file.storages.items():
+        storage.data = read(f"data/{key}")
     return value
 
 
 def load_file(data, room):
-    """A pickle or a torch.save file that is no zip file, to its end."""
+    """A pickle, or what torch.save wrote before version 1.6 and pickles of tensors hold."""
     file = Unpickler(data, room)
     value = file.load()
     if value == TORCH_MAGIC:
-        value = load_legacy(file)
+        file.load()  # the version
+        file.load()  # the machine's byte order, taken to be ours
+        value = file.load()
+        for key in file.load():
+            if not isinstance(key, str):
+                raise DataError("a torch file with unknown storages")
+            storage = file.storages[key]
+            n = int.from_bytes(file.read(8), "little")
+            storage.data = file.read(n * storage.dtype.itemsize)
     if file.data:
-        raise UnpicklingError(f"{len(file.data)} bytes follow its end")
+        raise DataError(f"{len(file.data)} bytes follow its end")
     return value
 
 
@@ -355,18 +357,17 @@ def load_safetensors(data):
     """{name: array} of a safetensors file: the length of a JSON header, the header, the values."""
     n = int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8 : 8 + n][:LONGEST_TEXT]))
-    content = {}
+    header.pop("__metadata__", None)
     for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            dtype = SAFETENSORS.get(entry["dtype"], "V1")  # as numpy has no floats of one byte
-            values = np.frombuffer(data[8 + n :][start:end], dtype)
-            content[name] = values.reshape(entry["shape"])
-    return content
+        start, end = entry["data_offsets"]
+        dtype = SAFETENSORS.get(entry["dtype"], "V1")  # as numpy has no floats of one byte
+        values = np.frombuffer(data[8 + n :][start:end], dtype)
+        header[name] = values.reshape(entry["shape"])
+    return header
 
 
 def resolve(content):
-    """Put values in place of Array and LazyTensor in the dict, also in a list under a key."""
+    """Put arrays and tensors in place of each Array in the dict, also in a list under a key."""
     lists = {}  # by identity: the same one may be there under many keys
     for key, value in content.items():
         value = resolve_one(value)
@@ -389,23 +390,23 @@ def load(path):
     with it.
     """
     try:
-        with open(path, "rb") as f:
-            data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+        data = memoryview(np.memmap(path, mode="r").base)
         if data[:6] == b"\x93NUMPY":
             return {"array": np.load(path, mmap_mode="r")}
         if data[8:9] == b"{":
             return load_safetensors(data)
         foreign = re.match(FORMATS, data)
         if foreign:
-            raise UnpicklingError(
+            raise DataError(
                 f"its format is {foreign.lastgroup}: unpack it, or save the arrays in it with "
                 "numpy.save or pickle.dump(content, f, protocol=4)"
             )
-        room = [ROOM + len(data) // 2]
-        value = load_zip(data, room) if data[:2] == b"PK" else load_file(data, room)
-        if isinstance(value, dict):
-            resolve(value)
-        return value
+        load_content = load_zip if data[:2] == b"PK" else load_file
+        content = load_content(data, ROOM + len(data) // 2)
+        if not isinstance(content, dict):
+            raise DataError(f"it holds a {describe(content)}, not a dict")
+        resolve(content)
+        return content
     except Exception as e:  # a hostile or broken file can raise anything: all of it means the same
         reason = f"cannot be read as embeddings: {' '.join(str(e).split())}"
         raise DataError(f"{path}: {reason[:1000]}") from e

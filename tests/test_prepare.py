@@ -221,6 +221,8 @@ def test_a_mistake_gets_one_line(tmp_path):
     assert "python prepare.py SRC" in refused("prepare.py", source)
     assert "did you mean 'pool'" in refused("prepare.py", source, out, "--pol=2")
     assert "write --key=value" in refused("prepare.py", source, "--out")
+    for wrong in ("pool=0", "seed=-1", "val_fraction=-1.0"):
+        assert f"{wrong} must be" in refused("prepare.py", source, out, f"--{wrong}")
     assert not (tmp_path / "out").exists()
 
 
@@ -229,7 +231,7 @@ def test_bad_values(tmp_path):
     nan[3, 2, 1], nan[7, 0, 0] = float("nan"), float("inf")
     line = bad(tmp_path, **{TARGET: nan})
     assert "in 2 of 40 samples" in line and "sample 3 (key 'key 0.3')" in line
-    assert "5 tokens are not a square" in bad(
+    assert "5 tokens of 5 channels are not clearly a square" in bad(
         tmp_path, **{c: torch.randn(40, 5, 5) for c in (COND, TARGET)}
     )
     assert "int64" in bad(tmp_path, **{COND: torch.ones(40, 4, 5, dtype=torch.int64)})
@@ -384,7 +386,9 @@ def test_grid_of_tokens_that_are_not_a_square(tmp_path):
     convert(tmp_path / "e.pkl", tmp_path / "out", "--grid=2x3")
     assert load(tmp_path / "out")[0]["meta"]["grid"] == [2, 3]
     out = tmp_path / "bad"
-    assert "6 tokens are not (4, 3)" in refused_here([tmp_path / "e.pkl"], out, grid="4x3")
+    assert "6 tokens of 5 channels are not (4, 3)" in refused_here(
+        [tmp_path / "e.pkl"], out, grid="4x3"
+    )
     for text in ("2", "2x", "0x6", "-2x-3", "2x3x1"):
         line = refused_here([tmp_path / "e.pkl"], out, grid=text)
         assert f"--grid={text} is not ROWSxCOLUMNS" in line
@@ -429,7 +433,9 @@ def test_lists_of_samples_and_of_batches(tmp_path):
         arrays({COND: [cond[0], cond[0, :3]], TARGET: target[:2]}, tmp_path / "d")
     with pytest.raises(DataError, match="stack them"):
         arrays({COND: list(cond.reshape(12, 2, 2, 90)), TARGET: list(target)}, tmp_path / "grids")
-    with pytest.raises(DataError, match="4 tokens are not a square; .*--channels_first=True"):
+    with pytest.raises(
+        DataError, match="4 tokens .* not clearly a square; .*--channels_first=True"
+    ):
         arrays({COND: cond[:, :, None], TARGET: target}, tmp_path / "two grids")
     with pytest.raises(DataError, match="repeats the same arrays"):
         arrays({COND: [cond] * 1000, TARGET: [target] * 1000}, tmp_path / "e")
@@ -462,11 +468,10 @@ def test_cls_tokens_are_dropped_and_grids_pooled(tmp_path):
         atol=1e-6,
     )
     for options, message in (
-        (dict(), "17 tokens are not a square; say .* --drop_cls=True"),
+        (dict(), "17 tokens of 6 channels are not clearly a square; say .* --drop_cls=True"),
         (dict(drop_cls=True, pool=3), "16 tokens are not a grid that --pool=3 divides"),
         (dict(pool=2), "17 tokens are not a grid that --pool=2 divides"),
-        (dict(drop_cls=True, pool=0), "--pool=0"),
-        (dict(drop_cls=True, grid="2x9"), r"17 tokens are not \(2, 9\)"),
+        (dict(drop_cls=True, grid="2x9"), r"17 tokens of 6 channels are not \(2, 9\)"),
     ):
         with pytest.raises(DataError, match=message):
             arrays([tmp_path / "a" / "e.pkl"], tmp_path / "d", **options)
@@ -491,7 +496,7 @@ def test_registers_are_dropped(tmp_path):
     assert grid == [2, 3]
     same(data, x[:, 5:11], x[:, 5:11])
     for options in (dict(drop_tokens=4), dict(drop_tokens=-4), dict(drop_cls=True)):
-        with pytest.raises(DataError, match="21 tokens are not a square; .*--drop_tokens=5"):
+        with pytest.raises(DataError, match="21 tokens .* not clearly a square; .*--drop_tokens=5"):
             arrays({COND: x, TARGET: x}, tmp_path / f"{options}", **options)
 
 
@@ -530,6 +535,37 @@ def test_channels_first(tmp_path):
     same(data, tokens, tokens)
     pooled = {COND: tokens[:, 0], TARGET: tokens[:, 0]}
     same(arrays(pooled, tmp_path / "pooled", channels_first=True)[0], tokens[:, :1], tokens[:, :1])
+
+
+def test_tokens_that_look_like_channels_are_asked_about(tmp_path):
+    """(N, channels, tokens) is not taken for (N, tokens, channels)."""
+
+    def is_unclear(*shape, **options):
+        np.save(tmp_path / "x.npy", np.zeros((1, *shape), np.float16))
+        content = sources.load_pickle(tmp_path / "x.npy")
+        return sources.Rows(content, "array", tmp_path / "x.npy", **options).is_unclear
+
+    channels = (384, 512, 768, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 2048, 3072, 4096)
+    for width in channels:
+        for tokens in (16, 49, 64, 144, 196, 256, 257, 261, 576, 577, 729):
+            assert not is_unclear(tokens, width) and is_unclear(width, tokens)
+        assert not is_unclear(1024, width) and not is_unclear(32, 32, width)
+    for tokens, width in ((16, 16), (16, 4), (64, 8), (256, 16), (1369, 1024), (77, 768)):
+        assert not is_unclear(tokens, width)
+    assert not is_unclear(768) and not is_unclear(32, 32, 256)
+
+    x = np.random.default_rng(0).standard_normal((8, 1024, 256), np.float32)
+    line = "1024 tokens of 256 channels .*--grid=ROWSxCOLUMNS, --channels_first=True"
+    for kind, source in enumerate(({COND: x, TARGET: x[:, :4]}, {COND: x[:, :4], TARGET: x})):
+        with pytest.raises(DataError, match=line):
+            arrays(source, tmp_path / f"{kind}")
+    data, grid = arrays([tmp_path / "1" / "e.pkl"], tmp_path / "right", grid="32x32")
+    assert grid == [32, 32]
+    same(data, x[:, :4], x)
+    turned = x.transpose(0, 2, 1)
+    data, grid = arrays({COND: x, TARGET: x}, tmp_path / "turned", channels_first=True)
+    assert grid == [16, 16]
+    same(data, turned, turned)
 
 
 def test_npy_pairs(tmp_path):
@@ -574,7 +610,7 @@ def test_pooled_embeddings_are_one_token(tmp_path):
     train, _ = prepare.split(12, 0.25, 0)
     assert grid == [1, 1] and np.array_equal(data["train_cond"], pooled[0][train])
     assert np.allclose(data["train_target"], grids.mean(1, keepdims=True)[train], atol=1e-6)
-    with pytest.raises(DataError, match=r"1 tokens are not \(2, 2\)"):
+    with pytest.raises(DataError, match=r"1 tokens of 5 channels are not \(2, 2\)"):
         arrays({COND: grids, TARGET: target}, tmp_path / "asked", grid="2x2")
     with pytest.raises(DataError, match="1 conditions but 12 targets"):
         arrays({COND: [cond[0]], TARGET: target}, tmp_path / "one")
