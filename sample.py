@@ -228,10 +228,8 @@ def read_conditions(path, key, data=None):
     if list(content) == ["array"]:  # a .npy
         key = "array"
     rows = Rows(content, key, path)
-    if data and (rows.tokens, rows.channels) != data["val_cond"].shape[1:]:
+    if data and tuple(rows.layout[:2]) != data["val_cond"].shape[1:]:
         rows = Rows(content, key, path, **data["meta"]["settings"] | {"dtype": "source"})
-    for _ in items(content, len(rows), path):  # refuses bad ones before hours of sampling
-        pass
     return rows, items(content, len(rows), path)
 
 
