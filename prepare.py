@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.configurator import check_numbers, configure_paths
-from plumbing.dataset import ARRAYS, FILES
+from plumbing.dataset import ARRAYS, FILES, KINDS, statistics
 from plumbing.sources import (
     DataError,
     Rows,
@@ -53,7 +53,6 @@ from plumbing.unpickle import drop_pages
 
 SLICE = 1 << 20  # bytes of samples, of both kinds, that a thread converts: they fit the cache
 AHEAD = 5  # slices that are converted while one is written
-KINDS = ("cond", "target")
 
 # ---- the dataset
 out = ""  # DIR, its folder
@@ -140,19 +139,22 @@ def check_manifests(sources, counts):
 
 
 def moments(samples):
-    """Sums over the tokens of the values and of their squares: (n, T, C) -> float64 (n, 2, C).
+    """The number of tokens and sums over them of values and of squares: (n, T, C) -> float64
+    (n, 3, C).
 
     A sample with NaN, Inf or an overflow has sums that are not finite.
     """
     wide = samples.astype(np.float64)
-    return np.stack([wide.sum(1), np.einsum("ntc,ntc->nc", wide, wide)], 1)
+    total = wide.sum(1)  # (n, C)
+    count = np.full_like(total, samples.shape[1])
+    return np.stack([count, total, np.einsum("ntc,ntc->nc", wide, wide)], 1)
 
 
 def convert(shard, is_val, threads):
     """Yield the samples in order, in slices: ({kind: samples}, {kind: moments}, is_good).
 
     is_good: whether each sample is finite, (n,)
-    is_val: whether it goes to the validation split; the moments (2, C) are of the other good ones
+    is_val: whether it goes to the validation split; the moments (3, C) are of the other good ones
     """
     n = len(is_val)
     step = max(1, SLICE * n // sum(shard[kind].nbytes for kind in KINDS))
@@ -160,7 +162,7 @@ def convert(shard, is_val, threads):
     def convert_slice(part):
         with np.errstate(all="ignore"):  # NaN, Inf and an overflow remain in every sum
             samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
-            sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 2, C)
+            sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 3, C)
             is_good = np.isfinite(sum(x.sum((1, 2)) for x in sums.values()))
         train = is_good & ~is_val[part]
         sums = {kind: x[train].sum(0) for kind, x in sums.items()}
@@ -192,7 +194,7 @@ def write_headers(files, layout, counts):
 def write_arrays(shards, load, is_val, repeated, files):
     """Write all samples and items, in order, each to its split.
 
-    Returns the moments {"cond": (2, C), "target": (2, D)} of the training split, and the number of
+    Returns the moments {"cond": (3, C), "target": (3, D)} of the training split, and the number of
     samples in each split.
     """
     totals, counts, left_out = Counter(), Counter(), []
@@ -229,19 +231,6 @@ def write_arrays(shards, load, is_val, repeated, files):
             raise DataError(f"{line}, the first in {left_out[0]}; --skip_bad=True leaves them out")
         print(f"WARNING: {line}, left out: {', '.join(left_out)}")
     return totals, counts
-
-
-def statistics(totals, shapes):
-    """Mean and standard deviation of each channel over the tokens of the training split."""
-    stats = {}
-    for kind in KINDS:
-        n_samples, n_tokens, _ = shapes[f"train_{kind}"]
-        mean, square = totals[kind] / (n_samples * n_tokens)  # (C,) each
-        variance = square - mean**2
-        variance[variance < 1e-12 * square] = 0  # less is only rounding
-        stats[f"{kind}_mean"] = mean
-        stats[f"{kind}_std"] = np.sqrt(variance)
-    return stats
 
 
 # ---------------------------------------------------------------- the dataset on disk
@@ -290,7 +279,8 @@ def prepare(sources, config):
             write_headers(files, layout, Counter())
             totals, counts = write_arrays(shards, load, is_val, repeated, files)
             shapes = write_headers(files, layout, counts)
-        np.savez(partial / "stats.npz", **statistics(totals, shapes))
+        sums = {f"{kind}_moments": x for kind, x in totals.items()}
+        np.savez(partial / "stats.npz", **statistics(totals), **sums)
         meta = dict(
             shapes=shapes,
             grid=shard["target"].grid,

@@ -264,7 +264,7 @@ def run(config):
     folder = data_dir or loaded.data_dir
     if not (cond or folder):
         raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
-    if data is None and folder and (not cond or Path(folder, "meta.json").exists()):
+    if data is None and folder and (not cond or is_there(folder)):
         data = open_dataset(folder)
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
     if cond:
@@ -272,7 +272,8 @@ def run(config):
         truth = None
     else:
         conditions, truth = split_arrays(data, split)
-        named = map(json.loads, open(Path(folder, f"{split}_items.jsonl")))
+        lines = (open(Path(part, f"{split}_items.jsonl")) for part in data["folders"])
+        named = map(json.loads, itertools.chain.from_iterable(lines))
         if truth.shape[1:] != shape:
             raise ValueError(
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
@@ -318,7 +319,9 @@ def run(config):
     files = {target: (n, *shape), draws_path: (n_with_draws, n_draws, *shape)}
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
-    read = [Path(cond)] if cond else sorted(Path(folder).glob("*.npy"))
+    read = [Path(cond)] if cond else []
+    for name in data["folders"] if data else []:
+        read += sorted(Path(name).glob("*.npy"))
     read += loaded.files
     written = {*files, kept_draws, states_path}  # or removed, if they are of earlier samples
     paths = [path.resolve() for path in (*written, Path(save_pickle), *read)]

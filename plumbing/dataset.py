@@ -10,9 +10,11 @@ torch is imported where it is needed, because prepare.py starts ten times as fas
 """
 
 import functools
+import glob
 import itertools
 import json
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,27 +22,87 @@ import numpy as np
 
 from plumbing.unpickle import drop_pages
 
+KINDS = ("cond", "target")
 ARRAYS = ("train_cond", "train_target", "val_cond", "val_target")
 FILES = (*(f"{name}.npy" for name in ARRAYS), "train_items.jsonl", "val_items.jsonl", "stats.npz")
 
 
-def open_dataset(data_dir):
-    """dict(meta, stats, train_cond, train_target, val_cond, val_target), the arrays memory-mapped.
+class Joined:
+    """Arrays (n, ...) one after the other as one (N, ...), whose rows are read where they are."""
 
-    meta: the content of meta.json; stats: {cond_mean, cond_std (C,), target_mean, target_std (D,)}
-    Raises ValueError where the dataset is missing, incomplete or not what meta.json says.
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.ends = np.cumsum([len(array) for array in arrays])
+        self.shape = (int(self.ends[-1]), *arrays[0].shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        """The samples in a slice or an array of rows: a copy, unless there is but one array."""
+        if len(self.arrays) == 1:
+            return self.arrays[0][rows]
+        if isinstance(rows, slice):
+            rows = range(len(self))[rows]
+        which = np.searchsorted(self.ends, rows, "right")
+        # a negative index: counted from the end of its array
+        return np.stack([self.arrays[i][row - self.ends[i]] for i, row in zip(which, rows)])
+
+
+def open_dataset(data_dir):
+    """dict(meta, stats, folders, train_cond, train_target, val_cond, val_target) of a folder, or of
+    several as one: data/a,data/b or data/part*. The arrays are memory-mapped.
+
+    meta: the content of meta.json, of the first folder
+    stats: {cond_mean, cond_std (C,), target_mean, target_std (D,)} of the training split
+    Raises ValueError where a folder is missing, incomplete or not what its meta.json says, or does
+    not go with the first.
     """
-    folder = Path(data_dir).expanduser()
+    folders = []
+    for pattern in os.path.expanduser(data_dir).split(","):
+        folders += sorted(glob.glob(pattern)) or [pattern]
+    parts = [open_folder(folder) for folder in folders]
+    data = parts[0] | {"folders": folders}
+    for folder, part in zip(folders, parts):
+        layouts = part["meta"]["layout"], data["meta"]["layout"]
+        if layouts[0] != layouts[1]:
+            raise ValueError(f"{folder} has other samples than {folders[0]}: {layouts}")
+    if len(parts) > 1:
+        for name in ARRAYS:
+            data[name] = Joined([part[name] for part in parts])
+        moments = {kind: sum(part["moments"][kind] for part in parts) for kind in KINDS}
+        data["stats"] = statistics(moments)
+    return data
+
+
+def statistics(moments):
+    """Mean and standard deviation of each channel: {cond_mean, cond_std (C,), ...}, from
+    {"cond": (3, C), "target": (3, D)}: a count, and sums of values and of their squares, float64."""
+    stats = {}
+    for kind, (count, total, square) in moments.items():
+        mean = total / count
+        variance = square / count - mean**2
+        variance[variance < 1e-12 * square / count] = 0  # less is only rounding
+        stats[f"{kind}_mean"] = mean
+        stats[f"{kind}_std"] = np.sqrt(variance)
+    return stats
+
+
+def open_folder(data_dir):
+    """open_dataset() for one folder."""
+    folder = Path(data_dir)
     meta_file = folder / "meta.json"
-    make = f"make it with: python prepare.py SRC --out={data_dir}"
+    make = f"name it with --data_dir, or make it with: python prepare.py SRC --out={data_dir}"
     if not meta_file.is_file():
         state = "is incomplete: it has no meta.json" if folder.is_dir() else "does not exist"
         raise ValueError(f"the dataset {str(data_dir)!r} {state}; {make}")
     try:
         meta = json.loads(meta_file.read_text())
         data = {"meta": meta}
-        with np.load(folder / "stats.npz") as stats:
-            data["stats"] = dict(stats)
+        with np.load(folder / "stats.npz") as file:
+            stats = dict(file)
+        data["moments"] = {kind: stats.pop(f"{kind}_moments", None) for kind in KINDS}
+        data["stats"] = stats
         for name in ARRAYS:
             data[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
             expected = tuple(meta["shapes"][name])
@@ -86,7 +148,7 @@ class Loader:
         self.micro_batches = micro_batches
         self.seed = seed
         self.pin_memory = pin_memory
-        self.n_train = len(data["train_cond"][:subset_size])
+        self.n_train = len(range(len(data["train_cond"]))[:subset_size])
         self.n_val = len(data["val_cond"])
         self.epoch_order = functools.lru_cache(2)(self.epoch_order)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plumbing.dataset import Joined
 from plumbing.unpickle import BFLOAT16, DataError, describe, dtype_name
 from plumbing.unpickle import load as load_pickle
 
@@ -129,9 +130,8 @@ class Rows:
         pieces = find_pieces(content[key], where)
         if channels_first:
             pieces = [np.moveaxis(piece, 1, -1) for piece in pieces]
-        self.pieces = pieces
+        self.pieces = Joined(pieces)
         self.base = pieces[0]  # drop_pages looks for it, by numpy's name for what is viewed
-        self.ends = np.cumsum(list(map(len, pieces)))
         self.nbytes = sum(piece.nbytes for piece in pieces)
         if self.nbytes > path.stat().st_size:
             raise DataError(f"{where} repeats the same arrays: it is larger than the file")
@@ -167,17 +167,12 @@ class Rows:
         self.layout = [tokens, channels, dtype, grid]
 
     def __len__(self):
-        return self.ends[-1]
+        return len(self.pieces)
 
     def __getitem__(self, rows):
         """Samples (n, T, C) in C order, a view of the file where nothing has to be converted.
         Values that are too large become Inf."""
-        x = self.base[rows]
-        if len(self.pieces) > 1:
-            rows = range(len(self))[rows]
-            pieces = np.searchsorted(self.ends, rows, "right")
-            # a negative index: counted from the end of the piece
-            x = np.stack([self.pieces[i][row - self.ends[i]] for i, row in zip(pieces, rows)])
+        x = self.pieces[rows]
         if x.dtype == BFLOAT16:
             x = (x["bfloat16"].astype("uint32") << 16).view("float32")
         n, *_, C = x.shape

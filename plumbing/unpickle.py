@@ -413,9 +413,10 @@ def load(path):
 
 
 def drop_pages(array):
-    """Give the pages of an array, or of Rows, over a memory map back to the kernel."""
-    while hasattr(array, "base"):
-        array = array.base
-    owner = getattr(array, "obj", array)
-    if hasattr(owner, "madvise"):  # as a mmap has, but not on Windows
-        owner.madvise(mmap.MADV_DONTNEED)
+    """Give the pages of an array, of Rows or of Joined, over a memory map back to the kernel."""
+    for owner in getattr(array, "arrays", [array]):
+        while hasattr(owner, "base"):
+            owner = owner.base
+        owner = getattr(owner, "obj", owner)
+        if hasattr(owner, "madvise"):  # as a mmap has, but not on Windows
+            owner.madvise(mmap.MADV_DONTNEED)
