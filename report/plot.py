@@ -87,7 +87,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     stats: cond_mean and so on; folder: of the dataset, for its decoder.npz
     references: score.predictions for the samples; needed where there is a truth
     """
-    columns = score.evenly(np.arange(len(samples)), min(12, len(samples)))
+    columns = score.evenly(len(samples), min(12, len(samples)))
     draws = samples[columns]  # (n, M, T, D)
     M = draws.shape[1]
     shown = [cond[i : i + 1] for i in columns]  # Rows support only slices
