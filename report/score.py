@@ -53,7 +53,8 @@ SPREAD = {  # of several draws per condition
 }
 LIMIT = 5000  # how many samples are scored by default: the first ones
 GROUPS = 20  # of samples; the jackknife leaves out one at a time
-WIDE, NARROW = 2048, 384  # for more channels than WIDE, the covariances are of NARROW of them
+WIDE = 2048  # channels: of more than these,
+NARROW = 384  # the covariances are of so many, see with_constant()
 
 # ---- settings of python -m report.score FILE, a .npy of raw (N, T, D) or (N, draws, T, D)
 data_dir = ""  # dataset that prepare.py wrote
@@ -81,7 +82,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     root = vectors * values.clamp(min=0).sqrt()  # root root^T = S_a
     values = torch.linalg.eigvalsh(root.T @ cov_b @ root)  # those of S_a S_b
     trace = values.clamp(min=0).sqrt().sum()
-    return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace
+    return (mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * trace
 
 
 def chunks(rows):
@@ -298,21 +299,6 @@ def standardized(array, stats, kind):
     return lambda rows: encode(array[rows])
 
 
-def nearest(cond, train_cond, train_rows):
-    """Function of rows (B,) -> (B,): which training sample, of the train_rows, has the nearest
-    condition by the cosine of the means over tokens.
-
-    cond, train_cond: functions of rows -> (B, S, C)
-    """
-    candidates = pooled(train_cond, train_rows)
-
-    def find(rows):
-        similarity = cond(rows).mean(1) @ candidates.T
-        return train_rows[similarity.argmax(1).numpy()]
-
-    return find
-
-
 def predictions(draws, data, split):
     """What to score on the first N samples of a split: their truth, a function of rows ->
     standardized (B, T, D), and {name: such a function} of the samples and the baselines.
@@ -340,9 +326,14 @@ def predictions(draws, data, split):
     others = n_train - first
     if others:
         candidates = first + evenly(others, min(others, 16384))
-        neighbours = nearest(cond, train_cond, candidates)
+        pooled_candidates = pooled(train_cond, candidates)
         drawn = first + evenly(others, n)
-        result["nearest"] = lambda rows: train_target(neighbours(rows))
+
+        def nearest(rows):
+            similarity = cond(rows).mean(1) @ pooled_candidates.T
+            return train_target(candidates[similarity.argmax(1).numpy()])
+
+        result["nearest"] = nearest
         result["floor"] = lambda rows: train_target(drawn[rows])
     if n > 1:
         result["shuffled"] = lambda rows: samples((rows + 1) % n)[:, 0]

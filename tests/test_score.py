@@ -213,18 +213,17 @@ def test_nearest_is_scikit_learns():
     from sklearn.neighbors import NearestNeighbors
 
     rng = np.random.default_rng(0)
-    train, cond, rows = (
-        rng.standard_normal((300, 4, 8)),
-        rng.standard_normal((50, 4, 8)),
-        np.arange(0, 300, 2),
-    )
-    theirs = (
-        NearestNeighbors(n_neighbors=1, metric="cosine")
-        .fit(train[rows].mean(1))
-        .kneighbors(cond.mean(1))[1][:, 0]
-    )
-    train, cond = torch.from_numpy(train).__getitem__, torch.from_numpy(cond).__getitem__
-    assert np.array_equal(score.nearest(cond, train, rows)(np.arange(50)), rows[theirs])
+    train, cond = rng.standard_normal((300, 4, 8)), rng.standard_normal((50, 4, 8))
+    neighbours = NearestNeighbors(n_neighbors=1, metric="cosine").fit(train.mean(1))
+    theirs = neighbours.kneighbors(cond.mean(1))[1][:, 0]
+    number = np.arange(300.0)[:, None, None]  # the targets
+    stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
+    data = dict(train_cond=train, val_cond=cond, train_target=number, val_target=number[:50])
+    _, ours = score.predictions(number[:50, None], data | {"stats": stats}, "val")
+    assert np.array_equal(ours["nearest"](np.arange(50))[:, 0, 0], theirs)
+    data |= dict(train_cond=cond, train_target=number[:50])
+    _, ours = score.predictions(number[:20, None], data | {"stats": stats}, "train")
+    assert ours["nearest"](np.arange(20)).min() >= 20  # none of the samples themselves
 
 
 def test_baselines(dataset):
