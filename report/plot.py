@@ -67,31 +67,24 @@ def import_matplotlib():
             matplotlib.rcParams["backend"] = backend
 
 
-def principal_colours(reference, encode):
-    """Function from (..., D) tokens to (..., 3) colours: the first three principal components of
-    `reference` (N, T, D), standardized by `encode`, their 1st to 99th percentile spread over
-    [0, 1]."""
-    x = encode(reference).flatten(0, 1).numpy()  # (N * T, D)
+def principal_colours(arrays, encode):
+    """Colours (N, T, 3) of each of the arrays (N, T, D): the first three principal components of
+    the first one, standardized by `encode`, their 1st to 99th percentile spread over [0, 1]."""
+    arrays = [encode(x).numpy() for x in arrays]
+    x = arrays[0].reshape(-1, arrays[0].shape[-1])  # (N * T, D)
     axes = np.linalg.svd(x - x.mean(0), full_matrices=False).Vh  # the largest come first
     axes = np.resize(axes[:3], (3, x.shape[1])).T  # (D, 3): with fewer than 3, the same again
     low, high = np.percentile(x @ axes, [1, 99], axis=0)
     scale = np.maximum(high - low, 1e-12)
-
-    def colours(tokens):
-        components = encode(tokens).numpy() @ axes
-        return np.clip((components - low) / scale, 0, 1)
-
-    return colours
+    return [np.clip((x @ axes - low) / scale, 0, 1) for x in arrays]
 
 
 def grid_height(tokens, grid):
     """Rows of the image of so many tokens: of the target's grid, or a square, or a single row."""
-    side = math.isqrt(tokens)
-    if tokens == grid[0] * grid[1]:
+    if tokens == math.prod(grid):
         return grid[0]
-    if tokens == side**2:
-        return side
-    return 1
+    side = math.isqrt(tokens)
+    return side if tokens == side**2 else 1
 
 
 def draw_samples(path, cond, truth, samples, grid, stats, folder=None, references=None):
@@ -107,29 +100,29 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     draws = samples[columns]  # (n, M, T, D)
     M = draws.shape[1]
     conditions = [cond[i : i + 1] for i in columns]  # Rows support only slices
-    rows = {"condition": ("cond", np.concatenate(conditions))}
+    targets = {}
     if truth is not None:
-        rows["truth"] = "target", truth[columns]
+        targets["truth"] = truth[columns]
     for i in range(min(M, 3)):
-        rows[f"sample {i + 1}"] = "target", draws[:, i]
+        targets[f"sample {i + 1}"] = draws[:, i]
     if M > 1:
-        rows[f"mean of {M}"] = "target", draws.mean(1)
+        targets[f"mean of {M}"] = draws.mean(1)
+    rows = {"cond": {"condition": np.concatenate(conditions)}, "target": targets}
 
     images = []  # (label, pictures (n, T) or (n, T, 3), options of imshow)
     decoder = Path(folder or "", "decoder.npz")
     if decoder.is_file():
-        for label, (kind, x) in rows.items():
+        for kind in rows:
             *weights, bias = np.load(decoder)[kind]  # (D + 1,)
-            x = x[..., : len(weights)]  # further channels are none of its images
-            images.append((label, x @ weights + bias, PIXELS))
+            for label, x in rows[kind].items():
+                x = x[..., : len(weights)]  # further channels are none of its images
+                images.append((label, x @ weights + bias, PIXELS))
         for label in ("sample 2", "sample 3"):  # their pixels are enough
-            rows.pop(label, None)
-    colours = {}
-    for label, (kind, x) in rows.items():
-        if kind not in colours:
-            encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
-            colours[kind] = principal_colours(x, encode)
-        images.append((label, colours[kind](x), {}))
+            targets.pop(label, None)
+    for kind in rows:
+        encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
+        colours = principal_colours(rows[kind].values(), encode)
+        images += zip(rows[kind], colours, [{}] * len(colours))
 
     height = 0.95 * len(images)
     if truth is None:
@@ -219,8 +212,7 @@ def draw_curves(path, out_dirs):
         run = read_curves(out_dir)
 
         def draw(ax, name, **style):
-            if name in run:
-                ax.plot(*zip(*run[name]), color=f"C{i}", **style)
+            ax.plot(*zip(*run[name]), color=f"C{i}", **style)  # nothing, if it has no points
 
         draw(losses, "loss", alpha=0.4, lw=0.8)
         draw(losses, "val_loss_raw", ls=":")
