@@ -38,7 +38,7 @@ def configure(namespace, argv=None, paths=None):
     Returns {key: value} of every setting, in the order of the block.
     Exits with one line and code 1 on an unknown key, a wrong type or an unreadable file.
     """
-    script = Path(namespace["__file__"]).resolve()
+    script = Path(namespace["__file__"])
     source = script.read_text()
     defaults = read_defaults(source)
     config = {key: value for key, (value, _) in defaults.items()}
@@ -74,7 +74,7 @@ def configure_paths(namespace):
 
 def settings_block(source):
     """The block of defaults in a script's source."""
-    return re.search(r"^# ---- .*?(?=^# ----$)", source, re.MULTILINE | re.DOTALL)[0].strip()
+    return re.search(r"(?ms)^# ---- .*?(?=^# ----$)", source)[0].strip()
 
 
 def read_defaults(source):
@@ -119,7 +119,7 @@ def check(key, value, defaults, origin, from_text=False):
         value = os.path.expanduser(value)
     elif from_text:
         # what is no literal stays text, and is refused below
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError):
             value = ast.literal_eval(value.capitalize())
     if type(value) in (int, float) and value % 1 == 0:
         value = int(value) if "int" in kinds else float(value)
