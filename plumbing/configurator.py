@@ -150,8 +150,7 @@ def user_errors_in_one_line():
     with a line instead of a traceback."""
 
     def hook(kind, error, traceback):
-        expected = isinstance(error, ValueError | OSError | ImportError)
-        if expected or kind.__module__.startswith("wandb"):
+        if issubclass(kind, ValueError | OSError | ImportError) or "wandb" in kind.__module__:
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)

@@ -71,7 +71,7 @@ def principal_colours(arrays, encode):
     """Colours (N, T, 3) of each of the arrays (N, T, D): the first three principal components of
     the first one, standardized by `encode`, their 1st to 99th percentile spread over [0, 1]."""
     arrays = [encode(x).numpy() for x in arrays]
-    x = arrays[0].reshape(-1, arrays[0].shape[-1])  # (N * T, D)
+    x = np.concatenate(arrays[0])  # (N * T, D)
     axes = np.linalg.svd(x - x.mean(0), full_matrices=False).Vh  # the largest come first
     axes = np.resize(axes[:3], (3, x.shape[1])).T  # (D, 3): with fewer than 3, the same again
     low, high = np.percentile(x @ axes, [1, 99], axis=0)
@@ -150,8 +150,7 @@ def first_draw(predict, rows):
 def draw_images(fig, images, grid):
     """A row for each (label, images (n, T) or (n, T, 3), options of imshow). Returns the axes and
     the last picture."""
-    columns = len(images[0][1])
-    axes = fig.subplots(len(images), columns, squeeze=False)
+    axes = fig.subplots(len(images), len(images[0][1]), squeeze=False)
     for row, (label, pictures, options) in zip(axes, images):
         row[0].set_ylabel(label)
         for ax, picture in zip(row, pictures):
@@ -243,10 +242,16 @@ def main():
     if paths[:1] == ["samples"]:
         data, samples = score.open_samples(paths[1:], data_dir, split, limit)
         path = save or Path(paths[1]).with_suffix(".png")
-        cond, truth = data[f"{split}_cond"], data[f"{split}_target"]
-        grid, stats = data["meta"]["grid"], data["stats"]
-        references = score.predictions(samples, data, split)
-        draw_samples(path, cond, truth, samples, grid, stats, data_dir, references)
+        draw_samples(
+            path,
+            data[f"{split}_cond"],
+            data[f"{split}_target"],
+            samples,
+            data["meta"]["grid"],
+            data["stats"],
+            data_dir,
+            score.predictions(samples, data, split),
+        )
     elif paths:
         path = save or Path(paths[0] if len(paths) == 1 else "", "curves.png")
         draw_curves(path, paths)
