@@ -129,8 +129,8 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         fig = new_figure(height)
         draw_images(fig, images, grid)
     else:
-        true_tokens, predicted = references
-        cosines = score.cosine(first_draw(predicted["generated"], columns), true_tokens(columns))
+        true_tokens, predicted, _ = references
+        cosines = score.cosine(predicted["generated"](columns), true_tokens(columns))
         images.append(("cosine", cosines.numpy(), COSINES))
         height += 0.95
         fig = new_figure(height + 4)
@@ -139,12 +139,6 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         top.colorbar(last, ax=axes, shrink=0.2, anchor=(0, 0), pad=0.01)
         draw_scores(bottom, true_tokens, predicted, min(COMPARED, len(samples)))
     fig.savefig(path)
-
-
-def first_draw(predict, rows):
-    """(B, T, D): what score.predictions predicts of these rows, or the first of several draws."""
-    x = predict(rows)
-    return x[:, 0] if x.ndim == 4 else x
 
 
 def draw_images(fig, images, grid):
@@ -168,7 +162,7 @@ def token_cosines(truth, predicted, n):
     cosines = {}
     for name, predict in predicted.items():
         if name not in ("mean", "floor"):  # 0 for `mean`, and `floor` is like `shuffled`
-            cosines[name] = score.cosine(first_draw(predict, rows), truth(rows)).mean(1).numpy()
+            cosines[name] = score.cosine(predict(rows), truth(rows)).mean(1).numpy()
     return cosines
 
 
@@ -177,7 +171,7 @@ def draw_scores(fig, truth, predicted, n):
     cosines of n samples beside the baselines."""
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
     rows = np.arange(min(n, 40))
-    pooled = first_draw(predicted["generated"], rows).mean(1)
+    pooled = predicted["generated"](rows).mean(1)
     matrix = score.cosine(pooled[:, None], truth(rows).mean(1))
     fig.colorbar(left.imshow(matrix), ax=left)
     left.set(title="pooled cosine", xlabel="truth", ylabel="sample")

@@ -145,20 +145,14 @@ def spread(x, y):
 
 
 def measure(x, y, rows, true_pooled):
-    """{name: sum} over samples x (B, T, D) of what makes up METRICS; or over several draws
-    x (B, M, T, D), SPREAD too, and METRICS of the first.
+    """Of samples x (B, T, D), tensors whose means make up METRICS.
 
     y: (B, T, D) their truth, that of these rows; true_pooled: (N, D), pooled() of all
     """
-    values = {}
-    if x.ndim == 4:
-        values = spread(x, y)
-        x = x[:, 0]  # (B, T, D)
     error = x - y
     mean = x.mean(1)  # (B, D)
     nearest = (mean @ true_pooled.T).argmax(1)  # of several that are equally near, the first
-    values |= {
-        "samples": torch.ones(1),
+    return {
         "token_cosine": cosine(x, y),
         "pooled_cosine": cosine(mean, y.mean(1)),
         "retrieval_r1": (nearest == torch.as_tensor(rows)).float(),
@@ -168,17 +162,11 @@ def measure(x, y, rows, true_pooled):
         "power": y.square(),
         "error": error.square(),
     }
-    sums = {name: len(rows) * value.mean().double() for name, value in values.items()}
-    sums["moments"] = moments(x)
-    return sums
 
 
-def add_up(truth, predicted, n):
-    """({name: sums}, [sums of each group]) of measure(); the groups are those of `generated`.
-
-    truth: function of rows -> standardized (B, T, D), of n samples
-    predicted: {name: such a function, or one that gives (B, M, T, D) for M draws}
-    """
+def add_up(n, truth, predicted, draws=None):
+    """({name: sums}, [sums of each group]) over n samples of measure(), and for `generated` of
+    spread(); the groups are those of `generated`. The other arguments: see predictions()."""
     true_pooled = pooled(truth, np.arange(n))  # (N, D)
     sums = defaultdict(Counter)  # a Counter adds up values by their names
     groups = []
@@ -189,16 +177,20 @@ def add_up(truth, predicted, n):
             y = truth(rows)
             true_moments = moments(y)  # costs the most, and serves all that is predicted
             for name, predict in predicted.items():
-                values = measure(predict(rows), y, rows, true_pooled)
-                values["true_moments"] = true_moments
-                sums[name].update(values)
+                x = predict(rows)
+                values = measure(x, y, rows, true_pooled)
+                if draws and name == "generated":
+                    values |= spread(draws(rows), y)
+                part = {key: len(rows) * value.mean().double() for key, value in values.items()}
+                part |= {"samples": len(rows), "moments": moments(x), "true_moments": true_moments}
+                sums[name].update(part)
                 if name == "generated":
-                    groups[-1].update(values)
+                    groups[-1].update(part)
     return sums, groups
 
 
 def figures(sums):
-    """METRICS and, of several draws, SPREAD from the sums of measure(), as floats."""
+    """METRICS and, of several draws, SPREAD from the sums of add_up(), as floats."""
     values = {name: total / sums["samples"] for name, total in sums.items()}
     mean, cov = gaussian(sums["moments"])
     true_mean, true_cov = gaussian(sums["true_moments"])
@@ -239,7 +231,7 @@ def metrics(generated, target):
     are not finite."""
     if not generated.isfinite().all():
         return dict.fromkeys(METRICS, math.nan)
-    sums, _ = add_up(target.__getitem__, {"generated": generated.__getitem__}, len(target))
+    sums, _ = add_up(len(target), target.__getitem__, {"generated": generated.__getitem__})
     return figures(sums["generated"])
 
 
@@ -301,24 +293,26 @@ def standardized(array, stats, kind):
 
 def predictions(draws, data, split):
     """What to score on the first N samples of a split: their truth, a function of rows ->
-    standardized (B, T, D), and {name: such a function} of the samples and the baselines.
+    standardized (B, T, D); {name: such a function} of the samples, the first draws, and of the
+    baselines; and one that gives all draws (B, M, T, D), or None for a single draw.
 
-    draws: raw (N, M, T, D), M for each condition; if M > 1, `generated` gives (B, M, T, D)
-    data: from open_dataset
+    draws: raw (N, M, T, D), M for each condition; data: from open_dataset
     In the training split, `ridge` has seen the samples; the other baselines have not.
     """
     n, M = draws.shape[:2]
     stats = data["stats"]
-    samples = standardized(draws, stats, "target")  # (B, M, T, D)
+    samples = standardized(draws[:, 0], stats, "target")
     cond = standardized(data[f"{split}_cond"], stats, "cond")
     truth = standardized(data[f"{split}_target"], stats, "target")
     train_cond = standardized(data["train_cond"], stats, "cond")
     train_target = standardized(data["train_target"], stats, "target")
     n_train = len(data["train_cond"])
 
-    result = {"generated": lambda rows: samples(rows).squeeze(1)}
+    result = {"generated": samples}
+    all_draws = None
     if M > 1:
-        result[f"mean of {M}"] = lambda rows: samples(rows).mean(1)
+        all_draws = standardized(draws, stats, "target")
+        result[f"mean of {M}"] = lambda rows: all_draws(rows).mean(1)
     result["mean"] = lambda rows: torch.zeros_like(truth(rows))
     ridge = fit_ridge(train_cond, train_target, n_train)
     result["ridge"] = lambda rows: ridge(cond(rows))
@@ -336,8 +330,8 @@ def predictions(draws, data, split):
         result["nearest"] = nearest
         result["floor"] = lambda rows: train_target(drawn[rows])
     if n > 1:
-        result["shuffled"] = lambda rows: samples((rows + 1) % n)[:, 0]
-    return truth, result
+        result["shuffled"] = lambda rows: samples((rows + 1) % n)
+    return truth, result, all_draws
 
 
 def report(draws, data, split="val"):
@@ -350,7 +344,7 @@ def report(draws, data, split="val"):
     """
     n, M = draws.shape[:2]
     references = predictions(draws, data, split)
-    sums, groups = add_up(*references, n)
+    sums, groups = add_up(n, *references)
     others = {name: figures(sums[name]) for name in sums}
     scores = others.pop("generated")
     widths = confidence(sums["generated"], groups)

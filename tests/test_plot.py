@@ -88,7 +88,7 @@ def test_cosines_of_the_histogram(dataset):
     stats = data["stats"]
     encode = score.standardizer(stats["target_mean"], stats["target_std"])
     samples = np.random.default_rng(0).standard_normal((10, 3, 4, 5)).astype(np.float32)
-    references = score.predictions(samples, data, "val")
+    *references, _ = score.predictions(samples, data, "val")
     ours = token_cosines(*references, 10)
     x, y = encode(samples), encode(data["val_target"])
     by_hand = {"generated": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}

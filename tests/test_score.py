@@ -133,8 +133,14 @@ def test_metrics_equal_other_peoples():
 
 
 def with_widths(truth, samples):
-    """The metrics of samples, and half the widths of their confidence intervals."""
-    sums, groups = score.add_up(truth.__getitem__, {"generated": samples.__getitem__}, len(truth))
+    """The metrics of samples, or of several draws, and half the widths of their confidence
+    intervals."""
+    draws = None
+    if samples.ndim == 4:
+        draws = samples.__getitem__
+        samples = samples[:, 0]
+    predicted = {"generated": samples.__getitem__}
+    sums, groups = score.add_up(len(truth), truth.__getitem__, predicted, draws)
     return score.figures(sums["generated"]), score.confidence(sums["generated"], groups)
 
 
@@ -219,10 +225,10 @@ def test_nearest_is_scikit_learns():
     number = np.arange(300.0)[:, None, None]  # the targets
     stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
     data = dict(train_cond=train, val_cond=cond, train_target=number, val_target=number[:50])
-    _, ours = score.predictions(number[:50, None], data | {"stats": stats}, "val")
+    _, ours, _ = score.predictions(number[:50, None], data | {"stats": stats}, "val")
     assert np.array_equal(ours["nearest"](np.arange(50))[:, 0, 0], theirs)
     data |= dict(train_cond=cond, train_target=number[:50])
-    _, ours = score.predictions(number[:20, None], data | {"stats": stats}, "train")
+    _, ours, _ = score.predictions(number[:20, None], data | {"stats": stats}, "train")
     assert ours["nearest"](np.arange(20)).min() >= 20  # none of the samples themselves
 
 
@@ -348,7 +354,7 @@ def test_progress_on_a_terminal(monkeypatch, terminal):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     x = torch.randn(40, 2, 3)
-    score.add_up(x.__getitem__, {"generated": x.__getitem__}, 40)
+    score.add_up(40, x.__getitem__, {"generated": x.__getitem__})
     assert ("scoring" in sys.stderr.getvalue()) == terminal
 
 
