@@ -50,11 +50,11 @@ def configure(namespace, argv=None, paths=None):
         sys.exit()
     args = iter(argv)
     for arg in args:
-        if arg.startswith("-"):
+        if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
             if not equals:
                 text = next(args, "--")
-            if not arg.startswith("--") or text.startswith("--"):
+            if text.startswith("--"):
                 sys.exit(f"error: cannot read the argument {arg!r}: write --key=value")
             config[key] = check(key, text, defaults, arg, from_text=True)
         elif paths is None:

@@ -149,8 +149,7 @@ def draw_images(fig, images, grid):
         row[0].set_ylabel(label)
         for ax, picture in zip(row, pictures):
             height = grid_height(len(picture), grid)
-            picture = picture.reshape(height, -1, *picture.shape[1:])
-            last = ax.imshow(picture, **options)
+            last = ax.imshow(np.split(picture, height), **options)
             ax.set(xticks=[], yticks=[], frame_on=False)
     return axes, last
 
