@@ -16,6 +16,7 @@ import difflib
 import math
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -99,9 +100,8 @@ def read_file(path, script_dir):
             break
     else:
         sys.exit(f"error: no config file {path!r} here or in {script_dir} (flags are --key=value)")
-    values = {}
     try:
-        exec(file.read_text(), values)
+        values = runpy.run_path(file)
     except Exception as e:  # the user's file may raise anything
         sys.exit(f"error: config file {path!r} failed: {type(e).__name__}: {e}")
     return {k: v for k, v in values.items() if k[0] != "_" and not hasattr(v, "__name__")}

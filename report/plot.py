@@ -63,7 +63,7 @@ def import_matplotlib():
 
     if backend:
         os.environ["MPLBACKEND"] = backend
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # it is not installed
             matplotlib.rcParams["backend"] = backend
 
 
@@ -107,22 +107,23 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         targets[f"sample {i + 1}"] = draws[:, i]
     if M > 1:
         targets[f"mean of {M}"] = draws.mean(1)
-    rows = {"cond": {"condition": np.concatenate(conditions)}, "target": targets}
+    # {kind: {label: tokens (n, T, D)}}
+    shown = {"cond": {"condition": np.concatenate(conditions)}, "target": targets}
 
     images = []  # (label, pictures (n, T) or (n, T, 3), options of imshow)
     decoder = Path(folder or "", "decoder.npz")
     if decoder.is_file():
-        for kind in rows:
+        for kind in shown:
             *weights, bias = np.load(decoder)[kind]  # (D + 1,)
-            for label, x in rows[kind].items():
+            for label, x in shown[kind].items():
                 x = x[..., : len(weights)]  # further channels are none of its images
                 images.append((label, x @ weights + bias, PIXELS))
         for label in ("sample 2", "sample 3"):  # their pixels are enough
             targets.pop(label, None)
-    for kind in rows:
+    for kind in shown:
         encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
-        colours = principal_colours(rows[kind].values(), encode)
-        images += zip(rows[kind], colours, [{}] * len(colours))
+        colours = principal_colours(shown[kind].values(), encode)
+        images += zip(shown[kind], colours, [{}] * len(colours))
 
     height = 0.95 * len(images)
     if truth is None:
@@ -130,7 +131,8 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         draw_images(fig, images, grid)
     else:
         true_tokens, predicted, _ = references
-        cosines = score.cosine(predicted["generated"](columns), true_tokens(columns))
+        # `encode` is now that of the targets. Not all samples need be among the references
+        cosines = score.cosine(encode(targets["sample 1"]), encode(targets["truth"]))
         images.append(("cosine", cosines.numpy(), COSINES))
         height += 0.95
         fig = new_figure(height + 4)

@@ -110,6 +110,20 @@ def test_colours_of_few_channels(channels):
     assert colours.shape == (20, 4, 3) and colours.min() == 0 and colours.max() == 1
 
 
+def test_more_samples_than_are_scored(tmp_path, dataset):
+    """Columns of all of them; below, those that the references know."""
+    data = open_dataset(dataset)
+    samples = data["val_target"][:, None].repeat(600, 0)
+    cond, truth = (data[f"val_{kind}"].repeat(600, 0) for kind in ("cond", "target"))
+    references = score.predictions(
+        samples[:5000], data | {"val_target": truth, "val_cond": cond}, "val"
+    )
+    draw_samples(
+        tmp_path / "a.png", cond, truth, samples, (2, 2), data["stats"], dataset, references
+    )
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_pictures_say_what_they_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
