@@ -17,6 +17,7 @@ From Python:
     target = sample.generate(loaded, np.load("conditions.npy"), steps=20)  # (B, S, C) -> (B, T, D)
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -264,8 +265,12 @@ def run(config):
     folder = data_dir or loaded.data_dir
     if not (cond or folder):
         raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
-    if data is None and folder and (not cond or is_there(folder)):
-        data = open_dataset(folder)
+    if data is None and folder:
+        try:
+            data = open_dataset(folder)
+        except ValueError:
+            if not cond:  # else it may be gone
+                raise
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
     if cond:
         conditions, named = read_conditions(Path(cond), cond_key, data)

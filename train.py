@@ -237,8 +237,7 @@ with torch.device("meta" if parameters else "cpu"):
 if parameters:
     checkpoint.load_weights(raw_model, parameters, torch.Tensor.float)
 if prior and not ckpt:
-    count = min(loader.n_train, math.ceil(65536 / T))
-    rows = score.evenly(np.arange(loader.n_train), count)
+    rows = score.evenly(loader.n_train, min(loader.n_train, math.ceil(65536 / T)))
     x_1, _ = encode(*loader.read("train", rows))
     raw_model.prior.fit(x_1.flatten(0, 1))
 # without dropout nothing trains the null condition, and DDP would wait for its gradient

@@ -16,6 +16,7 @@ import difflib
 import math
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def configure(namespace, argv=None, paths=None):
     Returns {key: value} of every setting, in the order of the block.
     Exits with one line and code 1 on an unknown key, a wrong type or an unreadable file.
     """
-    script = Path(namespace["__file__"]).resolve()
+    script = Path(namespace["__file__"])
     source = script.read_text()
     defaults = read_defaults(source)
     config = {key: value for key, (value, _) in defaults.items()}
@@ -50,11 +51,11 @@ def configure(namespace, argv=None, paths=None):
         sys.exit()
     args = iter(argv)
     for arg in args:
-        if arg.startswith("-"):
+        if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
             if not equals:
                 text = next(args, "--")
-            if not arg.startswith("--") or text.startswith("--"):
+            if text.startswith("--"):
                 sys.exit(f"error: cannot read the argument {arg!r}: write --key=value")
             config[key] = check(key, text, defaults, arg, from_text=True)
         elif paths is None:
@@ -74,7 +75,7 @@ def configure_paths(namespace):
 
 def settings_block(source):
     """The block of defaults in a script's source."""
-    return re.search(r"^# ---- .*?(?=^# ----$)", source, re.MULTILINE | re.DOTALL)[0].strip()
+    return re.search(r"(?ms)^# ---- .*?(?=^# ----$)", source)[0].strip()
 
 
 def read_defaults(source):
@@ -99,9 +100,8 @@ def read_file(path, script_dir):
             break
     else:
         sys.exit(f"error: no config file {path!r} here or in {script_dir} (flags are --key=value)")
-    values = {}
     try:
-        exec(file.read_text(), values)
+        values = runpy.run_path(file)
     except Exception as e:  # the user's file may raise anything
         sys.exit(f"error: config file {path!r} failed: {type(e).__name__}: {e}")
     return {k: v for k, v in values.items() if k[0] != "_" and not hasattr(v, "__name__")}
@@ -119,7 +119,7 @@ def check(key, value, defaults, origin, from_text=False):
         value = os.path.expanduser(value)
     elif from_text:
         # what is no literal stays text, and is refused below
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError):
             value = ast.literal_eval(value.capitalize())
     if type(value) in (int, float) and value % 1 == 0:
         value = int(value) if "int" in kinds else float(value)
@@ -150,8 +150,7 @@ def user_errors_in_one_line():
     with a line instead of a traceback."""
 
     def hook(kind, error, traceback):
-        expected = isinstance(error, ValueError | OSError | ImportError)
-        if expected or kind.__module__.startswith("wandb"):
+        if issubclass(kind, ValueError | OSError | ImportError) or "wandb" in kind.__module__:
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)

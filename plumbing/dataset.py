@@ -76,8 +76,11 @@ def open_dataset(data_dir):
 
 
 def statistics(moments):
-    """Mean and standard deviation of each channel: {cond_mean, cond_std (C,), ...}, from
-    {"cond": (3, C), "target": (3, D)}: a count, and sums of values and of their squares, float64."""
+    """Mean and standard deviation of each channel, {cond_mean, cond_std (C,), ...}.
+
+    moments: {"cond": (3, C), "target": (3, D)}, the number of tokens and sums over them of the
+        values and of their squares, in float64
+    """
     stats = {}
     for kind, (count, total, square) in moments.items():
         mean = total / count

@@ -9,15 +9,16 @@ Token grids are shown as images: decoded to pixels where the dataset has a decod
 digits do), and with the first three principal components of the tokens as red, green and blue.
 """
 
+import contextlib
 import math
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.configurator import configure_paths, show, user_errors_in_one_line
-from plumbing.dataset import split_arrays
 from plumbing.run_folder import read_log
 from report import score
 
@@ -43,39 +44,47 @@ limit: int | None = None  # for samples: the first so many; None: at most 5000
 
 
 def new_figure(height):
-    """A figure of 12 inches by `height`."""
+    """A figure of 12 inches by `height`. It is drawn without pyplot, and so without a backend."""
     try:
+        import_matplotlib()
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from e
     return Figure(figsize=(12, height), layout="constrained")
 
 
-def principal_colours(reference, encode):
-    """Function from (..., D) tokens to (..., 3) colours: the first three principal components of
-    `reference` (N, T, D), standardized by `encode`, their 1st to 99th percentile spread over
-    [0, 1]."""
-    x = encode(reference).flatten(0, 1).numpy()  # (N * T, D)
-    _, _, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)  # the largest come first
+def import_matplotlib():
+    """Import it even if $MPLBACKEND names what is not installed here, as it does in the shells that
+    a notebook opens. A backend that is installed stays the one that pyplot will take."""
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):  # it is not installed
+            matplotlib.rcParams["backend"] = backend
+
+
+def principal_colours(arrays, encode):
+    """Colours (N, T, 3) of each of the arrays (N, T, D): the first three principal components of
+    the first one, standardized by `encode`, their 1st to 99th percentile spread over [0, 1]."""
+    arrays = [encode(x).numpy() for x in arrays]
+    x = np.concatenate(arrays[0])  # (N * T, D)
+    axes = np.linalg.svd(x - x.mean(0), full_matrices=False).Vh  # the largest come first
     axes = np.resize(axes[:3], (3, x.shape[1])).T  # (D, 3): with fewer than 3, the same again
     low, high = np.percentile(x @ axes, [1, 99], axis=0)
     scale = np.maximum(high - low, 1e-12)
-
-    def colours(tokens):
-        components = encode(tokens).numpy() @ axes
-        return np.clip((components - low) / scale, 0, 1)
-
-    return colours
+    return [np.clip((x @ axes - low) / scale, 0, 1) for x in arrays]
 
 
 def grid_height(tokens, grid):
     """Rows of the image of so many tokens: of the target's grid, or a square, or a single row."""
-    side = math.isqrt(tokens)
-    if tokens == grid[0] * grid[1]:
+    if tokens == math.prod(grid):
         return grid[0]
-    if tokens == side**2:
-        return side
-    return 1
+    side = math.isqrt(tokens)
+    return side if tokens == side**2 else 1
 
 
 def draw_samples(path, cond, truth, samples, grid, stats, folder=None, references=None):
@@ -87,11 +96,10 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     stats: cond_mean and so on; folder: of the dataset, for its decoder.npz
     references: score.predictions for the samples; needed where there is a truth
     """
-    columns = score.evenly(np.arange(len(samples)), min(12, len(samples)))
+    columns = score.evenly(len(samples), min(12, len(samples)))
     draws = samples[columns]  # (n, M, T, D)
     M = draws.shape[1]
-    shown = [cond[i : i + 1] for i in columns]  # Rows support only slices
-    conditions = {"condition": np.concatenate(shown)}
+    conditions = [cond[i : i + 1] for i in columns]  # Rows support only slices
     targets = {}
     if truth is not None:
         targets["truth"] = truth[columns]
@@ -99,53 +107,51 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         targets[f"sample {i + 1}"] = draws[:, i]
     if M > 1:
         targets[f"mean of {M}"] = draws.mean(1)
+    # {kind: {label: tokens (n, T, D)}}
+    shown = {"cond": {"condition": np.concatenate(conditions)}, "target": targets}
 
-    pixels = []  # (label, images (n, T) or (n, T, 3), options of imshow)
-    images = []
+    images = []  # (label, pictures (n, T) or (n, T, 3), options of imshow)
     decoder = Path(folder or "", "decoder.npz")
-    decoded = decoder.is_file()
-    for kind, arrays in (("cond", conditions), ("target", targets)):
-        if decoded:
+    if decoder.is_file():
+        for kind in shown:
             *weights, bias = np.load(decoder)[kind]  # (D + 1,)
-            for label, x in arrays.items():
+            for label, x in shown[kind].items():
                 x = x[..., : len(weights)]  # further channels are none of its images
-                pixels.append((label, x @ weights + bias, PIXELS))
-            for label in ("sample 2", "sample 3"):  # their pixels are enough
-                arrays.pop(label, None)
+                images.append((label, x @ weights + bias, PIXELS))
+        for label in ("sample 2", "sample 3"):  # their pixels are enough
+            targets.pop(label, None)
+    for kind in shown:
         encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
-        first = list(arrays.values())[0]
-        colours = principal_colours(first, encode)
-        for label, x in arrays.items():
-            images.append((label, colours(x), {}))
-    images = pixels + images
+        colours = principal_colours(shown[kind].values(), encode)
+        images += zip(shown[kind], colours, [{}] * len(colours))
 
+    height = 0.95 * len(images)
     if truth is None:
-        fig = new_figure(0.95 * len(images))
+        fig = new_figure(height)
         draw_images(fig, images, grid)
     else:
-        encode = score.standardizer(stats["target_mean"], stats["target_std"])
+        true_tokens, predicted, _ = references
+        # `encode` is now that of the targets. Not all samples need be among the references
         cosines = score.cosine(encode(targets["sample 1"]), encode(targets["truth"]))
         images.append(("cosine", cosines.numpy(), COSINES))
-        height = 0.95 * len(images)
+        height += 0.95
         fig = new_figure(height + 4)
         top, bottom = fig.subfigures(2, 1, height_ratios=[height, 4])
         axes, last = draw_images(top, images, grid)
         top.colorbar(last, ax=axes, shrink=0.2, anchor=(0, 0), pad=0.01)
-        draw_scores(bottom, encode(samples[:COMPARED, 0]), *references)
+        draw_scores(bottom, true_tokens, predicted, min(COMPARED, len(samples)))
     fig.savefig(path)
 
 
 def draw_images(fig, images, grid):
     """A row for each (label, images (n, T) or (n, T, 3), options of imshow). Returns the axes and
     the last picture."""
-    columns = len(images[0][1])
-    axes = fig.subplots(len(images), columns, squeeze=False)
+    axes = fig.subplots(len(images), len(images[0][1]), squeeze=False)
     for row, (label, pictures, options) in zip(axes, images):
         row[0].set_ylabel(label)
         for ax, picture in zip(row, pictures):
             height = grid_height(len(picture), grid)
-            picture = picture.reshape(height, -1, *picture.shape[1:])
-            last = ax.imshow(picture, **options)
+            last = ax.imshow(np.split(picture, height), **options)
             ax.set(xticks=[], yticks=[], frame_on=False)
     return axes, last
 
@@ -154,36 +160,32 @@ def token_cosines(truth, predicted, n):
     """{name: (n,)}: the mean token cosine with the truth of the first n samples, of the mean of
     their draws, and of baselines."""
     rows = np.arange(n)
-    y = truth(rows)  # (n, T, D)
     cosines = {}
     for name, predict in predicted.items():
         if name not in ("mean", "floor"):  # 0 for `mean`, and `floor` is like `shuffled`
-            x = predict(rows)
-            if x.ndim == 4:
-                x = x[:, 0]
-            cosines[name] = score.cosine(x, y).mean(1).numpy()
+            cosines[name] = score.cosine(predict(rows), truth(rows)).mean(1).numpy()
     return cosines
 
 
-def draw_scores(fig, generated, truth, predicted):
+def draw_scores(fig, truth, predicted, n):
     """The pooled cosines of the first samples with all their truths, and the histogram of token
-    cosines beside the baselines. generated (n, T, D): the first draws, standardized."""
+    cosines of n samples beside the baselines."""
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
-    pooled = generated[:40].mean(1)
-    true_pooled = truth(np.arange(len(pooled))).mean(1)
-    matrix = score.cosine(pooled[:, None], true_pooled)
+    rows = np.arange(min(n, 40))
+    pooled = predicted["generated"](rows).mean(1)
+    matrix = score.cosine(pooled[:, None], truth(rows).mean(1))
     fig.colorbar(left.imshow(matrix), ax=left)
     left.set(title="pooled cosine", xlabel="truth", ylabel="sample")
 
-    cosines = token_cosines(truth, predicted, len(generated))
+    cosines = token_cosines(truth, predicted, n)
     labels = [f"{name} ({values.mean():.3f})" for name, values in cosines.items()]
     right.hist(list(cosines.values()), 40, histtype="step", lw=1.6, label=labels)
-    right.set(title=f"token cosine of {len(generated)} samples with their truth (mean)", yticks=[])
+    right.set(title=f"token cosine of {n} samples with their truth (mean)", yticks=[])
     right.legend(reverse=True)
 
 
 def read_curves(out_dir):
-    """{name: (iterations, values)} of what a run measured; what was not finite is left out."""
+    """{name: [(iteration, value)]} of what a run measured; what was not finite is left out."""
     curves = defaultdict(list)
     try:
         for record in read_log(out_dir):
@@ -192,7 +194,7 @@ def read_curves(out_dir):
                     curves[name].append((record["iter"], value))
     except Exception as e:  # another file of this name can raise anything
         raise ValueError(f"{out_dir}/log.jsonl cannot be read as a run's log: {e}") from e
-    return {name: np.array(points).T for name, points in curves.items()}
+    return curves
 
 
 def draw_curves(path, out_dirs):
@@ -204,45 +206,46 @@ def draw_curves(path, out_dirs):
         run = read_curves(out_dir)
 
         def draw(ax, name, **style):
-            if name in run:
-                ax.plot(*run[name], color=f"C{i}", **style)
+            ax.plot(*zip(*run[name]), color=f"C{i}", **style)  # nothing, if it has no points
 
         draw(losses, "loss", alpha=0.4, lw=0.8)
         draw(losses, "val_loss_raw", ls=":")
         draw(losses, "val_loss")
         draw(cosines, "val_token_cosine")
         draw(rates, "lr", label=out_dir)
-        bins = [name for name in run if name.startswith("val_loss_t")]
-        for b, name in enumerate(bins):
-            draw(by_t, name, lw=2.4 - 1.8 * b / len(bins))
-    titles = {
-        losses: "loss (faint: training; solid: validation; dotted: raw weights)",
-        by_t: "validation loss by t, from noise (thick) to data (thin)",
-        cosines: "token cosine of samples",
-        rates: "learning rate",
-    }
-    for ax, title in titles.items():
+        for quarter in range(4):
+            draw(by_t, f"val_loss_t{quarter}", lw=2.4 - 0.45 * quarter)
+    titles = (
+        "loss (faint: training; solid: validation; dotted: raw weights)",
+        "validation loss by t, from noise (thick) to data (thin)",
+        "token cosine of samples",
+        "learning rate",
+    )
+    for ax, title in zip(fig.axes, titles):
         ax.set(title=title, xlabel="iteration")
         ax.grid(alpha=0.25)
     for ax in (losses, by_t):
         ax.set_yscale("log", subs=[2, 3, 5])
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     fig.legend(loc="outside lower center")
     fig.savefig(path)
 
 
 def main():
     user_errors_in_one_line()
-    os.environ["MPLBACKEND"] = "agg"  # that of a notebook, which its shell has, may be missing here
     _, paths = configure_paths(globals())
     if paths[:1] == ["samples"]:
         data, samples = score.open_samples(paths[1:], data_dir, split, limit)
         path = save or Path(paths[1]).with_suffix(".png")
-        cond, truth = split_arrays(data, split)
-        references = score.predictions(samples, data, split)
         draw_samples(
-            path, cond, truth, samples, data["meta"]["grid"], data["stats"], data_dir, references
+            path,
+            data[f"{split}_cond"],
+            data[f"{split}_target"],
+            samples,
+            data["meta"]["grid"],
+            data["stats"],
+            data_dir,
+            score.predictions(samples, data, split),
         )
     elif paths:
         path = save or Path(paths[0] if len(paths) == 1 else "", "curves.png")

@@ -50,16 +50,10 @@ SPREAD = {  # of several draws per condition
     # distance of draw and true token minus half that of two draws
     "energy_score": "lower is better; of a single prediction it is the l2",
 }
-MEANS = (  # over samples; energy_score is of several draws only
-    "token_cosine",
-    "pooled_cosine",
-    "retrieval_r1",
-    "l2",
-    "energy_score",
-)
 LIMIT = 5000  # how many samples are scored by default: the first ones
 GROUPS = 20  # of samples; the jackknife leaves out one at a time
-WIDE = 2048  # channels; the covariances of more are taken in 256 directions, see projection()
+WIDE = 2048  # channels: of more than these,
+NARROW = 384  # the covariances are of so many, see with_constant()
 
 # ---- settings of python -m report.score FILE, a .npy of raw (N, T, D) or (N, draws, T, D)
 data_dir = ""  # dataset that prepare.py wrote
@@ -84,72 +78,54 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two Gaussians, (D,) and (D, D), as in
     FID (Heusel et al. 2017, arXiv 1706.08500)."""
     values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S_a^(1/2)
-    values = torch.linalg.eigvalsh(root @ cov_b @ root)  # those of S_a S_b
+    root = vectors * values.clamp(min=0).sqrt()  # root root^T = S_a
+    values = torch.linalg.eigvalsh(root.T @ cov_b @ root)  # those of S_a S_b
     trace = values.clamp(min=0).sqrt().sum()
-    return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace
+    return (mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * trace
 
 
-def most_similar(x, candidates):
-    """(B,) for x (B, D): which of the candidates (N, D), of length 1, is nearest by cosine. Of
-    several that are equally near, the first."""
-    return (x @ candidates.T).argmax(1)
+def chunks(rows):
+    """Parts of at most 24 rows, so that memory does not grow with the number of samples."""
+    return np.array_split(rows, math.ceil(len(rows) / 24))
 
 
-def chunks(rows, channels=1):
-    """Parts of at most 256 rows, so that memory does not grow with the number of samples; of 16
-    wide ones, which a processor's cache holds."""
-    size = 256 if channels <= WIDE else 16
-    return np.array_split(rows, math.ceil(len(rows) / size))
-
-
-def evenly(rows, n):
-    """n of the rows, evenly spaced."""
-    return rows[np.linspace(0, len(rows) - 1, n, dtype=int)]
+def evenly(total, n):
+    """n of the integers below total, evenly spaced."""
+    return np.linspace(0, total - 1, n, dtype=int)
 
 
 def pooled(samples, rows):
     """(N, D): means over the tokens of samples(rows) -> (B, T, D), scaled to length 1."""
-    means = [samples(part).mean(1) for part in chunks(rows, math.inf)]
+    means = [samples(part).mean(1) for part in chunks(rows)]
     return F.normalize(torch.cat(means))
 
 
-def moments(x, rows=None):
-    """(1 + D, 1 + D) for tokens (B, T, D): their number, sum, and sum of outer products; or the
-    first so many rows of it."""
-    tokens = F.pad(x.flatten(0, 1).double(), (1, 0), value=1.0)  # (B * T, 1 + D)
-    return tokens[:, :rows].T @ tokens
+def with_constant(x):
+    """(..., D) -> (..., 1 + D): 1 and the channels. If these are more than WIDE, NARROW of them,
+    evenly spaced, and scaled to stand for all: squared lengths stay about the same."""
+    D = x.shape[-1]
+    if D > WIDE:
+        x = x[..., evenly(D, NARROW)] * math.sqrt(D / NARROW)
+    return F.pad(x, (1, 0), value=1.0)
 
 
-def projection(samples):
-    """Function from (..., D) to what covariances are taken of: the same, or (..., 256) if D > WIDE.
-
-    Half of these directions are close to the leading principal components of the samples (n, T, D),
-    by a randomized range finder (Halko et al. 2011, algorithm 4.1). The others are random ones of
-    the rest, scaled to stand for all of it: squared lengths are kept in expectation (Johnson and
-    Lindenstrauss 1984).
-    """
-    tokens = samples.flatten(0, 1)
-    D = tokens.shape[1]
-    if D <= WIDE:
-        return lambda x: x
-    basis = torch.randn(D, 256, generator=torch.Generator().manual_seed(0))
-    basis[:, :128] = tokens.T @ (tokens @ basis[:, :128])
-    basis = torch.linalg.qr(basis)[0]
-    basis[:, 128:] *= math.sqrt(D / 128 - 1)
-    return lambda x: x @ basis
+def moments(x):
+    """(1 + D, 1 + D) for tokens (B, T, D): their number, sum, and sum of outer products."""
+    tokens = with_constant(x).flatten(0, 1).double()
+    return tokens.T @ tokens
 
 
 def gaussian(moments):
-    """Mean (D,) and covariance (D, D) of the tokens with these moments."""
+    """Mean (1 + D,) and covariance (1 + D, 1 + D) of the tokens with these moments. They include
+    the constant, which varies by 0 and changes no figure."""
     n = moments[0, 0]
-    mean = moments[0, 1:] / n
-    centered = moments[1:, 1:] - n * torch.outer(mean, mean)
+    mean = moments[0] / n
+    centered = moments - n * torch.outer(mean, mean)
     return mean, centered / (n - 1).clamp(min=1)
 
 
 def spread(x, y):
-    """Of draws x (B, M, T, D) and truth y (B, T, D), values (B,) that make up SPREAD.
+    """Of draws x (B, M, T, D) and truth y (B, T, D), tensors whose means make up SPREAD.
 
     spread_ratio is the ensemble forecasters' (Fortin et al. 2014, equation 15): if the truth is one
     more draw, its mean square distance from the mean of M draws is (1 + 1/M) times their variance.
@@ -157,83 +133,74 @@ def spread(x, y):
     for the true distribution; of a single prediction it is the l2.
     """
     M = x.shape[1]
-    energy = norm(x - y[:, None]).mean((1, 2))
+    energy = norm(x - y[:, None]).mean()
     for i in range(1, M):  # the distances between each draw and the i-th after it
-        energy -= norm(x - x.roll(i, 1)).mean((1, 2)) / (2 * (M - 1))
-    error = x.mean(1) - y
+        energy -= norm(x - x.roll(i, 1)).mean() / (2 * (M - 1))
     return {
         "energy_score": energy,
-        "variance": (1 + 1 / M) * x.var(1).mean((1, 2)),
-        "error_of_mean": error.square().mean((1, 2)),
+        "variance": (1 + 1 / M) * x.var(1),
+        "error_of_mean": (x.mean(1) - y).square(),
     }
 
 
-def measure(x, y, rows, true_pooled, project):
-    """{name: sum} over samples x (B, T, D) of what makes up METRICS; or over several draws
-    x (B, M, T, D), SPREAD too, and METRICS of the first.
+def measure(x, y, rows, true_pooled):
+    """Of samples x (B, T, D), tensors whose means make up METRICS.
 
     y: (B, T, D) their truth, that of these rows; true_pooled: (N, D), pooled() of all
-    project: see projection()
     """
-    values = {}
-    if x.ndim == 4:
-        values = spread(x, y)
-        x = x[:, 0]  # (B, T, D)
     error = x - y
     mean = x.mean(1)  # (B, D)
-    values |= {  # each (B,)
-        "samples": torch.ones(len(rows)),
-        "token_cosine": cosine(x, y).mean(1),
+    nearest = (mean @ true_pooled.T).argmax(1)  # of several that are equally near, the first
+    return {
+        "token_cosine": cosine(x, y),
         "pooled_cosine": cosine(mean, y.mean(1)),
-        "retrieval_r1": most_similar(mean, true_pooled) == torch.as_tensor(rows),
-        "l2": norm(error).mean(1),
-        "norm": norm(x).sum(1),
-        "true_norm": norm(y).sum(1),
-        "power": y.square().sum((1, 2)),
-        "error": error.square().sum((1, 2)),
+        "retrieval_r1": (nearest == torch.as_tensor(rows)).float(),
+        "l2": norm(error),
+        "norm": norm(x),
+        "true_norm": norm(y),
+        "power": y.square(),
+        "error": error.square(),
     }
-    sums = {name: value.sum(dtype=torch.float64) for name, value in values.items()}
-    sums["moments"] = moments(project(x))
-    return sums
 
 
-def add_up(predicted, truth, n):
-    """({name: sums}, [sums of each group]) of measure(); the groups are those of `generated`.
-
-    predicted: {name: function of rows -> standardized (B, T, D), or (B, M, T, D) for M draws}
-    truth: function of rows -> (B, T, D), of n samples
-    """
+def add_up(n, truth, predicted, draws=None):
+    """({name: sums}, [sums of each group]) over n samples of measure(), and for `generated` of
+    spread(); the groups are those of `generated`. The other arguments: see predictions()."""
     true_pooled = pooled(truth, np.arange(n))  # (N, D)
-    project = projection(truth(evenly(np.arange(n), 128)))
     sums = defaultdict(Counter)  # a Counter adds up values by their names
     groups = []
     parts = np.array_split(np.arange(n), min(GROUPS, n))
     for group in tqdm(parts, "scoring", leave=False, delay=1, disable=None):
         groups.append(Counter())
-        for rows in chunks(group, true_pooled.shape[1]):
+        for rows in chunks(group):
             y = truth(rows)
-            true_moments = moments(project(y))  # costs the most, and serves all that is predicted
+            true_moments = moments(y)  # costs the most, and serves all that is predicted
             for name, predict in predicted.items():
-                values = measure(predict(rows), y, rows, true_pooled, project)
-                values["true_moments"] = true_moments
-                sums[name].update(values)
+                x = predict(rows)
+                values = measure(x, y, rows, true_pooled)
+                if draws and name == "generated":
+                    values |= spread(draws(rows), y)
+                part = {key: len(rows) * value.mean().double() for key, value in values.items()}
+                part |= {"samples": len(rows), "moments": moments(x), "true_moments": true_moments}
+                sums[name].update(part)
                 if name == "generated":
-                    groups[-1].update(values)
+                    groups[-1].update(part)
     return sums, groups
 
 
 def figures(sums):
-    """METRICS and, of several draws, SPREAD from the sums of measure(), as floats."""
-    values = {name: sums[name] / sums["samples"] for name in MEANS if name in sums}
+    """METRICS and, of several draws, SPREAD from the sums of add_up(), as floats."""
+    values = {name: total / sums["samples"] for name, total in sums.items()}
     mean, cov = gaussian(sums["moments"])
     true_mean, true_cov = gaussian(sums["true_moments"])
     values["frechet"] = frechet_distance(mean, cov, true_mean, true_cov)
-    values["norm_ratio"] = sums["norm"] / sums["true_norm"]
+    values["norm_ratio"] = values["norm"] / values["true_norm"]
     values["std_ratio"] = (cov.trace() / true_cov.trace()).sqrt()
-    values["snr_db"] = 10 * (sums["power"] / sums["error"].clamp(min=1e-12)).log10()
-    if "variance" in sums:
-        values["spread_ratio"] = (sums["variance"] / sums["error_of_mean"].clamp(min=1e-12)).sqrt()
-    return {name: value.item() for name, value in values.items()}
+    values["snr_db"] = 10 * (values["power"] / values["error"].clamp(min=1e-12)).log10()
+    if "variance" in values:
+        error = values["error_of_mean"].clamp(min=1e-12)
+        values["spread_ratio"] = (values["variance"] / error).sqrt()
+    return {name: values[name].item() for name in (*METRICS, *SPREAD) if name in values}
 
 
 def confidence(totals, groups):
@@ -253,8 +220,8 @@ def confidence(totals, groups):
         estimates.append(figures(rest))
     widths = {}
     for name in estimates[0]:
-        variance = (n - 1) * np.var([values[name] for values in estimates])
-        widths[name] = float(1.96 * variance**0.5)
+        deviation = np.std([values[name] for values in estimates])
+        widths[name] = 1.96 * (n - 1) ** 0.5 * deviation
     return widths
 
 
@@ -263,7 +230,7 @@ def metrics(generated, target):
     are not finite."""
     if not generated.isfinite().all():
         return dict.fromkeys(METRICS, math.nan)
-    sums, _ = add_up({"generated": generated.__getitem__}, target.__getitem__, len(target))
+    sums, _ = add_up(len(target), target.__getitem__, {"generated": generated.__getitem__})
     return figures(sums["generated"])
 
 
@@ -276,50 +243,48 @@ def fit_ridge(cond, target, n):
     Returns a function from conditions (B, S, C) to predictions (B, T, D), all standardized.
     """
     _, T, D = target([0]).shape
-    channels = max(D, cond([0]).shape[2])
-    project = projection(cond(evenly(np.arange(n), 128)))
 
-    def features(x):
+    def inputs(x):
+        """(B, T, 1 + C)"""
         if x.shape[1] != T:
             x = x.mean(1, keepdim=True).expand(-1, T, -1)
-        return project(x)  # (B, T, C)
-
-    inputs = 1 + features(cond([0])).shape[2]  # a constant and the channels of the condition
+        return with_constant(x)
 
     def products(rows):
-        total = 0
-        for part in chunks(rows, channels):
-            tokens = torch.cat([features(cond(part)), target(part)], -1)
-            total += moments(tokens, inputs)
-        return total  # (1 + C, 1 + C + D)
+        """x^T x and x^T y of the inputs x and the targets y."""
+        xx = xy = 0
+        for part in chunks(rows):
+            x = inputs(cond(part)).flatten(0, 1).double()
+            xx += x.T @ x  # (1 + C, 1 + C)
+            xy += x.T @ target(part).flatten(0, 1).double()  # (1 + C, D)
+        return xx, xy
 
-    def solve(products, penalty):
-        xx, xy = products.tensor_split([inputs], 1)
-        return torch.linalg.solve(xx + penalty * torch.eye(inputs).double(), xy)  # (1 + C, D)
+    def solve(xx, xy, penalty):
+        return torch.linalg.solve(xx + penalty * torch.eye(len(xx)), xy)  # (1 + C, D)
 
     def error(penalty):
         """|x weight - y|^2 over the held-out tokens, without |y|^2."""
-        weight = solve(fitted, penalty)
-        xx, xy = held_out.tensor_split([inputs], 1)
-        return (weight * (xx @ weight - 2 * xy)).sum()
+        weight = solve(xx - held_out_xx, xy - held_out_xy, penalty)
+        return (weight * (held_out_xx @ weight - 2 * held_out_xy)).sum()
 
-    enough = 262144 if channels <= WIDE else 65536  # tokens
-    rows = evenly(np.arange(n), min(n, math.ceil(enough / T)))
-    everything = products(rows)
-    held_out = products(rows[::10])
-    fitted = everything - held_out
-    largest = torch.linalg.eigvalsh(fitted[:, :inputs])[-1].item()
+    enough = 262144 if D <= WIDE else 65536  # tokens
+    rows = evenly(n, min(n, math.ceil(enough / T)))
+    xx, xy = products(rows)
+    held_out_xx, held_out_xy = products(rows[::10])
+    largest = torch.linalg.eigvalsh(xx - held_out_xx)[-1].item()
     penalties = max(largest, 1e-6) * np.logspace(-6, 1, 15)
     best = min(penalties, key=error)
-    weight = solve(everything, best).float()  # once the penalty is chosen, every sample counts
-    return lambda cond: features(cond) @ weight[1:] + weight[0]
+    weight = solve(xx, xy, best).float()  # once the penalty is chosen, every sample counts
+    return lambda cond: inputs(cond) @ weight
 
 
 def standardizer(mean, std):
-    """Function from raw (..., D) arrays, or tensors on the CPU, to standardized float32 tensors."""
+    """Function from raw (..., D) arrays, or tensors on the CPU, to standardized float32 tensors.
+    What is wrong in a constant channel counts in units of the channel that varies most."""
     mean = np.asarray(mean, np.float32)
     std = np.array(std, np.float32)
-    std[std <= 1e-6] = 1  # a constant channel stays as it is
+    largest = std.max() or 1
+    std[std <= 1e-6 * largest] = largest
     return lambda x: torch.from_numpy((np.asarray(x, np.float32) - mean) / std)
 
 
@@ -329,51 +294,47 @@ def standardized(array, stats, kind):
     return lambda rows: encode(array[rows])
 
 
-def nearest(cond, rows, train_cond, train_rows):
-    """Which of the training samples has the nearest condition to each sample's, by the cosine of
-    the means over tokens: one of the train_rows (M,) for each of the rows (N,).
-
-    cond, train_cond: functions of rows -> (B, S, C)
-    """
-    candidates = pooled(train_cond, train_rows)
-    found = [most_similar(pooled(cond, part), candidates) for part in chunks(rows)]
-    return train_rows[torch.cat(found).numpy()]
-
-
 def predictions(draws, data, split):
     """What to score on the first N samples of a split: their truth, a function of rows ->
-    standardized (B, T, D), and {name: such a function} of the samples and the baselines.
+    standardized (B, T, D); {name: such a function} of the samples, the first draws, and of the
+    baselines; and one that gives all draws (B, M, T, D), or None for a single draw.
 
-    draws: raw (N, M, T, D), M for each condition; if M > 1, `generated` gives (B, M, T, D)
-    data: from open_dataset
+    draws: raw (N, M, T, D), M for each condition; data: from open_dataset
     In the training split, `ridge` has seen the samples; the other baselines have not.
     """
     n, M = draws.shape[:2]
     stats = data["stats"]
-    samples = standardized(draws, stats, "target")  # (B, M, T, D)
+    samples = standardized(draws[:, 0], stats, "target")
     cond = standardized(data[f"{split}_cond"], stats, "cond")
     truth = standardized(data[f"{split}_target"], stats, "target")
     train_cond = standardized(data["train_cond"], stats, "cond")
     train_target = standardized(data["train_target"], stats, "target")
-    train_rows = np.arange(len(data["train_cond"]))
+    n_train = len(data["train_cond"])
 
-    result = {"generated": lambda rows: samples(rows).squeeze(1)}
+    result = {"generated": samples}
+    all_draws = None
     if M > 1:
-        result[f"mean of {M}"] = lambda rows: samples(rows).mean(1)
+        all_draws = standardized(draws, stats, "target")
+        result[f"mean of {M}"] = lambda rows: all_draws(rows).mean(1)
     result["mean"] = lambda rows: torch.zeros_like(truth(rows))
-    ridge = fit_ridge(train_cond, train_target, len(train_rows))
+    ridge = fit_ridge(train_cond, train_target, n_train)
     result["ridge"] = lambda rows: ridge(cond(rows))
-    if split == "train":
-        train_rows = train_rows[n:]  # not the samples themselves
-    if len(train_rows):
-        candidates = evenly(train_rows, min(len(train_rows), 16384))
-        neighbours = nearest(cond, np.arange(n), train_cond, candidates)
-        drawn = evenly(train_rows, n)
-        result["nearest"] = lambda rows: train_target(neighbours[rows])
+    first = n if split == "train" else 0  # after the samples themselves
+    others = n_train - first
+    if others:
+        candidates = first + evenly(others, min(others, 16384))
+        pooled_candidates = pooled(train_cond, candidates)
+        drawn = first + evenly(others, n)
+
+        def nearest(rows):
+            similarity = cond(rows).mean(1) @ pooled_candidates.T
+            return train_target(candidates[similarity.argmax(1).numpy()])
+
+        result["nearest"] = nearest
         result["floor"] = lambda rows: train_target(drawn[rows])
     if n > 1:
-        result["shuffled"] = lambda rows: samples((rows + 1) % n)[:, 0]
-    return truth, result
+        result["shuffled"] = lambda rows: samples((rows + 1) % n)
+    return truth, result, all_draws
 
 
 def report(draws, data, split="val"):
@@ -385,8 +346,8 @@ def report(draws, data, split="val"):
     is what is not finite, since JSON has no NaN.
     """
     n, M = draws.shape[:2]
-    truth, predicted = predictions(draws, data, split)
-    sums, groups = add_up(predicted, truth, n)
+    references = predictions(draws, data, split)
+    sums, groups = add_up(n, *references)
     others = {name: figures(sums[name]) for name in sums}
     scores = others.pop("generated")
     widths = confidence(sums["generated"], groups)
@@ -397,33 +358,29 @@ def report(draws, data, split="val"):
         "baselines": others,
     }
     if draws.shape[3] > WIDE:
-        text += (
-            "\nfrechet and std_ratio are estimates: the channels are projected on 256 directions"
-        )
+        text += f"\nfrechet and std_ratio are estimates, from {NARROW} of the channels"
     if M > 1:
         result["mean_of_draws"] = {"draws": M} | others.pop(f"mean of {M}")
         result["spread"] = {"draws": M}
         text += f"\n{M} draws per condition:"
         for name, meaning in SPREAD.items():
-            value = result["spread"][name] = result.pop(name)
+            result["spread"][name] = result.pop(name)
             width = widths.get(name, math.nan)
-            text += f"\n  {name:<14}{value:8.4f} +- {width:.4f}  ({meaning})"
+            text += f"\n  {name:<14}{scores[name]:8.4f} +- {width:.4f}  ({meaning})"
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)
-    return result, text, (truth, predicted)
+    return result, text, references
 
 
 def table(rows):
     """Lines of text: the metrics of each {name: metrics}."""
-    header = " " * 10
+    text = " " * 10
     for name in METRICS:
-        header += f"  {name:>8}"
-    lines = [header]
+        text += f"  {name:>8}"
     for label, row in rows.items():
-        line = f"{label:<10}"
+        text += f"\n{label:<10}"
         for name in METRICS:
-            line += f"{row.get(name, math.nan):{max(len(name), 8) + 2}.4f}"
-        lines.append(line)
-    return "\n".join(lines)
+            text += f"{row.get(name, math.nan):{max(len(name), 8) + 2}.4f}"
+    return text
 
 
 def open_samples(paths, data_dir, split, limit):

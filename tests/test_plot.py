@@ -18,8 +18,7 @@ def test_curves(tmp_path, trained):
     other.mkdir()
     lines = [{"iter": i, "loss": 2.0 - i / 4 if i != 2 else None, "lr": 1e-3} for i in range(6)]
     (other / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steps, values = read_curves(other)["loss"]
-    assert steps.tolist() == [0, 1, 3, 4, 5] and values.tolist() == [2.0, 1.75, 1.25, 1.0, 0.75]
+    assert read_curves(other)["loss"] == [(0, 2.0), (1, 1.75), (3, 1.25), (4, 1.0), (5, 0.75)]
     run("-m", "report.plot", trained, other, f"--save={tmp_path / 'a.png'}")
     run("-m", "report.plot", trained)
     a, b = plt.imread(tmp_path / "a.png"), plt.imread(trained / "curves.png")
@@ -41,7 +40,8 @@ def test_colours_are_principal_components():
     components = PCA(3).fit_transform(((tokens - mean) / std).reshape(-1, 8))
     low, high = np.percentile(components, [1, 99], axis=0)
     expected = np.clip((components - low) / (high - low), 0, 1).reshape(50, 6, 3)
-    colours = principal_colours(tokens, score.standardizer(mean, std))(tokens)
+    fewer, colours = principal_colours([tokens, tokens[:7]], score.standardizer(mean, std))[::-1]
+    assert np.array_equal(fewer, colours[:7])
     for i in range(3):
         errors = [
             np.abs(colours[..., i] - x).max() for x in (expected[..., i], 1 - expected[..., i])
@@ -88,7 +88,7 @@ def test_cosines_of_the_histogram(dataset):
     stats = data["stats"]
     encode = score.standardizer(stats["target_mean"], stats["target_std"])
     samples = np.random.default_rng(0).standard_normal((10, 3, 4, 5)).astype(np.float32)
-    references = score.predictions(samples, data, "val")
+    *references, _ = score.predictions(samples, data, "val")
     ours = token_cosines(*references, 10)
     x, y = encode(samples), encode(data["val_target"])
     by_hand = {"generated": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
@@ -106,8 +106,22 @@ def test_cosines_of_the_histogram(dataset):
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_colours_of_few_channels(channels):
     tokens = np.random.default_rng(0).standard_normal((20, 4, channels)).astype(np.float32)
-    colours = principal_colours(tokens, torch.from_numpy)(tokens)
+    colours = principal_colours([tokens], torch.from_numpy)[0]
     assert colours.shape == (20, 4, 3) and colours.min() == 0 and colours.max() == 1
+
+
+def test_more_samples_than_are_scored(tmp_path, dataset):
+    """Columns of all of them; below, those that the references know."""
+    data = open_dataset(dataset)
+    samples = data["val_target"][:, None].repeat(600, 0)
+    cond, truth = (data[f"val_{kind}"].repeat(600, 0) for kind in ("cond", "target"))
+    references = score.predictions(
+        samples[:5000], data | {"val_target": truth, "val_cond": cond}, "val"
+    )
+    draw_samples(
+        tmp_path / "a.png", cond, truth, samples, (2, 2), data["stats"], dataset, references
+    )
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_pictures_say_what_they_need(monkeypatch):
@@ -116,19 +130,37 @@ def test_pictures_say_what_they_need(monkeypatch):
         new_figure(4)
 
 
+DRAW = """
+import os, sys
+import numpy as np
+from report.plot import draw_samples
+cond, samples = np.random.default_rng(0).standard_normal((2, 3, 1, 4, 5))
+stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
+draw_samples(sys.argv[1], cond[:, 0], None, samples, (2, 2), stats)
+import matplotlib
+print(matplotlib.rcParams._get("backend"), os.environ["MPLBACKEND"])
+print("matplotlib.pyplot" in sys.modules)
+"""
+
+
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
 def test_any_backend_in_the_environment(tmp_path, trained, backend):
     """The shells of notebooks have that of the notebook, which need not be installed here."""
     run("-m", "report.plot", trained, f"--save={tmp_path / 'a.png'}", MPLBACKEND=backend)
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    done = run("-c", DRAW, tmp_path / "b.png", MPLBACKEND=backend)
+    assert done.stdout.split()[-2:] == [backend, "False"]
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_callers_backend_stays_as_it_is(monkeypatch):
-    """Neither the setting nor pyplot is touched."""
-    code = "import os, sys; from report.plot import new_figure; new_figure(4).savefig('/dev/null', "
-    code += "format='png'); import matplotlib; print(matplotlib.rcParams._get('backend'), "
-    code += "os.environ['MPLBACKEND'], 'matplotlib.pyplot' in sys.modules)"
-    assert run("-c", code, MPLBACKEND="svg").stdout.split() == ["svg", "svg", "False"]
+def test_a_callers_backend_stays_as_it_is(tmp_path):
+    """Neither what the environment says, nor what was chosen since; and pyplot is not touched."""
+    done = run("-c", DRAW, tmp_path / "a.png", MPLBACKEND="svg")
+    assert done.stdout.split() == ["svg", "svg", "False"]
+    chosen = "import matplotlib; matplotlib.use('pdf')\n"
+    done = run("-c", chosen + DRAW, tmp_path / "b.png", MPLBACKEND="svg")
+    assert done.stdout.split() == ["pdf", "svg", "False"]
+    assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_decoder_of_fewer_channels(tmp_path):
