@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.configurator import check_numbers, configure_paths
+from plumbing.configurator import check_numbers, configure_paths, set_up_console
 from plumbing.dataset import ARRAYS, FILES, KINDS, statistics
 from plumbing.sources import (
     DataError,
@@ -243,7 +243,15 @@ def prepare(sources, config):
     """
     folder = Path(out)
     meta_path = folder / "meta.json"
-    if meta_path.is_file() and not overwrite:
+    partial = folder / ".partial-dataset"
+    names = (*FILES, "meta.json")
+    found = [name for name in names if (folder / name).exists()]
+    is_ours = meta_path.is_file() and '"layout"' in meta_path.read_text()
+    if found and not is_ours and not partial.exists():
+        raise DataError(
+            f"{out} holds {found[0]}, but no dataset of prepare.py: choose another --out"
+        )
+    if is_ours and not overwrite:
         raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
@@ -271,7 +279,6 @@ def prepare(sources, config):
     layout = {kind: shard[kind].layout for kind in KINDS}
     is_val = np.zeros(counts.total(), bool)
     is_val[split(len(is_val), val_fraction, seed)[1]] = True
-    partial = folder / ".partial-dataset"
     partial.mkdir(parents=True, exist_ok=True)  # where a run was killed
     try:
         with contextlib.ExitStack() as stack:
@@ -292,7 +299,7 @@ def prepare(sources, config):
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         # without meta.json there is no dataset, until all of the new one is in place
         meta_path.unlink(missing_ok=True)
-        for name in (*FILES, "meta.json"):
+        for name in names:
             os.replace(partial / name, folder / name)
     finally:
         print(file=sys.stderr)  # ends the line that shows the progress
@@ -321,6 +328,7 @@ def print_contents(shards, arrays):
 
 
 def main():
+    set_up_console()
     config, sources = configure_paths(globals())
     check_numbers(config, positive="pool", any_sign="")
     if not sources or not (out or inspect):

@@ -34,13 +34,7 @@ from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
 from plumbing.checkpoint import load_weights, replace_file, same_statistics
-from plumbing.configurator import (
-    check_numbers,
-    configure,
-    describe,
-    ignore_closed_output,
-    user_errors_in_one_line,
-)
+from plumbing.configurator import check_numbers, configure, describe, set_up_console
 from plumbing.dataset import open_dataset, split_arrays
 from plumbing.distributed import (
     LAUNCHED,
@@ -235,8 +229,7 @@ def read_conditions(path, key, data=None):
 
 
 def main():
-    user_errors_in_one_line()
-    ignore_closed_output()
+    set_up_console()
     config = configure(globals())
     check_numbers(config, "subset_size draws steps shift batch_size", any_sign="guidance")
     print0(describe(config, __file__))

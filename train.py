@@ -25,13 +25,7 @@ import flow
 from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, flops_per_sample
 from plumbing import checkpoint, distributed, exchange, run_folder
-from plumbing.configurator import (
-    check_numbers,
-    configure,
-    describe,
-    ignore_closed_output,
-    user_errors_in_one_line,
-)
+from plumbing.configurator import check_numbers, configure, describe, set_up_console
 from plumbing.dataset import Loader, map_rows, open_dataset
 from plumbing.distributed import LAUNCHED, RANK, WORLD_SIZE, all_reduce_sum, print0
 from plumbing.optim import make_optimizer, step_in_backward
@@ -118,8 +112,7 @@ seed = 0
 # ----
 
 faulthandler.enable()  # names the signal that ends a run whose data file is cut off, SIGBUS
-user_errors_in_one_line()  # until the training loop
-ignore_closed_output()
+set_up_console()  # until the training loop
 config = configure(globals())
 last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
 newest = best if best.exists() and not last.exists() else last

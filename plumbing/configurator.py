@@ -13,21 +13,13 @@ with one line; what sweep tools write is taken: `--compile=true`, `--batch_size=
 import ast
 import contextlib
 import difflib
+import functools
 import math
 import os
 import re
 import runpy
 import sys
 from pathlib import Path
-
-
-def show(text):
-    """Print; exit with one line where nobody takes it: a full disk, a closed pipe."""
-    try:
-        print(text, flush=True)
-    except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more as it ends
-        sys.exit(f"error: cannot print: {e}")
 
 
 def configure(namespace, argv=None, paths=None):
@@ -47,7 +39,7 @@ def configure(namespace, argv=None, paths=None):
     if "--help" in argv or "-h" in argv:
         doc = namespace["__doc__"].strip()
         block = settings_block(source)
-        show(f"{doc}\n\nSettings, each with its default; --key=value changes one:\n\n{block}")
+        print(f"{doc}\n\nSettings, each with its default; --key=value changes one:\n\n{block}")
         sys.exit()
     args = iter(argv)
     for arg in args:
@@ -145,9 +137,11 @@ def check_numbers(config, positive, any_sign):
             sys.exit(f"error: {name}={value} must be 0 or more")
 
 
-def user_errors_in_one_line():
-    """From here on take a ValueError, an OSError or an error of wandb for the user's mistake: end
-    with a line instead of a traceback."""
+def set_up_console():
+    """For a script: from here on a ValueError, an OSError or an error of wandb is taken for the
+    user's mistake, which ends it with a line instead of a traceback. Where nobody takes what it
+    prints, a full disk or a closed pipe, it goes on after one warning. Characters that the encoding
+    lacks are escaped."""
 
     def hook(kind, error, traceback):
         if issubclass(kind, ValueError | OSError | ImportError) or "wandb" in kind.__module__:
@@ -155,32 +149,18 @@ def user_errors_in_one_line():
         else:
             sys.__excepthook__(kind, error, traceback)
 
-    sys.excepthook = hook
-
-
-class Output:
-    """Standard output or error of a script that goes on, after one warning, where nobody takes what
-    it prints: a full disk, a closed pipe."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
+    def write(stream, write_text, text):
+        encoding = stream.encoding
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            write_text(text.encode(encoding, "backslashreplace").decode(encoding))
+            stream.flush()
         except OSError as e:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             print(f"WARNING: cannot print: {e}", file=sys.stderr)
 
-
-def ignore_closed_output():
-    """From here on a script goes on where nobody takes what it prints."""
-    sys.stdout = Output(sys.stdout)
-    sys.stderr = Output(sys.stderr)
+    sys.excepthook = hook
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where one is closed
+        stream.write = functools.partial(write, stream, stream.write)
 
 
 def describe(config, script):

@@ -62,17 +62,19 @@ def open_dataset(data_dir):
     for pattern in os.path.expanduser(data_dir).split(","):
         folders += sorted(glob.glob(pattern)) or [pattern]
     parts = [open_folder(folder) for folder in folders]
-    data = parts[0] | {"folders": folders}
+    joined = parts[0] | {"folders": folders}
+    if len(parts) == 1:
+        return joined
+    layout = joined["meta"]["layout"]
     for folder, part in zip(folders, parts):
-        layouts = part["meta"]["layout"], data["meta"]["layout"]
-        if layouts[0] != layouts[1]:
-            raise ValueError(f"{folder} has other samples than {folders[0]}: {layouts}")
-    if len(parts) > 1:
-        for name in ARRAYS:
-            data[name] = Joined([part[name] for part in parts])
-        moments = {kind: sum(part["moments"][kind] for part in parts) for kind in KINDS}
-        data["stats"] = statistics(moments)
-    return data
+        if part["meta"]["layout"] != layout:
+            found = part["meta"]["layout"]
+            raise ValueError(f"{folder} does not go with {folders[0]}: {found}, not {layout}")
+    for name in ARRAYS:
+        joined[name] = Joined([part[name] for part in parts])
+    moments = {kind: sum(part["moments"][kind] for part in parts) for kind in KINDS}
+    joined["stats"] = statistics(moments)
+    return joined
 
 
 def statistics(moments):

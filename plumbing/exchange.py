@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from plumbing.checkpoint import check_tensors, read_checkpoint, read_weights
-from plumbing.configurator import configure_paths, user_errors_in_one_line
+from plumbing.configurator import configure_paths, set_up_console
 from plumbing.distributed import print0
 
 # ---- settings
@@ -261,7 +261,7 @@ def reference_state(args, state):
 
 
 if __name__ == "__main__":
-    user_errors_in_one_line()
+    set_up_console()
     _, paths = configure_paths(globals())
     if len(paths) != 1 or not out:
         raise ValueError("name a model and a folder: python -m plumbing.exchange RUN --out=FOLDER")

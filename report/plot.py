@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.configurator import configure_paths, show, user_errors_in_one_line
+from plumbing.configurator import configure_paths, set_up_console
 from plumbing.run_folder import read_log
 from report import score
 
@@ -232,7 +232,7 @@ def draw_curves(path, out_dirs):
 
 
 def main():
-    user_errors_in_one_line()
+    set_up_console()
     _, paths = configure_paths(globals())
     if paths[:1] == ["samples"]:
         data, samples = score.open_samples(paths[1:], data_dir, split, limit)
@@ -252,7 +252,7 @@ def main():
         draw_curves(path, paths)
     else:
         raise ValueError("name the folders of runs, or samples and a file")
-    show(f"wrote {path}")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

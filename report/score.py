@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from plumbing.configurator import configure_paths, show, user_errors_in_one_line
+from plumbing.configurator import configure_paths, set_up_console
 from plumbing.dataset import open_dataset, split_arrays
 
 METRICS = (
@@ -408,13 +408,13 @@ def open_samples(paths, data_dir, split, limit):
 
 
 def main():
-    user_errors_in_one_line()
+    set_up_console()
     _, paths = configure_paths(globals())
     data, draws = open_samples(paths, data_dir, split, limit)
     result, text, _ = report(draws, data, split)
     if save:
         Path(save).write_text(json.dumps(result, indent=1))
-    show(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -91,17 +91,18 @@ sys.modules |= dict(fcntl=None, resource=None)
 def test_help_that_nobody_takes(stdout, words, length, option):
     """One line, buffered or not, and no complaint of Python's own as it ends."""
     namespace = f"dict(__doc__={length} * 'Run me.', __file__='report/score.py')"
-    code = "import time; time.sleep(0.2); from plumbing.configurator import configure; "
-    code += f"configure({namespace}, ['--help'])"
+    code = "import time; time.sleep(0.2); from plumbing import configurator; "
+    code += f"configurator.set_up_console(); configurator.configure({namespace}, ['--help'])"
     command = ["sh", "-c", f'"$0" {option} -c "$1" {stdout}', sys.executable, code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "" and done.stderr.startswith("error: cannot print: ")
+    assert done.stdout == "" and done.stderr.startswith("WARNING: cannot print: ")
     assert words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_help_without_any_output():
-    code = "from plumbing.configurator import configure; "
-    code += "configure(dict(__doc__='Run me.', __file__='report/score.py'), ['--help'])"
+    code = "from plumbing import configurator; configurator.set_up_console(); namespace = "
+    code += "dict(__doc__='Run me.', __file__='report/score.py'); "
+    code += "configurator.configure(namespace, ['--help'])"
     command = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code]
     done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, TINY, make_pickle, run
-from plumbing.dataset import Loader, open_dataset
+from conftest import ROOT, TINY, make_pickle, refused, run
+from plumbing.dataset import ARRAYS, Loader, open_dataset
 
 
 def rows_of(loader, iterations):
@@ -92,7 +93,7 @@ def test_a_broken_dataset_is_refused(dataset, tmp_path, spoil, words):
     spoil(folder)
     with pytest.raises(ValueError, match=words):
         open_dataset(folder)
-    with pytest.raises(ValueError, match="does not exist; make it with: python prepare.py"):
+    with pytest.raises(ValueError, match="does not exist; name it with --data_dir, or"):
         open_dataset(tmp_path / "nowhere")
 
 
@@ -146,3 +147,59 @@ def test_conditioning_on_a_label_as_in_the_readme(tmp_path):
         run("sample.py", out, f"--guidance={guidance}", cwd=code)
         generated = np.load(tmp_path / "out" / "generated.npy").mean((1, 2))  # (N,)
         assert ((generated > 0) == has_nine).mean() > 0.9
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Data sets of 20, 30 and 40 samples, and the raw content of each."""
+    folder = tmp_path_factory.mktemp("three")
+    contents = []
+    for i, n in enumerate((20, 30, 40)):
+        contents.append(make_pickle(folder / f"{i}.pkl", n=n, seed=i))
+        run("prepare.py", folder / f"{i}.pkl", f"--out={folder / f'part{i}'}")
+    return folder
+
+
+def test_several_folders_are_one(three, monkeypatch):
+    """Arrays, statistics and the samples of each iteration, by commas or by a pattern."""
+    parts = [open_dataset(three / f"part{i}") for i in range(3)]
+    data = open_dataset(",".join(str(three / f"part{i}") for i in range(3)))
+    monkeypatch.setenv("HOME", str(three))
+    assert open_dataset("~/part*")["folders"] == data["folders"]
+    for name in ARRAYS:
+        whole = np.concatenate([part[name] for part in parts])
+        assert data[name].shape == whole.shape and len(data[name]) == len(whole)
+        rows = np.random.default_rng(0).integers(0, len(whole), 50)
+        assert np.array_equal(data[name][rows], whole[rows])
+        for part in (slice(None), slice(3, 30), slice(1, 99, 2)):
+            assert np.array_equal(data[name][part], whole[part])
+    for kind in ("cond", "target"):
+        whole = np.concatenate([part[f"train_{kind}"] for part in parts]).astype(float)
+        for name, value in (("mean", whole.mean((0, 1))), ("std", whole.std((0, 1)))):
+            assert np.allclose(data["stats"][f"{kind}_{name}"], value, rtol=1e-12)
+    loader = Loader(data, 7, 2, seed=3)
+    target, cond = loader.read("train", loader.rows(5, 1))
+    whole = np.concatenate([part["train_target"] for part in parts])
+    assert np.array_equal(target, whole[loader.rows(5, 1)]) and len(cond) == 7
+
+
+def test_a_run_on_several_folders(three, tmp_path):
+    """It trains, resumes, samples and scores; the items are those of all."""
+    data, out = f"--data_dir={three}/part*", f"--out_dir={tmp_path / 'out'}"
+    run("train.py", *TINY, data, out)
+    run("train.py", out, "--init_from=resume", "--max_iters=7")
+    pickled = tmp_path / "a.pkl"
+    done = run("sample.py", out, "--steps=1", "--draws=1", f"--save_pickle={pickled}")
+    assert "9 conditions, 1 draws" in done.stdout and "ridge" in done.stdout
+    keys = pickle.loads(pickled.read_bytes())["keys"]
+    assert [key.split()[1].split(".")[0] for key in keys] == [*"001112222"]
+    run("-m", "report.score", tmp_path / "out" / "generated.npy", data)
+
+
+def test_folders_that_do_not_go_together(three, tmp_path):
+    make_pickle(tmp_path / "wide.pkl", C=7)
+    run("prepare.py", tmp_path / "wide.pkl", f"--out={tmp_path / 'wide'}")
+    words = refused("train.py", f"--data_dir={three / 'part0'},{tmp_path / 'wide'}")
+    assert f"{tmp_path / 'wide'} does not go with {three / 'part0'}" in words
+    words = refused("train.py", f"--data_dir={three / 'part0'},{tmp_path / 'nowhere'}")
+    assert "nowhere' does not exist" in words

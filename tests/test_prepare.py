@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import prepare
 import sample
-from conftest import ROOT, make_pickle, refused, run
+from conftest import ROOT, TINY, make_pickle, refused, run
 from plumbing import sources
 from plumbing.configurator import configure
 from plumbing.dataset import FILES, open_dataset
@@ -171,11 +171,34 @@ def test_a_dataset_is_overwritten_only_on_demand(tmp_path):
     (tmp_path / "link.npy").symlink_to(out / "train_target.npy")
     for pair in ((out / "train_cond.npy", out / "train_target.npy"),
                  (tmp_path / "link.npy", tmp_path / "link.npy")):  # fmt: skip
-        with pytest.raises(DataError, match="both a source and a file to be written"):
-            prepare_here(pair, out)
+        for flags in ({}, {"overwrite": True}):  # what is not ours is never overwritten
+            with pytest.raises(DataError, match="holds train_cond.npy, but no dataset of"):
+                prepare_here(pair, out, **flags)
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
     (tmp_path / "meta.json").rename(out / "meta.json")
     assert load(out)[1]["val"][0]["key"].startswith("key 2.")
+
+
+@pytest.mark.parametrize("kind", ["full disk", "closed pipe"])
+def test_output_that_nobody_takes_ends_nothing(tmp_path, kind):
+    """prepare.py > /dev/full 2>&1; prepare.py 2>&1 | true"""
+    make_pickle(tmp_path / "a.pkl")
+    where = "> /dev/full 2>&1" if kind == "full disk" else "2>&1 | true"
+    command = f'"$0" prepare.py {tmp_path}/a.pkl --out={tmp_path}/out {where}'
+    code = subprocess.run(["bash", "-o", "pipefail", "-c", command, sys.executable], cwd=ROOT)
+    assert code.returncode == 0 and len(open_dataset(tmp_path / "out")["val_cond"]) == 4
+
+
+def test_a_path_that_ascii_lacks(tmp_path):
+    folder = tmp_path / "größe"
+    folder.mkdir()
+    make_pickle(folder / "a.pkl")
+    ascii = dict(PYTHONIOENCODING="ascii", PYTHONUTF8="0", fork=False)
+    done = run("prepare.py", folder / "a.pkl", f"--out={folder / 'data'}", **ascii)
+    assert "gr\\xf6" in done.stdout
+    run("train.py", *TINY, f"--data_dir={folder / 'data'}", f"--out_dir={folder / 'out'}", **ascii)
+    run("sample.py", f"--out_dir={folder / 'out'}", "--steps=1", "--draws=1", **ascii)
+    run("-m", "report.plot", folder / "out", **ascii)
 
 
 def test_a_home_folder_is_expanded(tmp_path):
@@ -768,7 +791,8 @@ def test_sums_are_exact_for_every_float16():
         x = finite.astype(dtype)
         wide = x[:, 0].astype(np.float64)
         sums = prepare.moments(x).sum(0)
-        assert np.allclose(sums, [wide.sum(0), (wide**2).sum(0)], rtol=1e-13, atol=0)
+        expected = [[len(x)] * 2, wide.sum(0), (wide**2).sum(0)]
+        assert np.allclose(sums, expected, rtol=1e-13, atol=0)
         for value in (np.inf, -np.inf, np.nan):
             bad = x.copy()
             bad[1, 0, 1] = value

@@ -36,7 +36,7 @@ from plumbing.checkpoint import replace_file  # noqa: E402
 from plumbing.configurator import (  # noqa: E402
     check_numbers,
     configure_paths,
-    user_errors_in_one_line,
+    set_up_console,
 )  # fmt: skip
 from plumbing.distributed import (  # noqa: E402
     RANK,
@@ -155,7 +155,7 @@ def encode(model, pixels):
 def main():
     global device, precision
     config, sources = configure_paths(globals())
-    user_errors_in_one_line()
+    set_up_console()
     check_numbers(config, "shard_size batch_size pool", "layer")
     if not (sources and out and cond and target) or dtype not in ("float16", "float32"):
         sys.exit("error: name pictures, --out, --cond and --target; --dtype is float16 or float32")
