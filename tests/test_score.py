@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import refused, run
+from conftest import make_pickle, refused, run, train
 from plumbing.dataset import ARRAYS, open_dataset
 from report import score
 
@@ -430,3 +430,29 @@ def test_the_table_says_what_is_estimated(monkeypatch, dataset):
     result, text, _ = score.report(data["val_target"][:, None], data)
     assert "frechet and std_ratio are estimates, from 384 of the channels" in text
     assert result["frechet"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_results_know_no_units(tmp_path, scale):
+    """Train, sample, score: with everything in other units all is the same, up to these. A channel
+    that is constant in training is constant in the samples, whatever the others' scale."""
+    made, metrics = [], []
+    for factor in (1.0, scale):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        content = make_pickle(folder / "a.pkl")
+        names = ("eva_blip3o_embeddings", "clip_blip3o_embeddings")
+        content = {name: content[name].double() * torch.tensor(1e-3) for name in names}
+        content["clip_blip3o_embeddings"][..., 2] = 0.7
+        content = {name: (factor * value).float() for name, value in content.items()}
+        make_pickle(folder / "a.pkl", **content)
+        run("prepare.py", folder / "a.pkl", f"--out={folder / 'data'}")
+        train(folder / "data", folder / "out")
+        run("sample.py", f"--out_dir={folder / 'out'}", "--steps=4", "--draws=1")
+        made.append(np.load(folder / "out" / "generated.npy") / factor)
+        metrics.append(json.loads((folder / "out" / "metrics.json").read_text()))
+        assert (made[-1][..., 2] == np.float32(content[names[1]][0, 0, 2]) / factor).all()
+    live = [0, 1, 3, 4]
+    assert np.abs(made[0] - made[1])[..., live].max() < 1e-3 * made[0][..., live].std()
+    for name in score.METRICS:
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-3, abs=1e-3), name
