@@ -122,7 +122,9 @@ def open_model(path, weights="ema", grid=None, prefix=""):
     Returns a dict(model_args, flow, normalize, stats, cond_tokens, config, files, ...), and an
     iterator of (name, tensor). Raises ValueError where there is no such model.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"there is no {path}: no run, checkpoint or folder of safetensors")
     if path.is_dir():
         checkpoints = sorted(path.glob("ckpt_*st.pt"))  # ckpt_best.pt before ckpt_last.pt
         if not checkpoints:
@@ -156,10 +158,10 @@ def open_safetensors(folder, grid, prefix):
         check_tensors(name, tensor)
         return tensor
 
-    ckpt = dict.fromkeys(META) | {"files": files, "config": {"data_dir": None}}
+    ckpt = {name: given.get(name) for name in META}
+    ckpt |= {"files": files, "config": {"data_dir": None}}
     is_ours = "model_args" in given
     if is_ours:
-        ckpt |= {name: given[name] for name in META}
         ckpt["stats"] = {name: torch.tensor(value) for name, value in given["stats"].items()}
         if "x_embed.weight" in places:
             return ckpt, ((name, read(name)) for name in places)
@@ -220,7 +222,7 @@ def save_model(folder, ckpt, state):
     """
     from safetensors.torch import save_file
 
-    if list(folder.glob("*")):
+    if any(folder.glob("*")):
         raise ValueError(f"{folder} is not empty: choose another --out")
     args = ckpt["model_args"]
     given = {name: ckpt[name] for name in META if ckpt["stats"]}  # else nothing of it is known
@@ -237,10 +239,9 @@ def save_model(folder, ckpt, state):
 def reference_config(args):
     """The config.json of diffusers' model for NextDiTConfig's arguments `args`."""
     given = {"_class_name": "LuminaNextDiT2DModel", "patch_size": 1, "learn_sigma": False}
-    for line in CONFIG.splitlines():
-        ours, theirs = line.split()
+    for ours, theirs in map(str.split, CONFIG.splitlines()):
         given[theirs] = args[ours]
-    given["sample_size"], _ = args["grid"]
+    given["sample_size"] = args["grid"][0]
     # the feed-forward's width is 8/3 or 4 dim, times this, rounded up: both arrive at multiple_of
     given["ffn_dim_multiplier"] = args["ffn_dim"] / (16 / 3 * args["dim"])
     return given
