@@ -77,7 +77,7 @@ class NextDiTConfig:
         self.emb_dim = min(self.dim, 1024)  # of the embedding of time and pooled condition
         self.cond_width = self.dim if self.cond_projection else self.cond_dim  # in the model
         if self.ffn_dim is None:  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
-            hidden = int((self.ffn_dim_multiplier or 1) * (8 * self.dim // 3))
+            hidden = max(1, int((self.ffn_dim_multiplier or 1) * (8 * self.dim // 3)))
             self.ffn_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
