@@ -23,17 +23,9 @@ from plumbing.run_folder import read_log
 from report import score
 
 COMPARED = 500  # samples in the histogram of cosines, the first ones
-PIXELS = {  # options of imshow
-    "cmap": "gray",
-    "vmin": 0,
-    "vmax": 1,
-    "interpolation": "bicubic",
-}
-COSINES = {
-    "cmap": "coolwarm_r",
-    "vmin": -1,
-    "vmax": 1,
-}
+# options of imshow
+PIXELS = dict(cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+COSINES = dict(cmap="coolwarm_r", vmin=-1, vmax=1)
 
 # ---- settings
 save = ""  # .png to write; empty: see above
@@ -99,7 +91,6 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     columns = score.evenly(len(samples), min(12, len(samples)))
     draws = samples[columns]  # (n, M, T, D)
     M = draws.shape[1]
-    conditions = [cond[i : i + 1] for i in columns]  # Rows support only slices
     targets = {}
     if truth is not None:
         targets["truth"] = truth[columns]
@@ -108,7 +99,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     if M > 1:
         targets[f"mean of {M}"] = draws.mean(1)
     # {kind: {label: tokens (n, T, D)}}
-    shown = {"cond": {"condition": np.concatenate(conditions)}, "target": targets}
+    shown = {"cond": {"condition": cond[columns]}, "target": targets}
 
     images = []  # (label, pictures (n, T) or (n, T, 3), options of imshow)
     decoder = Path(folder or "", "decoder.npz")
