@@ -102,7 +102,8 @@ def open_folder(data_dir):
         data = {"meta": meta, "moments": moments, "stats": stats}
         for name in ARRAYS:
             data[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
-            shape, expected = list(data[name].shape), meta["shapes"][name]
+            shape = list(data[name].shape)
+            expected = meta["shapes"][name]
             if shape != expected:
                 raise ValueError(f"{name}.npy has shape {shape}, meta.json says {expected}")
         for name in FILES:

@@ -121,7 +121,6 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         fig = new_figure(height)
         draw_images(fig, images, grid)
     else:
-        true_tokens, predicted, _ = references
         # `encode` is now that of the targets. Not all samples need be among the references
         cosines = score.cosine(encode(targets["sample 1"]), encode(targets["truth"]))
         images.append(("cosine", cosines.numpy(), COSINES))
@@ -130,7 +129,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         top, bottom = fig.subfigures(2, 1, height_ratios=[height, 4])
         axes, last = draw_images(top, images, grid)
         top.colorbar(last, ax=axes, shrink=0.2, anchor=(0, 0), pad=0.01)
-        draw_scores(bottom, true_tokens, predicted, min(COMPARED, len(samples)))
+        draw_scores(bottom, references, min(COMPARED, len(samples)))
     fig.savefig(path)
 
 
@@ -158,9 +157,10 @@ def token_cosines(truth, predicted, n):
     return cosines
 
 
-def draw_scores(fig, truth, predicted, n):
+def draw_scores(fig, references, n):
     """The pooled cosines of the first samples with all their truths, and the histogram of token
-    cosines of n samples beside the baselines."""
+    cosines of n samples beside the baselines. references: from score.predictions"""
+    truth, predicted, _ = references
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
     rows = np.arange(min(n, 40))
     pooled = predicted["generated"](rows).mean(1)
