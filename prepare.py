@@ -244,14 +244,15 @@ def prepare(sources, config):
     meta_path = folder / "meta.json"
     partial = folder / ".partial-dataset"
     names = (*FILES, "meta.json")
+    written = [(folder / name).resolve() for name in names]
     is_ours = meta_path.is_file() and '"layout"' in meta_path.read_text()
     if is_ours and not overwrite:
         raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
     if not is_ours and not partial.exists():
-        for name in names:
-            if (folder / name).exists():
+        for path in written:
+            if path.exists():
                 raise DataError(
-                    f"{out} holds {name}, but no dataset of prepare.py: choose another --out"
+                    f"{out} holds {path.name}, but no dataset of prepare.py: choose another --out"
                 )
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
@@ -265,7 +266,6 @@ def prepare(sources, config):
         )
     shards += zip(arrays[:half], arrays[half:])
     paths = [path for files in shards for path in files]
-    written = [(folder / name).resolve() for name in FILES]
     for path in paths:
         if path.resolve() in written:
             raise DataError(f"{path} is both a source and a file to be written")
@@ -287,7 +287,7 @@ def prepare(sources, config):
             write_headers(files, layout, Counter())
             totals, counts = write_arrays(shards, load, is_val, repeated, files)
             shapes = write_headers(files, layout, counts)
-        sums = {f"{kind}_moments": x for kind, x in totals.items()}
+        sums = dict(cond_moments=totals["cond"], target_moments=totals["target"])
         np.savez(partial / "stats.npz", **statistics(totals), **sums)
         meta = dict(
             shapes=shapes,
@@ -345,7 +345,7 @@ def main():
         sys.exit(f"error: {str(e) or 'interrupted'}; no new dataset was left in {out}")
     print(f"{out}: grid {meta['grid'][0]}x{meta['grid'][1]}")
     for name in ARRAYS:
-        x = np.load(Path(out) / f"{name}.npy", mmap_mode="r")
+        x = np.load(f"{out}/{name}.npy", mmap_mode="r")
         print(f"  {name + '.npy':17} {x.shape!s:18} {x.dtype.name:8} {x.nbytes / 1e6:10.1f} MB")
     n_cond = meta["layout"]["cond"][0]  # tokens
     n_target = meta["layout"]["target"][0]
