@@ -88,7 +88,8 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     stats: cond_mean and so on; folder: of the dataset, for its decoder.npz
     references: score.predictions for the samples; needed where there is a truth
     """
-    columns = score.evenly(len(samples), min(12, len(samples)))
+    N = len(samples)
+    columns = score.evenly(N, min(12, N))
     draws = samples[columns]  # (n, M, T, D)
     M = draws.shape[1]
     targets = {}
@@ -129,7 +130,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         top, bottom = fig.subfigures(2, 1, height_ratios=[height, 4])
         axes, last = draw_images(top, images, grid)
         top.colorbar(last, ax=axes, shrink=0.2, anchor=(0, 0), pad=0.01)
-        draw_scores(bottom, references, min(COMPARED, len(samples)))
+        draw_scores(bottom, references, min(COMPARED, N))
     fig.savefig(path)
 
 
