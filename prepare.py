@@ -24,7 +24,6 @@ temporary folder inside DIR and moved once all are complete, meta.json last.
 import array
 import contextlib
 import functools
-import itertools
 import json
 import os
 import re
@@ -212,15 +211,15 @@ def write_arrays(shards, load, is_val, repeated, files):
                         drop_pages(shard[kind])
                     print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
                 totals.update(sums)
-                for good, item, *pair in zip(is_good, rows, *samples.values()):
+                for good, item, cond, target in zip(is_good, rows, *samples.values()):
                     key = item["key"]
                     if hash(repr(key)) in repeated:
                         item["key"] = f"{key}#{i}"
                     if good:
                         which = "val" if is_val[i] else "train"
                         counts[which] += 1
-                        for kind, x in zip(KINDS, pair):
-                            files[f"{which}_{kind}.npy"].write(x)
+                        files[f"{which}_cond.npy"].write(cond)
+                        files[f"{which}_target.npy"].write(target)
                         files[f"{which}_items.jsonl"].write(f"{json.dumps(item)}\n".encode())
                     else:
                         left_out.append(f"sample {i} (key {key!r:.80})")
@@ -245,14 +244,16 @@ def prepare(sources, config):
     meta_path = folder / "meta.json"
     partial = folder / ".partial-dataset"
     names = (*FILES, "meta.json")
-    found = [name for name in names if (folder / name).exists()]
+    written = [(folder / name).resolve() for name in names]
     is_ours = meta_path.is_file() and '"layout"' in meta_path.read_text()
-    if found and not is_ours and not partial.exists():
-        raise DataError(
-            f"{out} holds {found[0]}, but no dataset of prepare.py: choose another --out"
-        )
     if is_ours and not overwrite:
         raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
+    if not is_ours and not partial.exists():
+        for path in written:
+            if path.exists():
+                raise DataError(
+                    f"{out} holds {path.name}, but no dataset of prepare.py: choose another --out"
+                )
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
     if not re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", grid):
@@ -264,8 +265,7 @@ def prepare(sources, config):
             f"{len(arrays)} .npy files: name all conditions first, then as many targets"
         )
     shards += zip(arrays[:half], arrays[half:])
-    paths = list(itertools.chain(*shards))
-    written = [(folder / name).resolve() for name in FILES]
+    paths = [path for files in shards for path in files]
     for path in paths:
         if path.resolve() in written:
             raise DataError(f"{path} is both a source and a file to be written")
@@ -277,8 +277,9 @@ def prepare(sources, config):
     shard, counts, repeated = survey(shards, load)
     check_manifests(sources, counts)
     layout = {kind: shard[kind].layout for kind in KINDS}
+    _, val = split(counts.total(), val_fraction, seed)
     is_val = np.zeros(counts.total(), bool)
-    is_val[split(len(is_val), val_fraction, seed)[1]] = True
+    is_val[val] = True
     partial.mkdir(parents=True, exist_ok=True)  # where a run was killed
     try:
         with contextlib.ExitStack() as stack:
@@ -286,7 +287,7 @@ def prepare(sources, config):
             write_headers(files, layout, Counter())
             totals, counts = write_arrays(shards, load, is_val, repeated, files)
             shapes = write_headers(files, layout, counts)
-        sums = {f"{kind}_moments": x for kind, x in totals.items()}
+        sums = dict(cond_moments=totals["cond"], target_moments=totals["target"])
         np.savez(partial / "stats.npz", **statistics(totals), **sums)
         meta = dict(
             shapes=shapes,
@@ -344,9 +345,10 @@ def main():
         sys.exit(f"error: {str(e) or 'interrupted'}; no new dataset was left in {out}")
     print(f"{out}: grid {meta['grid'][0]}x{meta['grid'][1]}")
     for name in ARRAYS:
-        x = np.load(Path(out) / f"{name}.npy", mmap_mode="r")
+        x = np.load(f"{out}/{name}.npy", mmap_mode="r")
         print(f"  {name + '.npy':17} {x.shape!s:18} {x.dtype.name:8} {x.nbytes / 1e6:10.1f} MB")
-    n_cond, n_target = (tokens for tokens, *_ in meta["layout"].values())
+    n_cond = meta["layout"]["cond"][0]  # tokens
+    n_target = meta["layout"]["target"][0]
     if n_cond != n_target:
         print(
             f"{n_cond} condition and {n_target} target tokens: the model will use cross-attention;"

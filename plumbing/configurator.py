@@ -73,12 +73,12 @@ def settings_block(source):
 def read_defaults(source):
     """{key: (value, names of the types that it may have)} of a script's settings.
 
-    Each is `name = literal`. A default of None needs its type: `n: int | None = None`.
+    Each is a line `name = literal`. A default of None needs its type: `n: int | None = None`.
     """
     defaults = {}
-    for node in ast.parse(settings_block(source)).body:
-        value = ast.literal_eval(node.value)
-        name, _, kinds = ast.unparse(node).split(" = ")[0].partition(": ")
+    setting = r"(?m)^(\w+)(?:: *(.+?))? *= *(.+)"
+    for name, kinds, text in re.findall(setting, settings_block(source)):
+        value = ast.literal_eval(text)
         kinds = kinds or type(value).__name__
         defaults[name] = value, kinds.split(" | ")
     return defaults
@@ -150,17 +150,18 @@ def set_up_console():
             sys.__excepthook__(kind, error, traceback)
 
     def write(stream, write_text, text):
-        encoding = stream.encoding
         try:
-            write_text(text.encode(encoding, "backslashreplace").decode(encoding))
+            write_text(text)
             stream.flush()
         except OSError as e:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             print(f"WARNING: cannot print: {e}", file=sys.stderr)
 
     sys.excepthook = hook
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where one is closed
-        stream.write = functools.partial(write, stream, stream.write)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where it is closed, nor in a notebook
+            stream.reconfigure(errors="backslashreplace")
+            stream.write = functools.partial(write, stream, stream.write)
 
 
 def describe(config, script):

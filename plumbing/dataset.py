@@ -65,11 +65,10 @@ def open_dataset(data_dir):
     joined = parts[0] | {"folders": folders}
     if len(parts) == 1:
         return joined
-    layout = joined["meta"]["layout"]
-    for folder, part in zip(folders, parts):
-        if part["meta"]["layout"] != layout:
-            found = part["meta"]["layout"]
-            raise ValueError(f"{folder} does not go with {folders[0]}: {found}, not {layout}")
+    layouts = [part["meta"]["layout"] for part in parts]
+    for folder, layout in zip(folders, layouts):
+        if layout != layouts[0]:
+            raise ValueError(f"{folder} does not go with {folders[0]}: {layout}, not {layouts[0]}")
     for name in ARRAYS:
         joined[name] = Joined([part[name] for part in parts])
     moments = {kind: sum(part["moments"][kind] for part in parts) for kind in KINDS}
@@ -96,32 +95,24 @@ def statistics(moments):
 def open_folder(data_dir):
     """open_dataset() for one folder."""
     folder = Path(data_dir)
-    meta_file = folder / "meta.json"
-    make = f"name it with --data_dir, or make it with: python prepare.py SRC --out={data_dir}"
-    if not meta_file.is_file():
-        state = "is incomplete: it has no meta.json" if folder.is_dir() else "does not exist"
-        raise ValueError(f"the dataset {str(data_dir)!r} {state}; {make}")
     try:
-        meta = json.loads(meta_file.read_text())
-        data = {"meta": meta}
-        with np.load(folder / "stats.npz") as file:
-            stats = dict(file)
-        data["moments"] = {kind: stats.pop(f"{kind}_moments", None) for kind in KINDS}
-        data["stats"] = stats
+        meta = json.loads((folder / "meta.json").read_text())
+        stats = dict(np.load(folder / "stats.npz"))
+        moments = {kind: stats.pop(f"{kind}_moments", None) for kind in KINDS}
+        data = {"meta": meta, "moments": moments, "stats": stats}
         for name in ARRAYS:
             data[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
-            expected = tuple(meta["shapes"][name])
-            if data[name].shape != expected:
-                raise ValueError(
-                    f"{name}.npy has shape {data[name].shape}, meta.json says {expected}"
-                )
+            shape = list(data[name].shape)
+            expected = meta["shapes"][name]
+            if shape != expected:
+                raise ValueError(f"{name}.npy has shape {shape}, meta.json says {expected}")
         for name in FILES:
             (folder / name).stat()  # raises OSError if it is missing
-        if len(meta["grid"]) != 2:
-            raise ValueError("meta.json has no grid")
     except Exception as e:  # a damaged file can raise anything
+        state = f"is incomplete or damaged: {e}" if folder.is_dir() else "does not exist"
         raise ValueError(
-            f"the dataset {str(data_dir)!r} is damaged: {e}; {make} --overwrite=True"
+            f"the dataset {data_dir!r} {state}; name it with --data_dir, or make it with: "
+            f"python prepare.py SRC --out={data_dir}"
         ) from e
     return data
 
@@ -153,7 +144,8 @@ class Loader:
         self.micro_batches = micro_batches
         self.seed = seed
         self.pin_memory = pin_memory
-        self.n_train = len(range(len(data["train_cond"]))[:subset_size])
+        n = len(data["train_cond"])
+        self.n_train = min(n, subset_size or n)
         self.n_val = len(data["val_cond"])
         self.epoch_order = functools.lru_cache(2)(self.epoch_order)
 
@@ -164,9 +156,9 @@ class Loader:
     def rows(self, iteration, micro):
         """(batch_size,) rows of the training split in micro-batch `micro` of an iteration."""
         first = (iteration * self.micro_batches + micro) * self.batch_size
-        epoch, offset = np.divmod(first + np.arange(self.batch_size), self.n_train)
-        orders = [self.epoch_order(e)[offset[epoch == e]] for e in np.unique(epoch)]
-        return np.concatenate(orders)
+        places = range(first, first + self.batch_size)
+        n = self.n_train
+        return np.array([self.epoch_order(i // n)[i % n] for i in places])
 
     def read(self, split, rows):
         """Target (B, T, D) and condition (B, S, C), raw, as tensors on the CPU."""

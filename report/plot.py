@@ -23,17 +23,9 @@ from plumbing.run_folder import read_log
 from report import score
 
 COMPARED = 500  # samples in the histogram of cosines, the first ones
-PIXELS = {  # options of imshow
-    "cmap": "gray",
-    "vmin": 0,
-    "vmax": 1,
-    "interpolation": "bicubic",
-}
-COSINES = {
-    "cmap": "coolwarm_r",
-    "vmin": -1,
-    "vmax": 1,
-}
+# options of imshow
+PIXELS = dict(cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+COSINES = dict(cmap="coolwarm_r", vmin=-1, vmax=1)
 
 # ---- settings
 save = ""  # .png to write; empty: see above
@@ -96,10 +88,10 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     stats: cond_mean and so on; folder: of the dataset, for its decoder.npz
     references: score.predictions for the samples; needed where there is a truth
     """
-    columns = score.evenly(len(samples), min(12, len(samples)))
+    N = len(samples)
+    columns = score.evenly(N, min(12, N))
     draws = samples[columns]  # (n, M, T, D)
     M = draws.shape[1]
-    conditions = [cond[i : i + 1] for i in columns]  # Rows support only slices
     targets = {}
     if truth is not None:
         targets["truth"] = truth[columns]
@@ -108,7 +100,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     if M > 1:
         targets[f"mean of {M}"] = draws.mean(1)
     # {kind: {label: tokens (n, T, D)}}
-    shown = {"cond": {"condition": np.concatenate(conditions)}, "target": targets}
+    shown = {"cond": {"condition": cond[columns]}, "target": targets}
 
     images = []  # (label, pictures (n, T) or (n, T, 3), options of imshow)
     decoder = Path(folder or "", "decoder.npz")
@@ -130,7 +122,6 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         fig = new_figure(height)
         draw_images(fig, images, grid)
     else:
-        true_tokens, predicted, _ = references
         # `encode` is now that of the targets. Not all samples need be among the references
         cosines = score.cosine(encode(targets["sample 1"]), encode(targets["truth"]))
         images.append(("cosine", cosines.numpy(), COSINES))
@@ -139,7 +130,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         top, bottom = fig.subfigures(2, 1, height_ratios=[height, 4])
         axes, last = draw_images(top, images, grid)
         top.colorbar(last, ax=axes, shrink=0.2, anchor=(0, 0), pad=0.01)
-        draw_scores(bottom, true_tokens, predicted, min(COMPARED, len(samples)))
+        draw_scores(bottom, references, min(COMPARED, N))
     fig.savefig(path)
 
 
@@ -167,9 +158,10 @@ def token_cosines(truth, predicted, n):
     return cosines
 
 
-def draw_scores(fig, truth, predicted, n):
+def draw_scores(fig, references, n):
     """The pooled cosines of the first samples with all their truths, and the histogram of token
-    cosines of n samples beside the baselines."""
+    cosines of n samples beside the baselines. references: from score.predictions"""
+    truth, predicted, _ = references
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
     rows = np.arange(min(n, 40))
     pooled = predicted["generated"](rows).mean(1)
