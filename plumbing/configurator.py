@@ -14,7 +14,6 @@ import ast
 import contextlib
 import difflib
 import functools
-import math
 import os
 import re
 import runpy
@@ -107,12 +106,12 @@ def check(key, value, defaults, origin, from_text=False):
         hint = f"did you mean {near[0]!r}?" if near else "--help prints all"
         sys.exit(f"error: unknown setting {key!r} in {origin!r}; {hint}")
     default, kinds = defaults[key]
-    if from_text and "str" in kinds and value not in kinds:  # None can be one of them
-        value = os.path.expanduser(value)
-    elif from_text:
+    if from_text and ("str" not in kinds or value in kinds):  # None can be one of them
         # what is no literal stays text, and is refused below
         with contextlib.suppress(ValueError, TypeError, SyntaxError):
             value = ast.literal_eval(value.capitalize())
+    if isinstance(value, str):
+        value = os.path.expanduser(value)
     if type(value) in (int, float) and value % 1 == 0:
         value = int(value) if "int" in kinds else float(value)
     if value == "" and default != "":
@@ -124,13 +123,13 @@ def check(key, value, defaults, origin, from_text=False):
 
 
 def check_numbers(config, positive, any_sign):
-    """Exit with one line unless all numbers are finite and at least 0, or above 0 if `positive`
-    names them, or of any sign if `any_sign` does (names with spaces between them)."""
+    """Exit with one line unless all numbers are finite, at most 1e12, and at least 0, or above 0 if
+    `positive` names them, or of any sign if `any_sign` does (names with spaces between them)."""
     for name, value in config.items():
         if not isinstance(value, int | float):
             continue
-        if not math.isfinite(value):
-            sys.exit(f"error: {name}={value} must be finite")
+        if not abs(value) <= 1e12:  # nor NaN
+            sys.exit(f"error: {name}={value} must be finite, and at most 1e12")
         if name in positive.split() and value <= 0:
             sys.exit(f"error: {name}={value} must be above 0")
         if value < 0 and name not in any_sign.split():

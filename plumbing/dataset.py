@@ -59,7 +59,8 @@ def open_dataset(data_dir):
     not go with the first.
     """
     folders = []
-    for pattern in os.path.expanduser(data_dir).split(","):
+    for name in str(data_dir).split(","):
+        pattern = os.path.expanduser(name)
         folders += sorted(glob.glob(pattern)) or [pattern]
     parts = [open_folder(folder) for folder in folders]
     joined = parts[0] | {"folders": folders}

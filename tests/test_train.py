@@ -290,7 +290,7 @@ def test_an_iteration_has_256_samples(dataset, tmp_path):
         assert f"{batch_size * steps} per iteration" in text
 
 
-NOWHERE = "dataset 'nowhere' does not exist; make it with: python prepare.py"
+NOWHERE = "dataset 'nowhere' does not exist; name it with --data_dir, or make it with: python prep"
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ NOWHERE = "dataset 'nowhere' does not exist; make it with: python prepare.py"
         (["--bacth_size=3"], "did you mean 'batch_size'"),
         (["--init_from=resume"], "No such file"),
         (["--optimizer=adafactor", "--beta1=0.99"], "beta1=0.99 must be at most 0.95"),
-        (["--init_from=gpt2"], "gpt2 cannot be read as a checkpoint"),
+        (["--init_from=gpt2"], "there is no gpt2: no run, checkpoint or folder of safetensors"),
         (["--path=cubic"], "path='cubic'"),
         (["--normalize=batch"], "normalize='batch'"),
         (["--dim=30"], "dim=30"),
@@ -315,6 +315,12 @@ NOWHERE = "dataset 'nowhere' does not exist; make it with: python prepare.py"
         (["--t_std=0"], "t_std=0.0 must be above 0"),
         (["--dtype=int8"], "dtype='int8'"),
         (["--grad_clip=1e999"], "grad_clip=inf must be finite"),
+        (
+            ["--max_iters=10000000000000000"],
+            "max_iters=10000000000000000 must be finite, and at most",
+        ),
+        (["--num_epochs=1e300"], "num_epochs=1e+300 must be finite, and at most"),
+        (["--ffn_dim_multiplier=1e13"], "ffn_dim_multiplier=10000000000000.0 must be finite, and"),
         (["--device=tpu"], "device='tpu'"),
     ],
 )
