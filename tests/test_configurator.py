@@ -167,3 +167,12 @@ def test_describes_what_differs_from_the_defaults(script):
     config = configure(script, ["--rate=0.5", "--limit=3", "--count=-1"])
     assert describe(config, script["__file__"]) == "--rate=0.5 --limit=3"
     assert describe(configure(script, []), script["__file__"]) == "all settings are the defaults"
+
+
+def test_a_home_folder_is_expanded_wherever_it_stands(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "c.py").write_text("out_dir = '~/x'\n")
+    assert configure(script, ["--out_dir=~/x"])["out_dir"] == "/home/me/x"
+    assert configure(script, [str(tmp_path / "c.py")])["out_dir"] == "/home/me/x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configure(script, ["~/c.py"])["out_dir"] == f"{tmp_path}/x"
