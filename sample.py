@@ -130,7 +130,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         files=ckpt["files"],
         device=device,
         dtype=dtype,
-        batch_size=128 if device.startswith("cuda") else 32,  # where none is asked for
+        batch_size=128 if "cuda" in device else 32,  # where none is asked for
     )
 
 
@@ -168,9 +168,10 @@ def generate(
             "apply the --drop_tokens, --pool or --channels_first that prepare.py had for it"
         )
     noise_indices = [first] * N if same_noise else range(first, first + N)
-    device_type = torch.device(loaded.device).type
     autocast = torch.autocast(
-        device_type, getattr(torch, loaded.dtype), enabled=loaded.dtype != "float32"
+        torch.device(loaded.device).type,
+        getattr(torch, loaded.dtype),
+        enabled=loaded.dtype != "float32",
     )
     batches = []
     batch_size = batch_size or loaded.batch_size
@@ -235,14 +236,6 @@ def main():
     config = configure(globals())
     check_numbers(config, "subset_size draws steps shift batch_size", any_sign="guidance")
     print0(describe(config, __file__))
-    try:
-        run(config)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted: the same command goes on from here")
-    exit_process()
-
-
-def run(config):
     torch.set_float32_matmul_precision("medium")  # as in train.py
     own_device = pick_device(device)
     if LAUNCHED:
@@ -255,9 +248,10 @@ def run(config):
     loaded = load(Path(out_dir, checkpoint), own_device, weights, dtype, grid)
     shape = loaded.shape  # (T, D)
     size = batch_size or loaded.batch_size
-    # what the defaults stand for here
-    config |= {"batch_size": size, "device": own_device, "dtype": loaded.dtype}
-    config |= {"plot": None, "save_pickle": None}  # these change no sample
+    # what the defaults stand for here; the last two change no sample
+    config |= dict(
+        batch_size=size, device=own_device, dtype=loaded.dtype, plot=None, save_pickle=None
+    )
     folder = data_dir or loaded.data_dir
     if not (cond or folder):
         raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
@@ -365,7 +359,7 @@ def run(config):
         drop_pages(conditions)  # what was read stays in the system's cache, not in this process
     output.publish()
     if RANK > 0:
-        return
+        exit_process()  # waits for the first one, which makes the report
     print(f"{n} conditions, {n_draws} draws")
 
     # ---- report
@@ -401,7 +395,11 @@ def run(config):
     output.finish()
     for path in sorted(written & files.keys()):  # not the draws that were only scored
         print(f"wrote {path} {files[path]}")
+    exit_process()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted: the same command goes on from here")

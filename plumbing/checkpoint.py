@@ -28,7 +28,7 @@ class Saver:
     def __init__(self, best_val_loss, device):
         self.best_val_loss = best_val_loss
         self.device = device
-        self.in_background = device.startswith("cuda")
+        self.in_background = "cuda" in device
         self.writing = None
 
     def start(self, paths, state, best_val_loss=None):
@@ -55,7 +55,7 @@ class Saver:
     def wait(self):
         """Until the last checkpoint is written. Returns, in all processes, whether that worked: if
         not, training goes on without."""
-        if self.writing is None:
+        if not self.writing:
             return True
         # that of the first process, since the others write none
         written = all_reduce_sum(torch.tensor([self.writing.result()], device=self.device)).item()
@@ -120,11 +120,11 @@ def check_tensors(name, value):
 def read_checkpoint(path):
     """What save() wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
     try:
-        file = os.stat(path)
-        if file.st_size == 0:
+        status = os.stat(path)
+        if status.st_size == 0:
             raise ValueError("it is empty")
         if RANK == 0:
-            check_file(path, file.st_mtime_ns)
+            check_file(path, status.st_mtime_ns)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check_tensors("checkpoint", state)
         if "model_args" not in state:
