@@ -17,8 +17,9 @@ From Python:
     target = sample.generate(loaded, np.load("conditions.npy"), steps=20)  # (B, S, C) -> (B, T, D)
 """
 
-import itertools
+import fileinput
 import json
+import math
 import os
 import pickle
 import sys
@@ -106,10 +107,9 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         # what is not copied stays a view of the file and keeps all that was read of it in memory
         return parameter.to(device, kind, copy=dtype != "float32")
 
-    if device == "cpu":
-        # glibc keeps freed blocks up to the size of the largest one so far. Freeing one of 32 MiB
-        # here lets later tensors reuse memory: a quarter less time for the samples of the demo.
-        torch.empty(33_000_000, dtype=torch.uint8)
+    # On a CPU, glibc keeps freed blocks up to the size of the largest one so far. Freeing one of
+    # 33 MB here lets later tensors reuse memory: a quarter less time for the samples of the demo.
+    torch.empty(8_250_000)
 
     ckpt, parameters = exchange.open_model(path, weights, grid)
     config = NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False})
@@ -119,7 +119,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     stats = ckpt["stats"] or {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
     return SimpleNamespace(
         model=model.eval().requires_grad_(False),
-        shape=(config.grid[0] * config.grid[1], config.target_dim),
+        shape=(math.prod(config.grid), config.target_dim),
         flow=FlowConfig(**ckpt["flow"]),
         cond=Normalizer(ckpt["normalize"], stats["cond_mean"], stats["cond_std"], device),
         target=Normalizer(ckpt["normalize"], stats["target_mean"], stats["target_std"], device),
@@ -130,7 +130,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         files=ckpt["files"],
         device=device,
         dtype=dtype,
-        batch_size=128 if device.startswith("cuda") else 32,  # where none is asked for
+        batch_size=128 if "cuda" in device else 32,  # where none is asked for
     )
 
 
@@ -168,15 +168,18 @@ def generate(
             "apply the --drop_tokens, --pool or --channels_first that prepare.py had for it"
         )
     noise_indices = [first] * N if same_noise else range(first, first + N)
-    kind = getattr(torch, loaded.dtype)
-    autocast = torch.autocast(loaded.device.split(":")[0], kind, enabled=kind != torch.float32)
+    autocast = torch.autocast(
+        torch.device(loaded.device).type,
+        getattr(torch, loaded.dtype),
+        enabled=loaded.dtype != "float32",
+    )
     batches = []
     batch_size = batch_size or loaded.batch_size
     for i in range(0, N, batch_size):
         c = as_tensor(cond[i : i + batch_size])  # (B, S, C)
-        bad = (~c.isfinite()).flatten(1).any(1).nonzero()
+        bad = (~c.isfinite()).nonzero()  # (values, 3), in the order of the samples
         if len(bad):
-            raise ValueError(f"NaN or Inf in condition number {first + i + bad[0].item()}")
+            raise ValueError(f"NaN or Inf in condition number {first + i + bad[0, 0].item()}")
         x_0 = flow.sample_noise(noise_indices[i : i + batch_size], loaded.shape, seed, draw)
         x_0 = loaded.flow.sigma_max * x_0.to(loaded.device)  # (B, T, D)
         c = loaded.cond.encode(c.to(loaded.device))
@@ -233,14 +236,6 @@ def main():
     config = configure(globals())
     check_numbers(config, "subset_size draws steps shift batch_size", any_sign="guidance")
     print0(describe(config, __file__))
-    try:
-        run(config)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted: the same command goes on from here")
-    exit_process()
-
-
-def run(config):
     torch.set_float32_matmul_precision("medium")  # as in train.py
     own_device = pick_device(device)
     if LAUNCHED:
@@ -249,16 +244,18 @@ def run(config):
 
     # ---- model, conditions and truth
     data = open_dataset(data_dir) if data_dir else None
-    grid = tuple(data["meta"]["grid"]) if data else None
+    grid = data["meta"]["grid"] if data else None
     loaded = load(Path(out_dir, checkpoint), own_device, weights, dtype, grid)
     shape = loaded.shape  # (T, D)
     size = batch_size or loaded.batch_size
-    # what the defaults stand for here
-    config |= {"batch_size": size, "device": own_device, "dtype": loaded.dtype}
+    # what the defaults stand for here; the last two change no sample
+    config |= dict(
+        batch_size=size, device=own_device, dtype=loaded.dtype, plot=None, save_pickle=None
+    )
     folder = data_dir or loaded.data_dir
     if not (cond or folder):
         raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
-    if data is None and folder:
+    if folder and not data:
         try:
             data = open_dataset(folder)
         except ValueError:
@@ -270,8 +267,8 @@ def run(config):
         truth = None
     else:
         conditions, truth = split_arrays(data, split)
-        lines = (open(Path(part, f"{split}_items.jsonl")) for part in data["folders"])
-        named = map(json.loads, itertools.chain.from_iterable(lines))
+        files = [Path(part, f"{split}_items.jsonl") for part in data["folders"]]
+        named = map(json.loads, fileinput.FileInput(files))
         if truth.shape[1:] != shape:
             raise ValueError(
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
@@ -284,14 +281,14 @@ def run(config):
             truth = None
     if interpolate:
         i, j, n = (*interpolate, 8)[:3]
-        numbers = range(len(conditions))
-        if i not in numbers or j not in numbers:
-            raise ValueError(f"interpolate={interpolate}: there are {len(conditions)} conditions")
+        for number in (i, j):
+            if number not in range(len(conditions)):
+                raise ValueError(f"{interpolate=}: there are {len(conditions)} conditions")
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
         truth = None
         named = [{}] * n
     n = len(conditions)
-    if subset_size is not None:
+    if subset_size:
         n = min(n, subset_size)
         suffix += f"_first{subset_size}"
     n_draws = draws or (1 if truth is None else 4)
@@ -317,17 +314,21 @@ def run(config):
     files = {target: (n, *shape), draws_path: (n_with_draws, n_draws, *shape)}
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
-    read = [Path(cond)] if cond else []
-    for name in data["folders"] if data else []:
-        read += sorted(Path(name).glob("*.npy"))
-    read += loaded.files
-    written = {*files, kept_draws, states_path}  # or removed, if they are of earlier samples
-    paths = [path.resolve() for path in (*written, Path(save_pickle), *read)]
+    # or removed, if they are of earlier samples
+    written = {target, kept_draws, states_path, metrics_path}
+    read = [*loaded.files]
+    if cond:
+        read.append(cond)
+    if data:
+        for part in data["folders"]:
+            read += sorted(Path(part).glob("*.npy"))
+    read = {os.path.realpath(path): os.path.getmtime(path) for path in read}
+    paths = [*map(os.path.realpath, [*written, save_pickle]), *read]
     if len(set(paths)) < len(paths):
         raise ValueError(f"save={save}, save_pickle={save_pickle}: this is read, or written twice")
     made_with = {
-        "settings": config | {"plot": None, "save_pickle": None},  # these change no sample
-        "read": {str(path): path.stat().st_mtime_ns for path in read},
+        "settings": config,
+        "read": read,
         "code": hash_files(ROOT / name for name in ("model.py", "flow.py", "sample.py")),
     }
     output = Output(partial_folder, files, made_with)
@@ -335,33 +336,34 @@ def run(config):
     # ---- samples
     names = "batch_size steps method shift guidance guidance_interval seed trajectory"
     settings = {name: config[name] for name in names.split()}
+    settings["same_noise"] = bool(interpolate)
     if compile or compile is None and "cuda" in own_device and n * n_draws >= 5000:
         for block in loaded.model.layers:
             block.compile()
-    batches = range(RANK, -(-n // size), WORLD_SIZE)  # those of this process
+    batches = range(RANK * size, n, WORLD_SIZE * size)  # the first rows of this process's batches
     if output.done:
         print0(f"{output.done} of {len(batches)} batches were there")
-    for batch in tqdm(batches[output.done :], unit="batch", disable=RANK > 0):
-        first = batch * size
+    for first in tqdm(batches[output.done :], unit="batch", disable=RANK > 0):
         c = conditions[first : min(first + size, n)]  # (B, S, C)
-        states = []
-        for draw in range(n_draws if first < n_with_draws else 1):
-            x = generate(
-                loaded, c, first=i if interpolate else first, draw=draw,
-                same_noise=bool(interpolate), **settings,
-            )  # fmt: skip
-            states.append(x.reshape(-1, len(c), *shape))  # (1 or steps + 1, B, T, D)
-        samples = torch.stack([x[-1] for x in states], 1)  # (B, draws, T, D)
-        arrays = {target: samples[:, 0], draws_path: samples, states_path: states[0].swapaxes(0, 1)}
+        samples = [
+            generate(loaded, c, first=i if interpolate else first, draw=draw, **settings)
+            for draw in range(n_draws if first < n_with_draws else 1)
+        ]
+        samples = torch.stack(samples, -3)  # (B, draws, T, D) or (steps + 1, B, draws, T, D)
+        arrays = {}
+        if trajectory:
+            arrays[states_path] = samples[:, :, 0].swapaxes(0, 1)  # (B, steps + 1, T, D)
+            samples = samples[-1]
+        arrays |= {target: samples[:, 0], draws_path: samples}
         output.write(first, arrays)
         drop_pages(conditions)  # what was read stays in the system's cache, not in this process
     output.publish()
     if RANK > 0:
-        return
+        exit_process()  # waits for the first one, which makes the report
     print(f"{n} conditions, {n_draws} draws")
 
     # ---- report
-    for path in written - set(files):
+    for path in written - files.keys():
         path.unlink(missing_ok=True)  # of the samples that had this name before
     samples = np.load(draws_path, mmap_mode="r")  # (N or the first LIMIT, draws, T, D)
     metrics = references = None
@@ -369,8 +371,6 @@ def run(config):
         metrics, text, references = score.report(samples[: score.LIMIT], data, split)
         print(text)
         metrics_path.write_text(json.dumps({"generated": str(target)} | metrics, indent=1))
-    else:
-        metrics_path.unlink(missing_ok=True)
     if save_pickle:
         results = {
             "eva_embeddings": np.asarray(conditions[:n]),
@@ -387,14 +387,19 @@ def run(config):
         from report.plot import draw_samples
 
         stats = data["stats"] if data else loaded.stats
-        grid = loaded.model.config.grid
-        draw_samples(picture_path, conditions, truth, samples, grid, stats, folder, references)
+        draw_samples(
+            picture_path, conditions, truth, samples, loaded.model.config.grid, stats, folder,
+            references,
+        )  # fmt: skip
         print(f"wrote {picture_path}")
     output.finish()
-    for path, shape in files.items():
-        if path.exists():  # not the draws that were only scored
-            print(f"wrote {path} {shape}")
+    for path in sorted(written & files.keys()):  # not the draws that were only scored
+        print(f"wrote {path} {files[path]}")
+    exit_process()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted: the same command goes on from here")

@@ -7,6 +7,7 @@ Checkpoints: written whole or not at all, read through a memory map.
 
 import functools
 import os
+import textwrap
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +28,7 @@ class Saver:
     def __init__(self, best_val_loss, device):
         self.best_val_loss = best_val_loss
         self.device = device
-        self.in_background = device.startswith("cuda")
-        self.thread = ThreadPoolExecutor(1)
+        self.in_background = "cuda" in device
         self.writing = None
 
     def start(self, paths, state, best_val_loss=None):
@@ -37,23 +37,25 @@ class Saver:
         self.count = len(paths)
         self.new_best = self.best_val_loss if best_val_loss is None else best_val_loss
         state = gather(state | {"best_val_loss": self.new_best}, self.in_background)
-        self.writing = self.thread.submit(self.write, paths if RANK == 0 else [], state)
+        self.writing = ThreadPoolExecutor(1).submit(self.write, paths if RANK == 0 else [], state)
         if not self.in_background:
             self.wait()
 
     def write(self, paths, state):
-        for i, path in enumerate(paths):
-            try:
+        """How many of the files were written, in their order, until one could not be."""
+        written = 0
+        try:
+            for path in paths:
                 replace_file(path, lambda f: torch.save(state, f))
-            except OSError as e:
-                print0(f"WARNING: {e}; the previous one is untouched")
-                return i
-        return len(paths)
+                written += 1
+        except OSError as e:
+            print0(f"WARNING: {e}; the previous one is untouched")
+        return written
 
     def wait(self):
         """Until the last checkpoint is written. Returns, in all processes, whether that worked: if
         not, training goes on without."""
-        if self.writing is None:
+        if not self.writing:
             return True
         # that of the first process, since the others write none
         written = all_reduce_sum(torch.tensor([self.writing.result()], device=self.device)).item()
@@ -84,7 +86,7 @@ def replace_file(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
     except (OSError, RuntimeError) as e:
         partial.unlink(missing_ok=True)
         # torch.save raises a RuntimeError while it handles the OSError that says what happened
@@ -97,8 +99,8 @@ def check_file(path, written):
     """Raise an exception unless the file that was written at that time has the bytes that its CRCs
     say. Cached, because that takes a third of a second per GB."""
     with zipfile.ZipFile(path) as file:
-        packed = [entry for entry in file.infolist() if entry.compress_type]
-        if packed or file.testzip():  # torch would take compressed bytes for values
+        is_compressed = any(entry.compress_type for entry in file.infolist())
+        if is_compressed or file.testzip():  # torch would take compressed bytes for values
             raise ValueError("it is damaged")
 
 
@@ -118,22 +120,25 @@ def check_tensors(name, value):
 def read_checkpoint(path):
     """What save() wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
     try:
-        if os.path.getsize(path) == 0:
+        status = os.stat(path)
+        if status.st_size == 0:
             raise ValueError("it is empty")
         if RANK == 0:
-            check_file(path, os.stat(path).st_mtime_ns)
+            check_file(path, status.st_mtime_ns)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check_tensors("checkpoint", state)
-        if not isinstance(state, dict) or "model_args" not in state:
+        if "model_args" not in state:
             raise ValueError("it is no checkpoint of train.py")
         for name, value in state.get("stats", {}).items():
             size = state["model_args"][f"{name.split('_')[0]}_dim"]
             if value.shape != (size,):
                 raise ValueError(f"stats.{name} has shape {tuple(value.shape)}, not {(size,)}")
     except Exception as e:  # a truncated or foreign file can raise anything
-        reason = " ".join(str(e).split())[:1000]
-        others = "another one of the run may be intact, ckpt_last.pt or ckpt_best.pt"
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}; {others}") from e
+        reason = textwrap.shorten(str(e), 1000)
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: {reason}; another one of the run may be "
+            "intact, ckpt_last.pt or ckpt_best.pt"
+        ) from e
     return state
 
 
@@ -161,13 +166,15 @@ def load_weights(model, parameters, cast):
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as e:
-        raise ValueError(" ".join(str(e).split())[:1000]) from e
+        raise ValueError(textwrap.shorten(str(e), 1000)) from e
 
 
 # what a run cannot change, nor one that starts from its weights
-FIXED = "optimizer normalize path prediction sigma_min sigma_max n_layer n_head n_kv_head dim"
-FIXED += " ffn_dim multiple_of ffn_dim_multiplier norm_eps qk_norm conditioning conv rope prior"
-FIXED += " cond_projection cond_dim target_dim"
+FIXED = """
+optimizer normalize path prediction sigma_min sigma_max n_layer n_head n_kv_head dim ffn_dim
+multiple_of ffn_dim_multiplier norm_eps qk_norm conditioning conv rope prior cond_projection
+cond_dim target_dim
+"""
 
 
 def check_fixed(path, old, config):
@@ -239,4 +246,4 @@ def restore_optimizer(ckpt, opt):
                 state[i][name] = distribute_tensor(
                     x, p.device_mesh, p.placements, src_data_rank=None
                 )
-    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+    opt.load_state_dict(opt.state_dict() | {"state": state})

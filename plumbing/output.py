@@ -49,14 +49,14 @@ class Output:
         self.done = self.progress.tell()
 
     def write(self, first, arrays):
-        """Write {path: rows}, from row `first` on, to those that are among the files, as far as
-        they reach; then note that a batch is done."""
-        for path, shape in self.files.items():
-            rows = arrays[path]
+        """Write {path: rows} from row `first` on, as far as the files reach; then note that a batch
+        is done."""
+        for path, rows in arrays.items():
+            n = max(self.files[path][0] - first, 0)  # rows of the file from `first` on
             with open(self.folder / path.name, "r+b") as f:
                 # counted from the end, since the header's length is unknown
-                f.seek((first - shape[0]) * rows[0].nbytes, os.SEEK_END)
-                f.write(np.ascontiguousarray(rows[: max(shape[0] - first, 0)]))
+                f.seek(-n * rows[0].nbytes, os.SEEK_END)
+                f.write(np.ascontiguousarray(rows[:n]))
         self.progress.write(b".")
 
     def publish(self):
@@ -65,7 +65,7 @@ class Output:
         for path in self.files:
             made = self.folder / path.name
             if RANK == 0 and made.exists():  # not yet done
-                os.replace(made, path)
+                made.replace(path)
 
     def finish(self):
         """All that was to be done with the files is done: remove the temporary folder."""

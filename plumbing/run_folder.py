@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
 import subprocess
 from pathlib import Path
@@ -23,8 +22,9 @@ ROOT = Path(__file__).parents[1]
 
 def code_version():
     """The git commit of this code, "-dirty" if files differ from it; without git, their hash."""
-    git = f"git -C '{ROOT}' describe --always --dirty --abbrev=12"
-    status, commit = subprocess.getstatusoutput(git)
+    status, commit = subprocess.getstatusoutput(
+        f"git -C '{ROOT}' describe --always --dirty --abbrev=12"
+    )
     if status == 0:
         return commit
     return hash_files(sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]))
@@ -43,8 +43,10 @@ def claim_folder(out_dir, replace):
     """
     folder = Path(out_dir)
     if list(folder.glob("ckpt_*.pt")) and not replace:
-        ways = "--init_from=auto goes on with it, --overwrite=True replaces it"
-        raise ValueError(f"{out_dir} already holds a run: {ways}, or choose another --out_dir")
+        raise ValueError(
+            f"{out_dir} already holds a run: --init_from=auto goes on with it, --overwrite=True "
+            "replaces it, or choose another --out_dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
@@ -61,28 +63,26 @@ def claim_folder(out_dir, replace):
 NAMES = "ckpt_*.pt generated*.npy interpolation*.npy metrics*.json samples*.png curves.png"
 
 
-def remove_run(folder):
-    """Remove the checkpoints of a run that is replaced, and its samples, metrics and pictures."""
-    if list(folder.glob("ckpt_*.pt")):
-        for name in NAMES.split():
-            for path in folder.glob(name):
-                path.unlink()
-
-
 def open_run(out_dir, config, version, iteration, resume):
     """Begin a run at an iteration, or go on: write config.py, and keep of log.jsonl what came
-    before. Raises OSError."""
+    before. Of a run that is replaced, checkpoints, samples, metrics and pictures are removed.
+    Raises OSError."""
     folder = Path(out_dir)
     log = folder / "log.jsonl"
     text = f"# The settings of this run, for the code at {version}.\n"
     for key, value in config.items():
         text += f"{key} = {value!r}\n"
-    records = read_log(out_dir) if resume and log.exists() else []
-    kept = [json.dumps(record) + "\n" for record in records if record["iter"] < iteration]
+    kept = ""
+    if resume and log.exists():
+        for record in read_log(out_dir):
+            if record["iter"] < iteration:
+                kept += json.dumps(record) + "\n"
     replace_file(folder / "config.py", lambda f: f.write(text.encode()))
-    replace_file(log, lambda f: f.write("".join(kept).encode()))
-    if not resume:
-        remove_run(folder)
+    replace_file(log, lambda f: f.write(kept.encode()))
+    if not resume and list(folder.glob("ckpt_*.pt")):  # it replaces a run
+        for name in NAMES.split():
+            for path in folder.glob(name):
+                path.unlink()
 
 
 def read_log(out_dir):
@@ -97,11 +97,12 @@ def read_log(out_dir):
 def append_log(out_dir, record):
     """Add a line to a run's log.jsonl, or a warning to the console where that fails."""
     log = Path(out_dir, "log.jsonl")
-    record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+    # JSON has no NaN
+    record = json.loads(json.dumps(record), parse_constant=lambda name: None)
     size = log.stat().st_size if log.exists() else 0
     try:
         with open(log, "a") as f:
-            f.write(json.dumps(record) + "\n")
+            print(json.dumps(record), file=f)
     except OSError as e:
         print0(f"WARNING: {log} not written ({e})")
         if log.exists():

@@ -158,6 +158,9 @@ def test_conditions_from_files(run_dir, dataset, tmp_path):
     assert pickle.loads((tmp_path / "pkl.out").read_bytes())["keys"] == content["keys"][:4]
     a, b = np.load(tmp_path / "npy.npy"), np.load(tmp_path / "pkl.npy")
     assert a.shape == (4, 4, 5) and np.array_equal(a, b)
+    # a file of the dataset itself
+    run(*args, f"--cond={dataset}/val_cond.npy", f"--save={tmp_path}/c.npy")
+    assert np.load(tmp_path / "c.npy").shape == (4, 4, 5)
 
 
 def test_raw_weights_and_best_checkpoint(trained):
