@@ -275,8 +275,9 @@ def main():
             )
         if not data_dir and not same_statistics(loaded.data_stats, data["stats"]):
             print0(
-                f"WARNING: {folder} has changed since the model was trained on it: some of its "
-                f"{split} samples may have been. Not scored; --data_dir={folder} scores them"
+                f"WARNING: the statistics of {folder} differ from those of the data that the model "
+                f"was trained on, perhaps on samples of this {split} split too: they are not "
+                f"scored, unless you add --data_dir={folder}"
             )
             truth = None
     if interpolate:
@@ -307,6 +308,10 @@ def main():
     for path in (target, Path(save_pickle or target)):  # before hours of sampling
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path} cannot be written: is its folder there, and writable?")
+    if plot:
+        from report.plot import draw_samples, new_figure
+
+        new_figure(1)  # needs matplotlib
     partial_folder = Path(f"{target}.partial")
     states_path = target.with_name(f"{target.stem}_trajectory.npy")
     kept_draws = target.with_name(f"{target.stem}_draws.npy")
@@ -384,8 +389,6 @@ def main():
         replace_file(save_pickle, lambda f: pickle.dump(results, f, protocol=5))
         print(f"wrote {save_pickle}")
     if plot:
-        from report.plot import draw_samples
-
         stats = data["stats"] if data else loaded.stats
         draw_samples(
             picture_path, conditions, truth, samples, loaded.model.config.grid, stats, folder,
