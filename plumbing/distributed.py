@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 RANK, WORLD_SIZE = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
 # by torchrun, even if it is one process: then it takes the same way as many
-LAUNCHED = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+LAUNCHED = "RANK" in os.environ or WORLD_SIZE > 1
 
 
 def print0(*args):
@@ -34,7 +34,7 @@ def pick_device(name):
     try:
         torch.empty(0, device=name)
         if ":" in name:  # else cuda:1 would not be what "cuda" stands for
-            torch.accelerator.set_device_index(torch.device(name).index)
+            torch.accelerator.set_device_index(name)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device={name!r} is not there; --device=auto takes what is") from e
     return name
@@ -57,14 +57,14 @@ def init_distributed(device, timeout):
     Raises ValueError where a variable of torchrun's is missing.
     """
     backend, device_id = "gloo", None
-    if device.startswith("cuda"):
+    if "cuda" in device:
         backend = "nccl"
         device = f"cuda:{os.getenv('LOCAL_RANK', 0)}"
         device_id = torch.device(device)  # else the first barrier would have to guess it
         torch.cuda.set_device(device_id)
-    timeout = datetime.timedelta(minutes=timeout)
     # of DDP, about the few values of a depthwise convolution; of FSDP, about a view as output
     warnings.filterwarnings("ignore", "Grad strides|FSDP2-wrapped")
+    timeout = datetime.timedelta(minutes=timeout)
     dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     # on Linux: SIGTERM for this process when torchrun dies, so that it stops and saves
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
@@ -74,14 +74,14 @@ def init_distributed(device, timeout):
 
 def barrier():
     """Wait until all processes have come here."""
-    if dist.is_initialized():
+    if LAUNCHED:
         dist.barrier()
 
 
 def exit_process():
     """End this process together with the others."""
     barrier()
-    if dist.is_initialized():
+    if LAUNCHED:
         dist.destroy_process_group()
     sys.exit()
 
@@ -89,7 +89,7 @@ def exit_process():
 def all_reduce_sum(x):
     """The sum of a tensor over the processes, on the CPU: waits for the device, and may overwrite
     the tensor. All processes must call this."""
-    if dist.is_initialized():
+    if LAUNCHED:
         dist.all_reduce(x)
     return x.cpu()
 
@@ -158,7 +158,7 @@ def is_crowded():
 
 def matmul_rate(device, dtype):
     """Floating point operations per second of a product of two large matrices on a device."""
-    n = 16384 if device.startswith("cuda") else 512
+    n = 16384 if "cuda" in device else 512
     x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))  # zeros would be faster
     # item() waits for the device
     seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=10))
