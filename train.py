@@ -10,6 +10,7 @@ Writes ckpt_last.pt, ckpt_best.pt, log.jsonl, and config.py, which repeats the r
 
 import copy
 import faulthandler
+import functools
 import math
 import resource
 import sys
@@ -146,6 +147,7 @@ check_numbers(config, positive, any_sign="t_mean")
 device = distributed.pick_device(device)
 device_type = device.split(":")[0]
 dtype = distributed.pick_dtype(dtype, device)
+torch_dtype = getattr(torch, dtype)
 if gradient_accumulation_steps is None:
     micro = batch_size or (256 if device_type == "cuda" else 32)
     gradient_accumulation_steps = WORLD_SIZE * max(1, 256 // (micro * WORLD_SIZE))
@@ -167,9 +169,7 @@ interrupts = distributed.Interrupts(time_limit, device)
 # float32 as well, except on processors with AMX, where it uses bfloat16.
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once per pass, and its casts would be a second copy of the model
-autocast = torch.autocast(
-    device_type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False
-)
+autocast = torch.autocast(device_type, torch_dtype, enabled=dtype != "float32", cache_enabled=False)
 
 # ---------------------------------------------------------------- data
 data = open_dataset(data_dir)
@@ -248,7 +248,7 @@ if resume:
 # they were made on the CPU, and are sharded before they move: no GPU ever holds a whole one
 for net in dict.fromkeys([raw_model, ema_model]):
     if fsdp:
-        distributed.shard_model(net, dtype)
+        distributed.shard_model(net, torch_dtype)
     net.to(device)
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
@@ -377,10 +377,10 @@ def state():
     )  # fmt: skip
 
 
-def ask_wandb(function, *args, **options):
+def ask_wandb(function):
     """Whatever ails wandb or its service, the run goes on."""
     try:
-        return function(*args, **options)
+        return function()
     except Exception as e:
         print0(f"WARNING: wandb: {e}")
 
@@ -389,7 +389,7 @@ def write_log(record):
     if RANK == 0:
         run_folder.append_log(out_dir, record)
     if wandb_log:
-        ask_wandb(wandb.log, record, step=iteration)
+        ask_wandb(lambda: wandb.log(record, step=iteration))
 
 
 # ---------------------------------------------------------------- start
@@ -421,19 +421,19 @@ wandb_log = wandb_log and RANK == 0
 if wandb_log:
     import wandb
 
-    options = dict(
-        project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
+    init = functools.partial(
+        wandb.init, project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
         config=config, dir=out_dir,
     )  # fmt: skip
     # offline where there is no network, no login or a wrong variable; it says how to send it later
-    run = ask_wandb(wandb.init, **options) or wandb.init(mode="offline", **options)
+    run = ask_wandb(init) or init(mode="offline")
     wandb_id = run.id
 if RANK == 0:
     run_folder.open_run(out_dir, config, version, iteration, resume)
 
 # ---------------------------------------------------------------- training loop
-# samples per second if all arithmetic were as fast as a large matrix product
-peak_rate = WORLD_SIZE * distributed.matmul_rate(device, dtype) / flops_per_sample(model_config, S)
+peak_flops = WORLD_SIZE * distributed.matmul_rate(device, torch_dtype)  # per second
+peak_rate = peak_flops / flops_per_sample(model_config, S)  # samples per second
 torch.autograd.set_detect_anomaly(debug)
 first_iteration = iteration
 seconds = 0.0  # of training: evaluations do not count, nor the first iteration, which compiles
@@ -468,7 +468,7 @@ while not stop:
         write_log(record)
         break
 
-    sums = sum(map(forward_backward, micros))  # (2,)
+    sums = sum(map(forward_backward, micros))  # (2,), loss and output norm
     sums = torch.stack([*sums, clip_gradients(), interrupts.flag()])
     # the only time in an iteration that this process waits for the device
     means = all_reduce_sum(sums) / WORLD_SIZE

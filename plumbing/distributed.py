@@ -20,10 +20,10 @@ RANK, WORLD_SIZE = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
 LAUNCHED = "RANK" in os.environ or WORLD_SIZE > 1
 
 
-def print0(*args):
+def print0(text):
     """Print in the first process only."""
     if RANK == 0:
-        print(*args, flush=True)
+        print(text, flush=True)
 
 
 def pick_device(name):
@@ -68,7 +68,7 @@ def init_distributed(device, timeout):
     dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     # on Linux: SIGTERM for this process when torchrun dies, so that it stops and saves
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
-    dist.barrier()  # nobody ends because of an error of its own before all have come
+    barrier()  # nobody ends because of an error of its own before all have come
     return device
 
 
@@ -134,13 +134,11 @@ def shard_model(model, dtype):
     """Shard a model by torch's fully_shard, block by block.
 
     A process holds a part of every parameter, gathers those of a block when their turn comes, in
-    the dtype of the arithmetic, and gets its part of the mean gradients, in float32.
+    the torch dtype of the arithmetic, and gets its part of the mean gradients, in float32.
     """
     from torch.distributed import fsdp  # slow to import
 
-    policy = fsdp.MixedPrecisionPolicy(
-        getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fsdp.fully_shard(block, mp_policy=policy)
         fsdp.register_fsdp_forward_method(block, "context")
@@ -157,9 +155,10 @@ def is_crowded():
 
 
 def matmul_rate(device, dtype):
-    """Floating point operations per second of a product of two large matrices on a device."""
+    """Floating point operations per second of a product of two large matrices on a device, in a
+    torch dtype."""
     n = 16384 if "cuda" in device else 512
-    x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))  # zeros would be faster
+    x = torch.randn(n, n, device=device, dtype=dtype)  # zeros would be faster
     # item() waits for the device
     seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=10))
     return 2 * n**3 / seconds
