@@ -290,7 +290,7 @@ def test_an_iteration_has_256_samples(dataset, tmp_path):
         assert f"{batch_size * steps} per iteration" in text
 
 
-NOWHERE = "dataset 'nowhere' does not exist; make it with: python prepare.py"
+NOWHERE = "dataset 'nowhere' does not exist; name it with --data_dir, or make it with: python"
 
 
 @pytest.mark.parametrize(
