@@ -10,6 +10,7 @@ Writes ckpt_last.pt, ckpt_best.pt, log.jsonl, and config.py, which repeats the r
 
 import copy
 import faulthandler
+import functools
 import math
 import sys
 import textwrap
@@ -17,7 +18,6 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -114,13 +114,14 @@ seed = 0
 faulthandler.enable()  # names the signal that ends a run whose data file is cut off, SIGBUS
 set_up_console()  # until the training loop
 config = configure(globals())
-last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
-newest = best if best.exists() and not last.exists() else last
-resume = init_from == "resume" or (init_from == "auto" and newest.exists())
-named = Path(init_from)
-if named.is_file() and named.resolve().parent == Path(out_dir).resolve():  # one of this run's own
-    newest, resume = named, True
-ckpt = parameters = None
+folder = Path(out_dir)
+last, best = folder / "ckpt_last.pt", folder / "ckpt_best.pt"
+newest = Path(init_from)  # it may name one of this run's own
+if init_from in ("resume", "auto"):
+    newest = last if last.exists() else best
+is_own = newest.is_file() and newest.parent.resolve() == folder.resolve()
+resume = init_from == "resume" or is_own
+ckpt, parameters = {}, None
 given = {}  # the settings that come with the weights; those of the command line win
 if resume:
     ckpt = checkpoint.read_checkpoint(newest)
@@ -145,12 +146,13 @@ check_numbers(config, positive, any_sign="t_mean")
 device = distributed.pick_device(device)
 device_type = device.split(":")[0]
 dtype = distributed.pick_dtype(dtype, device)
+torch_dtype = getattr(torch, dtype)
 if gradient_accumulation_steps is None:
-    micro = batch_size or (256 // WORLD_SIZE if device_type == "cuda" else 32)
+    micro = batch_size or (256 if device_type == "cuda" else 32)
     gradient_accumulation_steps = WORLD_SIZE * max(1, 256 // (micro * WORLD_SIZE))
 batch_size = batch_size or max(1, 256 // gradient_accumulation_steps)
-one_pass = not LAUNCHED and gradient_accumulation_steps == 1
-if optimizer_in_backward and (not one_pass or grad_clip or dtype == "float16"):
+several_passes = LAUNCHED or gradient_accumulation_steps > 1
+if optimizer_in_backward and (several_passes or grad_clip or dtype == "float16"):
     raise ValueError(
         "optimizer_in_backward=True needs one process, --gradient_accumulation_steps=1, "
         "--grad_clip=0 and no float16"
@@ -166,25 +168,18 @@ interrupts = distributed.Interrupts(time_limit, device)
 # float32 as well, except on processors with AMX, where it uses bfloat16.
 torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
 # no cache: a weight is used once per pass, and its casts would be a second copy of the model
-autocast = torch.autocast(
-    device_type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False
-)
+autocast = torch.autocast(device_type, torch_dtype, enabled=dtype != "float32", cache_enabled=False)
 
 # ---------------------------------------------------------------- data
 data = open_dataset(data_dir)
-grid = tuple(data["meta"]["grid"])
 S, C = data["train_cond"].shape[1:]  # tokens and channels of a condition
 T, D = data["train_target"].shape[1:]  # and of a target
 loader = Loader(
     data, batch_size, gradient_accumulation_steps, subset_size, seed, pin_memory="cuda" in device
 )
 data_stats = {name: torch.from_numpy(value).float() for name, value in data["stats"].items()}
-stats = data_stats
-if ckpt and ckpt["stats"]:  # the weights expect embeddings that are normalized by these
-    stats = ckpt["stats"]
-if parameters:
-    checkpoint.check_fixed(init_from, given, config | {"cond_dim": C, "target_dim": D})
-    checkpoint.warn_of_distance(init_from, stats, data_stats)
+# the weights of a checkpoint expect embeddings that are normalized by its own
+stats = ckpt.get("stats") or data_stats
 cond_normalizer = Normalizer(normalize, stats["cond_mean"], stats["cond_std"], device)
 target_normalizer = Normalizer(normalize, stats["target_mean"], stats["target_std"], device)
 samples_per_iter = batch_size * gradient_accumulation_steps
@@ -195,7 +190,8 @@ if num_epochs is not None:
 
 def encode(target, cond):
     """A raw batch, (B, T, D) and (B, S, C), on the device and normalized."""
-    target, cond = (x.to(device, non_blocking=True) for x in (target, cond))
+    target = target.to(device, non_blocking=True)
+    cond = cond.to(device, non_blocking=True)
     return target_normalizer.encode(target), cond_normalizer.encode(cond)
 
 
@@ -214,20 +210,22 @@ if prior and not can_have_prior:
     raise ValueError("prior=True needs path=linear, prediction=v, sigma_min=0 and sigma_max=1")
 if learning_rate is None:
     learning_rate = 1.6 / dim
-settings = {name: globals()[name] for name in FlowConfig.__dataclass_fields__}
-flow_config = FlowConfig(**settings)
-settings = {name: globals()[name] for name in NextDiTConfig.__dataclass_fields__ if name in config}
-model_config = NextDiTConfig(grid, target_dim=D, cond_dim=C, **settings)
 # config.py and the checkpoints have the settings as they were decided
-decided = {name: getattr(model_config, name) for name in settings}
-decided |= dict(learning_rate=learning_rate, batch_size=batch_size)
-decided |= dict(gradient_accumulation_steps=gradient_accumulation_steps)
-# the last three belong to this start, not to the run
-config |= asdict(flow_config) | decided | dict(overwrite=False, time_limit=None, debug=False)
+config |= dict(
+    batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
+    conditioning=conditioning, t_shift=t_shift, prior=prior, learning_rate=learning_rate,
+    overwrite=False, time_limit=None, debug=False,  # these belong to this start, not to the run
+)  # fmt: skip
+flow_config = FlowConfig(**{name: config[name] for name in FlowConfig.__dataclass_fields__})
+settings = {name: config[name] for name in NextDiTConfig.__dataclass_fields__ if name in config}
+model_config = NextDiTConfig(data["meta"]["grid"], target_dim=D, cond_dim=C, **settings)
+config |= dict(n_kv_head=model_config.n_kv_head, ffn_dim=model_config.ffn_dim)
 torch.manual_seed(seed)
 with torch.device("meta" if parameters else "cpu"):
     raw_model = NextDiT(model_config)
 if parameters:
+    checkpoint.check_fixed(init_from, given, config | asdict(model_config))
+    checkpoint.warn_of_distance(init_from, stats, data_stats)
     checkpoint.load_weights(raw_model, parameters, torch.Tensor.float)
 if prior and not ckpt:
     rows = score.evenly(loader.n_train, min(loader.n_train, math.ceil(65536 / T)))
@@ -235,28 +233,28 @@ if prior and not ckpt:
     raw_model.prior.fit(x_1.flatten(0, 1))
 # without dropout nothing trains the null condition, and DDP would wait for its gradient
 raw_model.null_cond.requires_grad_(learn_null_cond and cond_dropout > 0)
-ema_model = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay else raw_model
+ema_model = copy.deepcopy(raw_model).requires_grad_(False) if ema_decay else raw_model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 iteration, bad_steps, wandb_id = 0, 0, None
 saver = checkpoint.Saver(math.inf, device)
 if resume:
     # without averages both are the raw model, and the last one counts
     models = {"ema": ema_model, "model": raw_model}
-    checkpoint.restore(newest, ckpt, config, data["stats"], models, scaler)
+    checkpoint.restore(newest, ckpt, config, data_stats, models, scaler)
     iteration, bad_steps, wandb_id = ckpt["iter"], ckpt["bad_steps"], ckpt["wandb_id"]
     saver.best_val_loss = ckpt["best_val_loss"]
-    config["init_from"] = ckpt["config"]["init_from"]  # where the run began
+    config["init_from"] = given["init_from"]  # where the run began
 # they were made on the CPU, and are sharded before they move: no GPU ever holds a whole one
 for net in dict.fromkeys([raw_model, ema_model]):
     if fsdp:
-        distributed.shard_model(net, dtype)
+        distributed.shard_model(net, torch_dtype)
     net.to(device)
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
     checkpoint.restore_optimizer(ckpt, opt)
     last_lr = ckpt["optimizer"]["param_groups"][0]["lr"]
-    ckpt = None
-if all_reduce_sum(torch.tensor([iteration], device=device)).item() != WORLD_SIZE * iteration:
+    del ckpt
+if all_reduce_sum(torch.tensor(iteration, device=device)) != WORLD_SIZE * iteration:
     raise ValueError(f"the processes see different files {newest}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
 if optimizer_in_backward:
@@ -278,13 +276,13 @@ micros = range(RANK * micro_steps, (RANK + 1) * micro_steps)
 # Endless pairs (target, cond), raw, on the CPU, one per micro-batch of this process. For a torch
 # DataLoader, let its batch_sampler be loader.rows(i, micro), i from iteration on, for these micros.
 batches = loader.stream(iteration, micros)
-generator = torch.Generator(device)
 TIME_BINS = 4  # of t, from noise to data
 SAMPLED = ("token_cosine", "retrieval_r1", "frechet")  # metrics of score.py
 standardize = score.standardizer(data_stats["target_mean"], data_stats["target_std"])
 eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
+n_eval = min(eval_size, loader.n_val)
 # a t for each validation sample: multiples of the golden ratio cover [0, 1] evenly
-eval_t = torch.from_numpy((np.arange(loader.n_val) + 0.5) * 0.6180339887498949 % 1).float()
+eval_t = (torch.arange(0.5, n_eval, dtype=torch.float64) * 0.6180339887498949 % 1).float()
 evaluated = {"val_loss": ema_model}
 if ema_decay:
     evaluated["val_loss_raw"] = raw_model
@@ -302,7 +300,8 @@ def get_lr(iteration):
 def forward_backward(micro):
     """Gradients of one micro-batch; returns (2,), its share of the loss and of the output norm."""
     x_1, cond = encode(*next(batches))
-    generator.manual_seed(flow.derive_seed(flow.TRAINING, seed, iteration, micro))
+    noise_seed = flow.derive_seed(flow.TRAINING, seed, iteration, micro)
+    generator = torch.Generator(device).manual_seed(noise_seed)
     is_last = micro == micros[-1]  # only then are gradients summed over the processes
     if fsdp:
         model.set_requires_gradient_sync(is_last)
@@ -315,8 +314,8 @@ def forward_backward(micro):
     # device; otherwise the loop does so, once per iteration
     if not optimizer_in_backward or loss.isfinite():
         scaler.scale(loss).backward()
-    output_norm = output.detach().norm(dim=-1).mean()  # over tokens
-    return torch.stack([loss.detach(), output_norm / micro_steps])
+    output_norm = output.norm(dim=-1).mean() / micro_steps  # over tokens
+    return torch.stack([loss, output_norm]).detach()
 
 
 def clip_gradients():
@@ -351,17 +350,16 @@ def evaluate():
         return target_normalizer.decode(x_1)
 
     results = {}
-    n = min(eval_size, loader.n_val)
-    bins = (eval_t[:n] * TIME_BINS).long()
+    bins = (eval_t * TIME_BINS).long()
     for name, net in evaluated.items():
-        losses = map_rows(lambda rows: loss_of_rows(net, rows), n, eval_batch_size, interrupts)
+        losses = map_rows(lambda rows: loss_of_rows(net, rows), n_eval, eval_batch_size, interrupts)
         results[name] = losses.mean().item()
         for i in bins.unique().tolist():
             results[f"{name}_t{i}"] = losses[bins == i].mean().item()
     if eval_samples:
-        n = min(eval_samples, loader.n_val)
-        samples = map_rows(samples_of_rows, n, eval_batch_size, interrupts)  # (n, T, D), raw
-        metrics = score.metrics(standardize(samples), standardize(data["val_target"][:n]))
+        truth = data["val_target"][:eval_samples]  # (n, T, D), raw, as the samples
+        samples = map_rows(samples_of_rows, len(truth), eval_batch_size, interrupts)
+        metrics = score.metrics(standardize(samples), standardize(truth))
         results |= {f"val_{name}": float(metrics[name]) for name in SAMPLED}
     text = " ".join(f"{name}={value:.4g}" for name, value in results.items())
     print0(textwrap.fill(f"iter {iteration} | {text}", 110, subsequent_indent="    "))
@@ -378,10 +376,10 @@ def state():
     )  # fmt: skip
 
 
-def ask_wandb(function, *args, **options):
+def ask_wandb(function):
     """Whatever ails wandb or its service, the run goes on."""
     try:
-        return function(*args, **options)
+        return function()
     except Exception as e:
         print0(f"WARNING: wandb: {e}")
 
@@ -390,7 +388,7 @@ def write_log(record):
     if RANK == 0:
         run_folder.append_log(out_dir, record)
     if wandb_log:
-        ask_wandb(wandb.log, record, step=iteration)
+        ask_wandb(lambda: wandb.log(record, step=iteration))
 
 
 # ---------------------------------------------------------------- start
@@ -404,7 +402,7 @@ print0(
 )
 if warmup_iters >= max_iters:
     print0(f"WARNING: the warmup, {warmup_iters} iterations, takes the whole run of {max_iters}")
-if resume and iteration > warmup_iters and get_lr(iteration) > 1.1 * last_lr:
+if iteration > warmup_iters and get_lr(iteration) > 1.1 * last_lr:
     print0(f"WARNING: the learning rate rises from {last_lr:.2g} to {get_lr(iteration):.2g}")
 if eval_only:
     evaluate()
@@ -424,24 +422,23 @@ wandb_log = wandb_log and RANK == 0
 if wandb_log:
     import wandb
 
-    options = dict(
-        project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
+    init = functools.partial(
+        wandb.init, project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
         config=config, dir=out_dir,
     )  # fmt: skip
-    run = ask_wandb(wandb.init, **options)
-    if run is None:  # no network, not logged in, a wrong variable
-        run = wandb.init(mode="offline", **options)  # says how to send it later
+    # offline where there is no network, no login or a wrong variable; it says how to send it later
+    run = ask_wandb(init) or init(mode="offline")
     wandb_id = run.id
 if RANK == 0:
     run_folder.open_run(out_dir, config, version, iteration, resume)
 
 # ---------------------------------------------------------------- training loop
-flops = flops_per_sample(model_config, S)
-peak_flops = WORLD_SIZE * distributed.matmul_rate(device, dtype)  # per second
+peak_flops = WORLD_SIZE * distributed.matmul_rate(device, torch_dtype)  # per second
+peak_rate = peak_flops / flops_per_sample(model_config, S)  # samples per second
 torch.autograd.set_detect_anomaly(debug)
 first_iteration = iteration
+seconds = 0.0  # of training: evaluations do not count, nor the first iteration, which compiles
 bad_in_a_row, stop = 0, False
-clock = time.perf_counter()  # of training alone: the time of evaluations is taken out
 sys.excepthook = sys.__excepthook__  # from here on an error is the program's own
 while not stop:
     lr = get_lr(iteration)
@@ -449,9 +446,9 @@ while not stop:
         group["lr"] = lr
     record = {"iter": iteration}
     files, val_loss = [], None  # to be written
+    done = iteration >= max_iters
 
-    if iteration % eval_interval == 0 or iteration >= max_iters:
-        start = time.perf_counter()
+    if done or iteration % eval_interval == 0:
         try:
             record |= evaluate()
         except InterruptedError:
@@ -461,8 +458,7 @@ while not stop:
         # never an untrained model
         if (iteration or parameters) and record["val_loss"] < saver.best_val_loss:
             files, val_loss = [best], record["val_loss"]
-        clock += time.perf_counter() - start
-    done = iteration >= max_iters
+    start = time.perf_counter()
     # not while updates are skipped: the last good checkpoint is where to go on from
     is_sound = bad_in_a_row == 0 and math.isfinite(record.get("val_loss", 0.0))
     if is_sound and (done or iteration > 0 and iteration % save_interval == 0):
@@ -473,11 +469,11 @@ while not stop:
         write_log(record)
         break
 
-    loss, output_norm = sum(forward_backward(micro) for micro in micros)
-    grad_norm = clip_gradients()
+    sums = sum(map(forward_backward, micros))  # (2,), loss and output norm
+    sums = torch.stack([*sums, clip_gradients(), interrupts.flag()])
     # the only time in an iteration that this process waits for the device
-    sums = torch.stack([loss, output_norm, grad_norm, interrupts.flag()])
-    loss, output_norm, grad_norm, stop = (all_reduce_sum(sums) / WORLD_SIZE).tolist()
+    means = all_reduce_sum(sums) / WORLD_SIZE
+    loss, output_norm, grad_norm, stop = means.tolist()
 
     if math.isfinite(loss + grad_norm):
         bad_in_a_row = 0
@@ -493,17 +489,18 @@ while not stop:
     scaler.update()
     opt.zero_grad()
 
-    if iteration == first_iteration:
-        clock = time.perf_counter()  # the first iteration compiles: it is not part of the pace
+    if iteration > first_iteration:
+        seconds += time.perf_counter() - start
     if iteration % log_interval == 0:
         text = f"iter {iteration} | loss {loss:.4f} | out {output_norm:.3g} | "
         text += f"grad {grad_norm:.3g} | lr {lr:.1e}"
-        record |= dict(loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr)
-        record["bad_steps"] = bad_steps
-        if iteration > first_iteration:
-            pace = (time.perf_counter() - clock) / (iteration - first_iteration)
+        record |= dict(
+            loss=loss, output_norm=output_norm, grad_norm=grad_norm, lr=lr, bad_steps=bad_steps
+        )
+        if seconds:
+            pace = seconds / (iteration - first_iteration)
             rate = samples_per_iter / pace
-            mfu = flops * rate / peak_flops
+            mfu = rate / peak_rate
             left = pace * (max_iters - iteration - 1)
             record |= dict(ms=1000 * pace, samples_per_s=rate, mfu=mfu, seconds_left=left)
             text += f" | {rate:.4g} samples/s | mfu {mfu:.0%} | {left / 60:.0f} min left"
@@ -526,12 +523,14 @@ saved = saver.wait()
 interrupts.restore()
 if stop:
     print0(f"stopped before iteration {iteration} by {interrupts.reason or 'another process'}")
+elif is_sound:
+    print0(
+        f"done: {iteration} iterations, best validation loss {saver.best_val_loss:.4f}, "
+        f"in {out_dir}"
+    )
 else:
-    loss = f"best validation loss {saver.best_val_loss:.4f}"
-    print0(f"done: {iteration} iterations, {loss}, in {out_dir}")
+    sys.exit(f"error: the last iterations were not finite: {last} is an older one")
 if not saved:
     sys.exit(f"error: {last} could not be written at the end: it is an older one")
-if not (stop or is_sound):
-    sys.exit(f"error: the last iterations were not finite: {last} is an older one")
 if LAUNCHED:
     distributed.exit_process()

@@ -134,7 +134,7 @@ def profile_train(args):
 
     seconds = profile.end - profile.start
     parts = profile.parts
-    if run["world_size"] > 1:
+    if run["WORLD_SIZE"] > 1:
         backwards = profile.backwards
         unsynchronized = [s for i, s in enumerate(backwards) if (i + 1) % micro_steps]
         expected = statistics.mean(unsynchronized) * len(backwards)
@@ -142,7 +142,7 @@ def profile_train(args):
         parts["backward"] -= extra
         parts["all-reduce"] += extra
     parts["other"] = seconds - parts.total()
-    if run["rank"] == 0:
+    if run["RANK"] == 0:
         iterations = len(profile.backwards) // micro_steps
         rate = iterations * run["samples_per_iter"] / seconds
         shares = {part: parts[part] / seconds for part in PARTS}

@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 RANK, WORLD_SIZE = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
 # by torchrun, even if it is one process: then it takes the same way as many
-LAUNCHED = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+LAUNCHED = "RANK" in os.environ or WORLD_SIZE > 1
 
 
-def print0(*args):
+def print0(text):
     """Print in the first process only."""
     if RANK == 0:
-        print(*args, flush=True)
+        print(text, flush=True)
 
 
 def pick_device(name):
@@ -34,7 +34,7 @@ def pick_device(name):
     try:
         torch.empty(0, device=name)
         if ":" in name:  # else cuda:1 would not be what "cuda" stands for
-            torch.accelerator.set_device_index(torch.device(name).index)
+            torch.accelerator.set_device_index(name)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device={name!r} is not there; --device=auto takes what is") from e
     return name
@@ -57,31 +57,31 @@ def init_distributed(device, timeout):
     Raises ValueError where a variable of torchrun's is missing.
     """
     backend, device_id = "gloo", None
-    if device.startswith("cuda"):
+    if "cuda" in device:
         backend = "nccl"
         device = f"cuda:{os.getenv('LOCAL_RANK', 0)}"
         device_id = torch.device(device)  # else the first barrier would have to guess it
         torch.cuda.set_device(device_id)
-    timeout = datetime.timedelta(minutes=timeout)
     # of DDP, about the few values of a depthwise convolution; of FSDP, about a view as output
     warnings.filterwarnings("ignore", "Grad strides|FSDP2-wrapped")
+    timeout = datetime.timedelta(minutes=timeout)
     dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     # on Linux: SIGTERM for this process when torchrun dies, so that it stops and saves
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
-    dist.barrier()  # nobody ends because of an error of its own before all have come
+    barrier()  # nobody ends because of an error of its own before all have come
     return device
 
 
 def barrier():
     """Wait until all processes have come here."""
-    if dist.is_initialized():
+    if LAUNCHED:
         dist.barrier()
 
 
 def exit_process():
     """End this process together with the others."""
     barrier()
-    if dist.is_initialized():
+    if LAUNCHED:
         dist.destroy_process_group()
     sys.exit()
 
@@ -89,7 +89,7 @@ def exit_process():
 def all_reduce_sum(x):
     """The sum of a tensor over the processes, on the CPU: waits for the device, and may overwrite
     the tensor. All processes must call this."""
-    if dist.is_initialized():
+    if LAUNCHED:
         dist.all_reduce(x)
     return x.cpu()
 
@@ -134,13 +134,11 @@ def shard_model(model, dtype):
     """Shard a model by torch's fully_shard, block by block.
 
     A process holds a part of every parameter, gathers those of a block when their turn comes, in
-    the dtype of the arithmetic, and gets its part of the mean gradients, in float32.
+    the torch dtype of the arithmetic, and gets its part of the mean gradients, in float32.
     """
     from torch.distributed import fsdp  # slow to import
 
-    policy = fsdp.MixedPrecisionPolicy(
-        getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fsdp.fully_shard(block, mp_policy=policy)
         fsdp.register_fsdp_forward_method(block, "context")
@@ -157,9 +155,10 @@ def is_crowded():
 
 
 def matmul_rate(device, dtype):
-    """Floating point operations per second of a product of two large matrices on a device."""
-    n = 16384 if device.startswith("cuda") else 512
-    x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))  # zeros would be faster
+    """Floating point operations per second of a product of two large matrices on a device, in a
+    torch dtype."""
+    n = 16384 if "cuda" in device else 512
+    x = torch.randn(n, n, device=device, dtype=dtype)  # zeros would be faster
     # item() waits for the device
     seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=10))
     return 2 * n**3 / seconds

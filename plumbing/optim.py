@@ -24,28 +24,24 @@ class Adafactor(torch.optim.Adafactor):
 
     def __init__(self, groups, lr, beta1):
         if beta1 > 0.95:
-            raise ValueError(
-                f"{beta1=} must be at most 0.95 with adafactor: "
-                "its average of the gradients is bfloat16"
-            )
+            raise ValueError(f"{beta1=} must be at most 0.95: adafactor's average is bfloat16")
         super().__init__(groups, lr=lr, eps=(1e-18, 1.0))
         self.beta1 = beta1
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         averages = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if self.state[p]:
-                    average = self.state[p]["average"]
-                else:
+                average = self.state[p].get("average")
+                if average is None:
                     average = torch.zeros_like(p, dtype=torch.bfloat16)
                 average.lerp_(p.grad.bfloat16(), 1 - self.beta1)
                 averages[p] = average
                 p.grad = average.to(p.dtype)
-        super().step(closure)
+        super().step()
         # stored only now: torch's step initializes its state only where there is none at all
         for p, average in averages.items():
             self.state[p]["average"] = average
@@ -58,16 +54,14 @@ class Adafactor(torch.optim.Adafactor):
 
 def make_optimizer(model, name, lr, weight_decay, betas):
     """An optimizer over all of the model's parameters; norms, biases and gates are not decayed."""
-    params = list(model.parameters())
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     if name == "adamw":
-        fused = params[0].device.type != "mps"
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     if name == "adafactor":
-        return Adafactor(groups, lr=lr, beta1=betas[0])
+        return Adafactor(groups, lr, betas[0])
     raise ValueError(f"optimizer={name!r} is unknown; it is one of adamw, adafactor")
 
 

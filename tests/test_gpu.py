@@ -59,7 +59,7 @@ def test_a_numbered_gpu_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
     assert distributed.pick_device("cuda:1") == "cuda:1"
     assert distributed.pick_device("cuda") == "cuda"
-    assert current == [1]
+    assert current == ["cuda:1"]
 
 
 def test_bfloat16_only_where_it_is_in_hardware(monkeypatch):

@@ -39,6 +39,7 @@ from plumbing.configurator import (  # noqa: E402
     set_up_console,
 )  # fmt: skip
 from plumbing.distributed import (  # noqa: E402
+    LAUNCHED,
     RANK,
     WORLD_SIZE,
     all_reduce_sum,
@@ -160,7 +161,7 @@ def main():
     if not (sources and out and cond and target) or dtype not in ("float16", "float32"):
         sys.exit("error: name pictures, --out, --cond and --target; --dtype is float16 or float32")
     device = pick_device(device)
-    if WORLD_SIZE > 1:
+    if LAUNCHED:
         device = init_distributed(device, timeout=10_000)
     precision = pick_dtype(precision, device)
 
