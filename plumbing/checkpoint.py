@@ -127,7 +127,7 @@ def read_checkpoint(path):
             check_file(path, status.st_mtime_ns)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check_tensors("checkpoint", state)
-        if "model_args" not in state:
+        if not isinstance(state, dict) or "model_args" not in state:
             raise ValueError("it is no checkpoint of train.py")
         for name, value in state.get("stats", {}).items():
             size = state["model_args"][f"{name.split('_')[0]}_dim"]

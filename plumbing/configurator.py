@@ -123,13 +123,13 @@ def check(key, value, defaults, origin, from_text=False):
 
 
 def check_numbers(config, positive, any_sign):
-    """Exit with one line unless all numbers are finite, at most 1e12, and at least 0, or above 0 if
+    """Exit with one line unless all numbers are finite, at most 1e10, and at least 0, or above 0 if
     `positive` names them, or of any sign if `any_sign` does (names with spaces between them)."""
     for name, value in config.items():
         if not isinstance(value, int | float):
             continue
-        if not abs(value) <= 1e12:  # nor NaN
-            sys.exit(f"error: {name}={value} must be finite, and at most 1e12")
+        if not abs(value) <= 1e10:  # nor NaN
+            sys.exit(f"error: {name}={value} must be finite, and at most 1e10")
         if name in positive.split() and value <= 0:
             sys.exit(f"error: {name}={value} must be above 0")
         if value < 0 and name not in any_sign.split():

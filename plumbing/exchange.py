@@ -158,10 +158,10 @@ def open_safetensors(folder, grid, prefix):
         check_tensors(name, tensor)
         return tensor
 
-    ckpt = {name: given.get(name) for name in META}
-    ckpt |= {"files": files, "config": {"data_dir": None}}
+    ckpt = dict.fromkeys(META) | {"files": files, "config": {"data_dir": None}}
     is_ours = "model_args" in given
     if is_ours:
+        ckpt |= {name: given[name] for name in META}
         ckpt["stats"] = {name: torch.tensor(value) for name, value in given["stats"].items()}
         if "x_embed.weight" in places:
             return ckpt, ((name, read(name)) for name in places)

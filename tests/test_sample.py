@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -691,7 +692,9 @@ def test_output_that_nobody_takes_ends_nothing(run_dir, tmp_path, kind):
     command = [sys.executable, "sample.py", f"--out_dir={run_dir}", f"--save={tmp_path}/b.npy"]
     with open("/dev/full", "w") as full:
         stdout = full if kind == "full disk" else subprocess.PIPE
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = dict(stdout=stdout, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(command, cwd=ROOT, **pipes)
         if kind == "closed pipe":
             process.stdout.readline()
             process.stdout.close()

@@ -105,7 +105,7 @@ def test_the_memory_saving_settings_change_no_bit(dataset, tmp_path):
 
 
 def test_averaging_keeps_no_graph(dataset, tmp_path):
-    """Memory stays flat over 2,000 iterations, and no average knows how it was made."""
+    """Memory stays flat over 1,000 iterations, and no average knows how it was made."""
     probe = tmp_path / "probe.py"
     probe.write_text(f"""
 import json, resource, runpy, sys
@@ -117,15 +117,15 @@ def spy(record, **kwargs):
 json.dumps = spy
 run = runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 assert all(p.grad_fn is None and not p.requires_grad for p in run["ema_params"])
-print("resident", *peaks)
+print("resident", *peaks[::2])  # each record goes through json twice
 """)
     flags = "--dim=16 --n_layer=4 --multiple_of=8 --batch_size=1 --gradient_accumulation_steps=1"
     flags += " --eval_interval=5000 --eval_size=4 --eval_samples=0 --save_interval=5000"
     args = [*TINY, *flags.split(), f"--data_dir={dataset}", f"--out_dir={tmp_path / 'out'}"]
-    done = run(probe, *args, "--max_iters=2201", "--log_interval=200")
+    done = run(probe, *args, "--max_iters=1101", "--log_interval=100")
     peaks = list(map(int, done.stdout.split("resident ")[1].split()))  # MB
     assert len(peaks) == 13
-    assert peaks[11] - peaks[1] < 20  # iterations 200 and 2,200
+    assert peaks[11] - peaks[1] < 10  # iterations 100 and 1,100
 
 
 def test_the_prior_is_fitted_once(dataset, tmp_path):
@@ -226,7 +226,7 @@ import os, torch
 torch.set_num_threads({threads})
 os.getloadavg = lambda: ({load}, 0.0, 0.0)
 """
-        done = train(dataset, tmp_path / f"{threads}-{load}", patch=patch, fork=False)
+        done = train(dataset, tmp_path / f"{threads}-{load}", patch=patch)
         assert (hint in done.stdout) == (threads > 1 and load > 1)
 
 
@@ -320,7 +320,7 @@ NOWHERE = "dataset 'nowhere' does not exist; name it with --data_dir, or make it
             "max_iters=10000000000000000 must be finite, and at most",
         ),
         (["--num_epochs=1e300"], "num_epochs=1e+300 must be finite, and at most"),
-        (["--ffn_dim_multiplier=1e13"], "ffn_dim_multiplier=10000000000000.0 must be finite, and"),
+        (["--ffn_dim_multiplier=1e12"], "ffn_dim_multiplier=1000000000000.0 must be finite, and"),
         (["--device=tpu"], "device='tpu'"),
     ],
 )
