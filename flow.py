@@ -240,7 +240,8 @@ TRAINING, SAMPLING = 0, 1  # streams of random numbers that never meet, whatever
 
 
 def derive_seed(stream, *numbers):
-    """One seed from a stream and non-negative integers, such as (seed, iteration, micro-batch)."""
+    """One seed from a stream and non-negative integers, such as (seed, iteration, micro-batch).
+    Others are a ValueError or a TypeError."""
     sequence = np.random.SeedSequence([stream, *numbers])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
@@ -249,12 +250,7 @@ def sample_noise(indices, shape, seed, draw=0):
     """x_0 of shape (B, *shape): row i is a function of (seed, indices[i], draw) alone."""
     noise = []
     for index in indices:
-        try:
-            generator = torch.Generator().manual_seed(derive_seed(SAMPLING, seed, index, draw))
-        except (TypeError, ValueError) as e:
-            raise ValueError(
-                f"seed={seed}, draw={draw} and a sample's number must be integers of 0 or more"
-            ) from e
+        generator = torch.Generator().manual_seed(derive_seed(SAMPLING, seed, index, draw))
         noise.append(draw_noise(shape, generator))
     return torch.stack(noise)
 

@@ -285,6 +285,8 @@ def main():
         for number in (i, j):
             if number not in range(len(conditions)):
                 raise ValueError(f"{interpolate=}: there are {len(conditions)} conditions")
+        if n not in range(2, 10_000):
+            raise ValueError(f"{interpolate=}: the third number must be from 2 to 9,999")
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
         truth = None
         named = [{}] * n
@@ -306,7 +308,8 @@ def main():
         metrics_path = Path(out_dir, f"metrics{suffix}.json")
         picture_path = Path(out_dir, f"samples{suffix}.png")
     for path in (target, Path(save_pickle or target)):  # before hours of sampling
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
+        is_other = path.exists() and not path.is_file()  # a folder, or a device
+        if is_other or not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path} cannot be written: is its folder there, and writable?")
     if plot:
         from report.plot import draw_samples, new_figure
@@ -320,7 +323,7 @@ def main():
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
     # or removed, if they are of earlier samples
-    written = {target, kept_draws, states_path, metrics_path}
+    written = {target, kept_draws, states_path, metrics_path, picture_path}
     read = [*loaded.files]
     if cond:
         read.append(cond)
@@ -391,8 +394,8 @@ def main():
     if plot:
         stats = data["stats"] if data else loaded.stats
         draw_samples(
-            picture_path, conditions, truth, samples, loaded.model.config.grid, stats, folder,
-            references,
+            picture_path, conditions, truth, samples, loaded.model.config.grid, stats,
+            data and data["folders"][0], references,
         )  # fmt: skip
         print(f"wrote {picture_path}")
     output.finish()

@@ -62,14 +62,18 @@ def open_dataset(data_dir):
     for name in str(data_dir).split(","):
         pattern = os.path.expanduser(name)
         folders += sorted(glob.glob(pattern)) or [pattern]
+    if os.path.isdir(data_dir):  # whatever characters are in its name
+        folders = [data_dir]
     parts = [open_folder(folder) for folder in folders]
     joined = parts[0] | {"folders": folders}
     if len(parts) == 1:
         return joined
     layouts = [part["meta"]["layout"] for part in parts]
-    for folder, layout in zip(folders, layouts):
+    for folder, layout, part in zip(folders, layouts, parts):
         if layout != layouts[0]:
             raise ValueError(f"{folder} does not go with {folders[0]}: {layout}, not {layouts[0]}")
+        if part["moments"]["cond"] is None:
+            raise ValueError(f"{folder} was prepared by an older version: prepare it anew")
     for name in ARRAYS:
         joined[name] = Joined([part[name] for part in parts])
     moments = {kind: sum(part["moments"][kind] for part in parts) for kind in KINDS}

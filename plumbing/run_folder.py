@@ -60,7 +60,9 @@ def claim_folder(out_dir, replace):
 
 
 # what train.py, sample.py and report.plot write
-NAMES = "ckpt_*.pt generated*.npy interpolation*.npy metrics*.json samples*.png curves.png"
+NAMES = """
+ckpt_*.pt generated*.npy interpolation*.npy interpolation*.png metrics*.json samples*.png curves.png
+"""
 
 
 def open_run(out_dir, config, version, iteration, resume):

@@ -236,7 +236,7 @@ def main():
             samples,
             data["meta"]["grid"],
             data["stats"],
-            data_dir,
+            data["folders"][0],
             score.predictions(samples, data, split),
         )
     elif paths:

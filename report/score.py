@@ -390,8 +390,8 @@ def open_samples(paths, data_dir, split, limit):
     Returns the dataset and the first LIMIT or `limit` embeddings (n, draws, T, D).
     Raises ValueError where the file does not hold them, or where they are not finite.
     """
-    if len(paths) != 1:
-        raise ValueError(f"name one file of samples, not {paths}")
+    if len(paths) != 1 or not data_dir:
+        raise ValueError(f"name one file of samples, not {paths}, and its --data_dir")
     data = open_dataset(data_dir)
     _, target = split_arrays(data, split)
     draws = np.lib.format.open_memmap(paths[0], mode="r")

@@ -203,3 +203,11 @@ def test_folders_that_do_not_go_together(three, tmp_path):
     assert f"{tmp_path / 'wide'} does not go with {three / 'part0'}" in words
     words = refused("train.py", f"--data_dir={three / 'part0'},{tmp_path / 'nowhere'}")
     assert "nowhere' does not exist" in words
+    old = shutil.copytree(three / "part1", tmp_path / "old[1],a")
+    assert len(open_dataset(old)["train_cond"]) == 27  # a name, not a pattern
+    with np.load(old / "stats.npz") as stats:
+        np.savez(old / "stats.npz", **{k: v for k, v in stats.items() if "moments" not in k})
+    old = old.rename(tmp_path / "old")
+    assert len(open_dataset(old)["train_cond"]) == 27
+    words = refused("train.py", f"--data_dir={three / 'part0'},{old}")
+    assert f"{old} was prepared by an older version" in words

@@ -652,13 +652,13 @@ def test_any_array_of_numbers_is_taken(loaded, dataset):
         assert torch.equal(sample.generate(loaded, same, steps=2), expected)
     for bad, words in (
         (dict(steps=2.5), "steps=2.5"),
-        (dict(seed=-1), "seed=-1"),
-        (dict(first=-1), "integers of 0 or more"),
-        (dict(seed=1.5), "seed=1.5"),
+        (dict(seed=-1), "non-negative"),
+        (dict(first=-1), "non-negative"),
+        (dict(seed=1.5), "seed must be integer"),
         (dict(guidance=1e38), "not finite"),
         (dict(guidance_interval=(0, 1, 2)), "two times"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, TypeError), match=words):
             sample.generate(loaded, cond, **dict(steps=2) | bad)
     with pytest.raises(ValueError, match="NaN or Inf in condition number 0"):
         sample.generate(loaded, np.full(cond.shape, 1e300))
@@ -734,6 +734,8 @@ def test_trajectory_and_interpolation_of_the_command_line(run_dir, dataset, tmp_
     assert np.allclose(
         states.swapaxes(0, 1), sample.generate(loaded, cond, steps=4, trajectory=True), atol=1e-5
     )
+    for odd in ("0,1,0", "0,1,-4", "0,1,2.5"):
+        assert "the third number must be from 2" in refused(*args, f"--interpolate={odd}")
     (run_dir / "metrics.json").write_text("{}")
     run(*args, "--interpolate=7,2,5", "--plot=True")
     path = np.load(run_dir / "interpolation.npy")
@@ -838,7 +840,8 @@ def test_training_samples_are_not_scored_as_validation(tmp_path):
 def test_what_will_be_written_is_checked_before_the_first_sample(run_dir, tmp_path):
     """And what belongs to the samples lies beside them."""
     args = ["sample.py", f"--out_dir={run_dir}", "--steps=1", "--draws=1"]
-    for flag in (f"--save_pickle={tmp_path}", f"--save_pickle={tmp_path}/no/a.pkl"):
+    for name in (tmp_path, f"{tmp_path}/no/a.pkl", "/dev/null"):
+        flag = f"--save_pickle={name}"
         assert "cannot be written" in refused(*args, flag)
         assert not (run_dir / "generated.npy").exists()
     missing = "import sys; sys.modules['matplotlib'] = None\n"
