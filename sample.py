@@ -18,6 +18,7 @@ From Python:
 """
 
 import fileinput
+import glob
 import json
 import math
 import os
@@ -117,6 +118,9 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         model = NextDiT(config)
     load_weights(model, parameters, cast)
     stats = ckpt["stats"] or {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
+    folder = ckpt["config"]["data_dir"]
+    if folder and not glob.glob(folder.split(",")[0]):  # in another working directory
+        folder = ckpt.get("data_path", folder)
     return SimpleNamespace(
         model=model.eval().requires_grad_(False),
         shape=(math.prod(config.grid), config.target_dim),
@@ -124,8 +128,9 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         cond=Normalizer(ckpt["normalize"], stats["cond_mean"], stats["cond_std"], device),
         target=Normalizer(ckpt["normalize"], stats["target_mean"], stats["target_std"], device),
         stats=stats,
-        data_dir=ckpt["config"]["data_dir"],
+        data_dir=folder,
         data_stats=ckpt.get("data_stats"),
+        data_meta=ckpt.get("data_meta", {}),
         cond_tokens=ckpt["cond_tokens"],
         files=ckpt["files"],
         device=device,
@@ -274,10 +279,12 @@ def main():
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
             )
         if not data_dir and not same_statistics(loaded.data_stats, data["stats"]):
+            old = loaded.data_meta
+            changed = [name for name, value in data["meta"].items() if old.get(name) != value]
             print0(
-                f"WARNING: the statistics of {folder} differ from those of the data that the model "
-                f"was trained on, perhaps on samples of this {split} split too: they are not "
-                f"scored, unless you add --data_dir={folder}"
+                f"WARNING: {folder} is not what the model was trained on ({' and '.join(changed)} "
+                f"differ), perhaps with samples of this {split} split: they are not scored, unless "
+                f"you add --data_dir={folder}"
             )
             truth = None
     if interpolate:

@@ -373,6 +373,7 @@ def state():
         scaler=scaler.state_dict(), iter=iteration, bad_steps=bad_steps, wandb_id=wandb_id,
         config=config, code=version, model_args=asdict(model_config), flow=asdict(flow_config),
         normalize=normalize, stats=stats, data_stats=data_stats, cond_tokens=S,
+        data_meta=data["meta"], data_path=",".join(data["folders"]),
     )  # fmt: skip
 
 

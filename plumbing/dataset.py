@@ -65,7 +65,7 @@ def open_dataset(data_dir):
     if os.path.isdir(data_dir):  # whatever characters are in its name
         folders = [data_dir]
     parts = [open_folder(folder) for folder in folders]
-    joined = parts[0] | {"folders": folders}
+    joined = parts[0] | {"folders": list(map(os.path.abspath, folders))}
     if len(parts) == 1:
         return joined
     layouts = [part["meta"]["layout"] for part in parts]

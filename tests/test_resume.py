@@ -373,6 +373,13 @@ def test_a_ruined_model_is_not_saved(dataset, tmp_path, trained):
         assert same(checkpoint(out)["model"], checkpoint(trained)["model"])
 
 
+def test_fewer_iterations_than_there_were(dataset, tmp_path, trained):
+    """The last line says what is in the checkpoint."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    done = train(dataset, out, "--init_from=resume", "--max_iters=2")
+    assert "done: 6 iterations" in done.stdout and checkpoint(out)["iter"] == 6
+
+
 def test_a_replaced_run_leaves_nothing_behind(dataset, tmp_path, trained):
     """That would look like the new one's; what is not of its making stays."""
     out = shutil.copytree(trained, tmp_path / "out")

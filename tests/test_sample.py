@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sample
-from conftest import ROOT, TORCHRUN, make_pickle, refused, run, train
+from conftest import ROOT, TINY, TORCHRUN, make_pickle, refused, run, train
 from model import NextDiT, NextDiTConfig
 from plumbing import exchange
 from plumbing.checkpoint import read_checkpoint, read_weights, replace_file
@@ -306,6 +306,7 @@ def test_bad_input(run_dir, refuse, dataset, tmp_path):
     assert "method='rk5'" in refuse(*args, "--method=rk5")
     assert "steps=0" in refuse(*args, "--steps=0")
     assert "shift=0" in refuse(*args, "--shift=0")
+    assert "shift=1e+300 must be finite" in refuse(*args, "--shift=1e300")
     assert "must end in .npy" in refuse(*args, "--save=foo")
     assert "no/x.npy cannot be written" in refuse(*args, "--save=no/x.npy")
     assert "did you mean 'steps'" in refuse(*args, "--step=3")
@@ -655,7 +656,7 @@ def test_any_array_of_numbers_is_taken(loaded, dataset):
         (dict(seed=-1), "non-negative"),
         (dict(first=-1), "non-negative"),
         (dict(seed=1.5), "seed must be integer"),
-        (dict(guidance=1e38), "not finite"),
+        (dict(guidance=1e38, shift=2), "not finite: guidance=1e.38, steps=2, {'shift': 2}"),
         (dict(guidance_interval=(0, 1, 2)), "two times"),
     ):
         with pytest.raises((ValueError, TypeError), match=words):
@@ -832,9 +833,22 @@ def test_training_samples_are_not_scored_as_validation(tmp_path):
     assert "WARNING" not in run(*args).stdout and metrics.exists()
     run(*prepare, "--seed=7")
     lines = [line for line in run(*args).stdout.splitlines() if "WARNING" in line]
-    assert len(lines) == 1 and "differ from those of the data" in lines[0]
+    assert (
+        len(lines) == 1
+        and "data is not what the model was trained on (settings differ)" in lines[0]
+    )
     assert "--data_dir=" in lines[0] and not metrics.exists()
     assert "frechet" in run(*args, f"--data_dir={tmp_path / 'data'}").stdout and metrics.exists()
+
+
+def test_the_dataset_is_found_from_elsewhere(tmp_path):
+    """Under its absolute path, where the relative one that was typed leads nowhere."""
+    make_pickle(tmp_path / "a.pkl")
+    run("prepare.py", tmp_path / "a.pkl", f"--out={tmp_path / 'here' / 'data'}")
+    relative = ["--data_dir=data", f"--out_dir={tmp_path / 'out'}", "--max_iters=1"]
+    run(ROOT / "train.py", *TINY, *relative, cwd=tmp_path / "here")
+    args = [ROOT / "sample.py", f"--out_dir={tmp_path / 'out'}", "--steps=1", "--draws=1"]
+    assert "frechet" in run(*args, cwd=tmp_path).stdout
 
 
 def test_what_will_be_written_is_checked_before_the_first_sample(run_dir, tmp_path):
