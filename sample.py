@@ -129,7 +129,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         target=Normalizer(ckpt["normalize"], stats["target_mean"], stats["target_std"], device),
         stats=stats,
         data_dir=folder,
-        data_stats=ckpt.get("data_stats"),
+        data_stats=ckpt.get("data_stats", stats),
         data_meta=ckpt.get("data_meta", {}),
         cond_tokens=ckpt["cond_tokens"],
         files=ckpt["files"],
@@ -282,9 +282,9 @@ def main():
             old = loaded.data_meta
             changed = [name for name, value in data["meta"].items() if old.get(name) != value]
             print0(
-                f"WARNING: {folder} is not what the model was trained on ({' and '.join(changed)} "
-                f"differ), perhaps with samples of this {split} split: they are not scored, unless "
-                f"you add --data_dir={folder}"
+                f"WARNING: {folder} is not the data that the model was trained on (other "
+                f"{' and '.join(changed) or 'statistics'}). It may have seen samples of this "
+                f"{split} split, so they are not scored; --data_dir={folder} scores them"
             )
             truth = None
     if interpolate:
@@ -329,8 +329,10 @@ def main():
     files = {target: (n, *shape), draws_path: (n_with_draws, n_draws, *shape)}
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
-    # or removed, if they are of earlier samples
-    written = {target, kept_draws, states_path, metrics_path, picture_path}
+    # or removed, if they are of earlier samples; a picture beside --save may be anyone's
+    written = {target, kept_draws, states_path, metrics_path}
+    if not save:
+        written.add(picture_path)
     read = [*loaded.files]
     if cond:
         read.append(cond)

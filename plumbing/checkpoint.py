@@ -204,7 +204,7 @@ def restore(path, ckpt, config, stats, models, scaler):
     for name, value in config.items():
         if value != old.get(name) and name != "init_from":
             print0(f"changed since the checkpoint: {name} {old.get(name)} -> {value}")
-    if not same_statistics(ckpt["data_stats"], stats):
+    if not same_statistics(ckpt.get("data_stats", ckpt["stats"]), stats):
         raise ValueError(f"{path} was trained on other data: its statistics differ")
     for key, model in models.items():
         load_weights(model, ckpt[key].items(), torch.Tensor.float)

@@ -205,8 +205,9 @@ def draw_curves(path, out_dirs):
         draw(losses, "val_loss")
         draw(cosines, "val_token_cosine")
         draw(rates, "lr", label=out_dir)
-        for quarter in range(4):
-            draw(by_t, f"val_loss_t{quarter}", lw=2.4 - 0.45 * quarter)
+        bins = [name for name in run if name.startswith("val_loss_t")]
+        for b, name in enumerate(bins):
+            draw(by_t, name, lw=2.4 - 1.8 * b / len(bins))
     titles = (
         "loss (faint: training; solid: validation; dotted: raw weights)",
         "validation loss by t, from noise (thick) to data (thin)",

@@ -7,7 +7,7 @@ import torch
 
 from conftest import refused, run
 from plumbing.dataset import open_dataset
-from report import score
+from report import plot, score
 from report.plot import draw_samples, new_figure, principal_colours, read_curves, token_cosines
 
 
@@ -28,6 +28,16 @@ def test_curves(tmp_path, trained):
     assert "cannot be read as a run's log" in refused("-m", "report.plot", tmp_path)
     (other / "log.jsonl").write_text("[1]\n")
     assert "cannot be read as a run's log" in refused("-m", "report.plot", other)
+
+
+def test_as_many_curves_by_t_as_there_are_bins(tmp_path, monkeypatch):
+    """TIME_BINS in train.py is anyone's to change."""
+    record = {"iter": 1} | {f"val_loss_t{i}": 1.0 + i for i in range(7)}
+    (tmp_path / "log.jsonl").write_text(json.dumps(record) + "\n")
+    figure = new_figure(7.5)
+    monkeypatch.setattr(plot, "new_figure", lambda height: figure)
+    plot.draw_curves(tmp_path / "a.png", [tmp_path])
+    assert len(figure.axes[1].lines) == 7
 
 
 def test_colours_are_principal_components():

@@ -835,10 +835,30 @@ def test_training_samples_are_not_scored_as_validation(tmp_path):
     lines = [line for line in run(*args).stdout.splitlines() if "WARNING" in line]
     assert (
         len(lines) == 1
-        and "data is not what the model was trained on (settings differ)" in lines[0]
+        and "data is not the data that the model was trained on (other settings)" in lines[0]
     )
     assert "--data_dir=" in lines[0] and not metrics.exists()
     assert "frechet" in run(*args, f"--data_dir={tmp_path / 'data'}").stdout and metrics.exists()
+
+
+def test_a_picture_of_earlier_samples_goes(run_dir):
+    args = ["sample.py", f"--out_dir={run_dir}", "--steps=1", "--draws=1"]
+    run(*args, "--plot=True")
+    assert (run_dir / "samples.png").exists()
+    run(*args, "--seed=1")
+    assert not (run_dir / "samples.png").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version(run_dir):
+    """Which knows its data by the statistics that it normalizes with alone."""
+    ckpt = torch.load(run_dir / "ckpt_best.pt", weights_only=True)
+    for name in ("data_stats", "data_meta", "data_path"):
+        del ckpt[name]
+    for name in ("ckpt_best.pt", "ckpt_last.pt"):
+        torch.save(ckpt, run_dir / name)
+    done = run("sample.py", f"--out_dir={run_dir}", "--steps=1", "--draws=1")
+    assert "ridge" in done.stdout and "WARNING" not in done.stdout
+    run("train.py", f"--out_dir={run_dir}", "--init_from=resume", "--max_iters=7")
 
 
 def test_the_dataset_is_found_from_elsewhere(tmp_path):
@@ -862,6 +882,9 @@ def test_what_will_be_written_is_checked_before_the_first_sample(run_dir, tmp_pa
     assert "pictures need matplotlib" in refused(*args, "--plot=True", patch=missing)
     assert not (run_dir / "generated.npy").exists()
     before = sorted(run_dir.iterdir())
+    (tmp_path / "a.png").write_text("mine")
+    run(*args, f"--save={tmp_path}/a.npy")
+    assert (tmp_path / "a.png").read_text() == "mine"
     run(*args, f"--save={tmp_path}/a.npy", "--plot=True")
     names = sorted(path.name for path in tmp_path.glob("a*"))
     assert names == ["a.npy", "a.png", "a_metrics.json"] and sorted(run_dir.iterdir()) == before
