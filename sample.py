@@ -24,6 +24,7 @@ import math
 import os
 import pickle
 import sys
+from itertools import islice, starmap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ from model import NextDiT, NextDiTConfig
 from plumbing import exchange
 from plumbing.checkpoint import load_weights, replace_file, same_statistics
 from plumbing.configurator import check_numbers, configure, describe, set_up_console
-from plumbing.dataset import open_dataset, split_arrays
+from plumbing.dataset import made_ahead, open_dataset, split_arrays
 from plumbing.distributed import (
     LAUNCHED,
     RANK,
@@ -139,65 +140,66 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     )
 
 
-@torch.no_grad()
-def generate(
-    loaded,
-    cond,
-    steps=10,
-    first=0,
-    same_noise=False,
-    batch_size=None,
-    guidance=1.0,
-    guidance_interval=(0.0, 1.0),
-    seed=0,
-    draw=0,
-    **solver,
-):
+def generate(loaded, cond, steps=10, first=0, batch_size=None, draw=0, **settings):
     """Generate target embeddings for raw conditions.
 
     loaded: from load(); cond: (N, S, C) array or tensor, raw (not normalized)
-    first, same_noise: sample i starts from noise that is a function of (seed, first + i, draw)
-        alone, or all from that of (seed, first, draw); so neither the batch size nor the number of
-        conditions changes a sample
+    first, and in `settings` same_noise: sample i starts from noise that is a function of (seed,
+        first + i, draw) alone, or all from that of (seed, first, draw); so neither the batch size
+        nor the number of conditions changes a sample
     batch_size: how many conditions at a time; None: 128 on cuda, else 32
     guidance, guidance_interval: see flow.guided_velocity
-    steps, and in `solver` method, shift, trajectory: see flow.integrate
+    steps, method, shift, trajectory: see flow.integrate
     Returns raw targets (N, T, D), float32 on the CPU; with trajectory (steps + 1, N, T, D).
     Raises ValueError where cond is not finite or not of the model's shape, or a setting is unknown.
     """
-    N, S, C = cond.shape
-    expected = loaded.cond_tokens or S, loaded.model.config.cond_dim
-    if (S, C) != expected:
-        raise ValueError(
-            f"conditions of shape {(S, C)}; this model takes {expected}: --data_dir=DATASET would "
-            "apply the --drop_tokens, --pool or --channels_first that prepare.py had for it"
-        )
-    noise_indices = [first] * N if same_noise else range(first, first + N)
+    size = batch_size or loaded.batch_size
+    offset = 0 if settings.get("same_noise") else 1
+    batches = ((cond[i : i + size], first + offset * i, draw) for i in range(0, len(cond), size))
+    return torch.cat([*generate_batches(loaded, batches, steps, **settings)], -3)
+
+
+@torch.no_grad()
+def generate_batches(
+    loaded, batches, steps=10, guidance=1.0, guidance_interval=(0.0, 1.0), seed=0,
+    same_noise=False, **solver,
+):  # fmt: skip
+    """Yield what generate() returns, for an iterator of (cond, first, draw). While the device works
+    on one batch, a thread reads the next and makes its noise."""
     autocast = torch.autocast(
         torch.device(loaded.device).type,
         getattr(torch, loaded.dtype),
         enabled=loaded.dtype != "float32",
     )
-    batches = []
-    batch_size = batch_size or loaded.batch_size
-    for i in range(0, N, batch_size):
-        c = as_tensor(cond[i : i + batch_size])  # (B, S, C)
-        bad = (~c.isfinite()).nonzero()  # (values, 3), in the order of the samples
+
+    def read(cond, first, draw):
+        B, S, C = cond.shape
+        expected = loaded.cond_tokens or S, loaded.model.config.cond_dim
+        if (S, C) != expected:
+            raise ValueError(
+                f"conditions of shape {(S, C)}; this model takes {expected}: --data_dir=DATASET "
+                "would apply the --drop_tokens, --pool or --channels_first that prepare.py had "
+                "for it"
+            )
+        cond = as_tensor(cond)
+        bad = (~cond.isfinite()).nonzero()  # (values, 3), in the order of the samples
         if len(bad):
-            raise ValueError(f"NaN or Inf in condition number {first + i + bad[0, 0].item()}")
-        x_0 = flow.sample_noise(noise_indices[i : i + batch_size], loaded.shape, seed, draw)
+            raise ValueError(f"NaN or Inf in condition number {first + bad[0, 0].item()}")
+        indices = [first] * B if same_noise else range(first, first + B)
+        return cond, flow.sample_noise(indices, loaded.shape, seed, draw)
+
+    for cond, x_0 in made_ahead(starmap(read, batches)):
         x_0 = loaded.flow.sigma_max * x_0.to(loaded.device)  # (B, T, D)
-        c = loaded.cond.encode(c.to(loaded.device))
+        cond = loaded.cond.encode(cond.to(loaded.device))
         with autocast:
             velocity = flow.guided_velocity(
-                loaded.model, c, loaded.flow, guidance, guidance_interval
+                loaded.model, cond, loaded.flow, guidance, guidance_interval
             )
             x = flow.integrate(velocity, x_0, steps, **solver)
-        batches.append(loaded.target.decode(x).cpu())  # (B, T, D) or (steps + 1, B, T, D)
-    x = torch.cat(batches, -3)
-    if not x.isfinite().all():
-        raise ValueError(f"the samples are not finite: {guidance=}, {steps=}, {solver}")
-    return x
+        x = loaded.target.decode(x).cpu()  # (B, T, D) or (steps + 1, B, T, D)
+        if not x.isfinite().all():
+            raise ValueError(f"the samples are not finite: {guidance=}, {steps=}, {solver}")
+        yield x
 
 
 def interpolate_embeddings(loaded, cond_a, cond_b, n=8, **settings):
@@ -351,7 +353,7 @@ def main():
     output = Output(partial_folder, files, made_with)
 
     # ---- samples
-    names = "batch_size steps method shift guidance guidance_interval seed trajectory"
+    names = "steps method shift guidance guidance_interval seed trajectory"
     settings = {name: config[name] for name in names.split()}
     settings["same_noise"] = bool(interpolate)
     if compile or compile is None and "cuda" in own_device and n * n_draws >= 5000:
@@ -360,13 +362,17 @@ def main():
     batches = range(RANK * size, n, WORLD_SIZE * size)  # the first rows of this process's batches
     if output.done:
         print0(f"{output.done} of {len(batches)} batches were there")
-    for first in tqdm(batches[output.done :], unit="batch", disable=RANK > 0):
-        c = conditions[first : min(first + size, n)]  # (B, S, C)
-        samples = [
-            generate(loaded, c, first=i if interpolate else first, draw=draw, **settings)
-            for draw in range(n_draws if first < n_with_draws else 1)
-        ]
-        samples = torch.stack(samples, -3)  # (B, draws, T, D) or (steps + 1, B, draws, T, D)
+    batches = batches[output.done :]
+    counts = [n_draws if first < n_with_draws else 1 for first in batches]
+    inputs = (
+        (conditions[first : min(first + size, n)], i if interpolate else first, draw)
+        for first, count in zip(batches, counts)
+        for draw in range(count)
+    )
+    made = generate_batches(loaded, inputs, **settings)
+    for first, count in zip(tqdm(batches, unit="batch", disable=RANK > 0), counts):
+        # (B, draws, T, D) or (steps + 1, B, draws, T, D)
+        samples = torch.stack([*islice(made, count)], -3)
         arrays = {}
         if trajectory:
             arrays[states_path] = samples[:, :, 0].swapaxes(0, 1)  # (B, steps + 1, T, D)

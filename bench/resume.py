@@ -135,12 +135,19 @@ def load(out, name="ckpt_last.pt"):
     return torch.load(out / name, weights_only=True) if (out / name).exists() else {"iter": None}
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+def differences(a, b, name):
+    """Yield the names of what differs in nested dicts, lists and tensors."""
+    if isinstance(a, dict) and a.keys() == b.keys():
+        for key in a:
+            yield from differences(a[key], b[key], f"{name} {key}")
+    elif isinstance(a, list | tuple) and len(a) == len(b):
+        for i, pair in enumerate(zip(a, b)):
+            yield from differences(*pair, f"{name} {i}")
+    elif isinstance(a, torch.Tensor):
+        if not torch.equal(a, b):
+            yield f"{name} (by {(a - b).abs().max():.2g})"
+    elif a != b:
+        yield f"{name} ({a}, {b})"
 
 
 def log_without_times(out):
@@ -196,15 +203,18 @@ def main():
         print(f"{kill:3} {kind:10} log at {last_logged(parts)}, checkpoint of {saved}", flush=True)
     Run(parts, args.processes, [*flags, "--init_from=auto", "--time_limit=None"]).finish()
 
-    equal = {"log.jsonl": log_without_times(whole) == log_without_times(parts)}
+    compared = {"log.jsonl": [log_without_times(out) for out in (whole, parts)]}
     for name in ("ckpt_last.pt", "ckpt_best.pt"):
-        a = load(whole, name)
-        b = load(parts, name)
+        pair = load(whole, name), load(parts, name)
         for key in COMPARED:
-            equal[f"{name}: {key}"] = same(a[key], b[key])
-    for name, is_equal in equal.items():
-        print(f"{name:28} {'equal' if is_equal else 'DIFFERS'}")
-    sys.exit(not all(equal.values()))
+            compared[f"{name}: {key}"] = [ckpt[key] for ckpt in pair]
+    is_equal = True
+    for name, pair in compared.items():
+        different = [*differences(*pair, "")]
+        is_equal &= not different
+        text = f"DIFFERS in {len(different)}:{';'.join(different[:3])}" if different else "equal"
+        print(f"{name:28} {text}")
+    sys.exit(not is_equal)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class Saver:
         self.count = len(paths)
         self.new_best = self.best_val_loss if best_val_loss is None else best_val_loss
         state = gather(state | {"best_val_loss": self.new_best}, self.in_background)
+        if "cuda" in self.device:
+            torch.cuda.synchronize()  # the copies are there
         self.writing = ThreadPoolExecutor(1).submit(self.write, paths if RANK == 0 else [], state)
         if not self.in_background:
             self.wait()
@@ -72,7 +74,10 @@ def gather(state, copy):
         state = state.full_tensor()
     if RANK > 0:
         return None
-    return state.to("cpu", copy=copy) if torch.is_tensor(state) else state
+    if torch.is_tensor(state):
+        # non-blocking copies go to pinned memory, which torch keeps for the next checkpoint
+        return state.to("cpu", non_blocking=copy, copy=copy)
+    return state
 
 
 def replace_file(path, write):

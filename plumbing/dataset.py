@@ -178,18 +178,22 @@ class Loader:
         return batch
 
     def stream(self, iteration, micros):
-        """The micro-batches `micros` of an iteration and of all after it; a thread reads ahead."""
+        """The micro-batches `micros` of an iteration and of all after it, read ahead."""
         batches = (
             self.read("train", self.rows(i, micro))
             for i in itertools.count(iteration)
             for micro in micros
         )
-        with ThreadPoolExecutor(1) as thread:  # the only one that runs the generator
-            ahead = thread.submit(next, batches)
-            while True:
-                batch = ahead.result()
-                ahead = thread.submit(next, batches)
-                yield batch
+        return made_ahead(batches)
+
+
+def made_ahead(items):
+    """The items of an iterator. A thread makes the next one while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, items, None)
+            yield item
 
 
 def map_rows(function, n, batch_size, interrupts):
