@@ -82,7 +82,7 @@ class NextDiTConfig:
 
 
 def rope_2d(config, device):
-    """Cosines and sines of a 2D rotary embedding, each (T, 1, head_dim / 2).
+    """Cosines and sines of a 2D rotary embedding, each (T, 1, head_dim), for rotate().
     Channels (2j, 2j + 1) turn with the row for even j, with the column for odd j, at frequency
     highest * theta^(-4k / head_dim), k = j // 2: Su et al. 2021 (arXiv 2104.09864), per axis."""
     highest, theta = ROPE[config.rope]
@@ -92,17 +92,19 @@ def rope_2d(config, device):
     axes = [torch.arange(n, device=device) for n in config.grid]  # rows and columns
     positions = torch.cartesian_prod(*axes)  # (T, 2)
     angles = positions[:, None, None] * freqs[:, None]  # (T, 1, head_dim / 4, 2)
-    angles = angles.flatten(2)  # (T, 1, head_dim / 2)
-    return angles.cos(), angles.sin()
+    angles = angles.flatten(2).repeat_interleave(2, -1)  # (T, 1, head_dim)
+    sin = angles.sin()
+    sin[..., ::2] *= -1  # the first channel of a pair turns away from the second
+    return angles.cos(), sin
 
 
 def rotate(x, rope):
     """Turn the channel pairs of each head of x (B, T, n * head_dim) by the angles of `rope`."""
-    cos, sin = rope  # each (T, 1, head_dim / 2)
-    pairs = x.float().unflatten(-1, (-1, cos.shape[-1], 2))  # (B, T, n, head_dim / 2, 2)
-    a, b = pairs.unbind(-1)
-    y = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
-    return y.flatten(2).type_as(x)  # (B, T, n * head_dim)
+    cos, sin = rope  # each (T, 1, head_dim)
+    heads = x.float().unflatten(-1, (-1, cos.shape[-1]))  # (B, T, n, head_dim)
+    # pairs exchanged by roll: of slices, inductor would make a backward pass several times slower
+    other = heads.unflatten(-1, (-1, 2)).roll(1, -1).flatten(3)
+    return (heads * cos + other * sin).flatten(2).type_as(x)
 
 
 def timestep_embedding(t):

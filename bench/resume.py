@@ -16,6 +16,7 @@ differ.
 
 import argparse
 import json
+import math
 import os
 import pickle
 import random
@@ -60,6 +61,7 @@ class Run:
     def __init__(self, out, processes, flags):
         out.mkdir(parents=True, exist_ok=True)
         self.output = out / "stdout.txt"
+        self.processes = processes
         self.start = time.monotonic()
         command = [sys.executable]
         if processes > 1:
@@ -70,10 +72,12 @@ class Run:
         with open(self.output, "w") as f:
             self.process = subprocess.Popen(command, stdout=f, stderr=f, env=env)
 
-    def wait_for_iteration(self, number=0):
-        """Returns when this or a later iteration is logged: its number, seconds since the start."""
+    def wait_for_iteration(self, number=0, limit=math.inf):
+        """Returns when this or a later iteration is logged, or so many seconds after the start: its
+        number, seconds since the start."""
         iterations = []
-        while self.process.poll() is None and not iterations:
+        end = self.start + limit
+        while self.process.poll() is None and not iterations and time.monotonic() < end:
             time.sleep(0.01)
             logged = map(int, re.findall(r"^iter (\d+) ", self.output.read_text(), re.M))
             iterations = [iteration for iteration in logged if iteration >= number]
@@ -84,7 +88,10 @@ class Run:
             sys.exit(self.output.read_text())
 
     def workers(self):
-        """Process ids of torchrun's processes, each of which has a session of its own."""
+        """Process ids of torchrun's processes, each of which has a session of its own. Children of
+        train.py, such as inductor's, are none."""
+        if self.processes == 1:
+            return []
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
@@ -112,7 +119,7 @@ def end_early(out, kind, setup, iterations, pace, rng, processes, flags):
     run = Run(out, processes, [*flags, "--init_from=auto", f"--time_limit={limit}"])
     if kind != "time limit":
         if in_setup:
-            time.sleep(rng.uniform(0, setup))
+            run.wait_for_iteration(limit=rng.uniform(0, setup))
         else:
             first, start = run.wait_for_iteration()
             last, end = run.wait_for_iteration(first + iterations)

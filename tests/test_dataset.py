@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, make_pickle, refused, run
-from plumbing.dataset import ARRAYS, Loader, open_dataset
+from plumbing.dataset import ARRAYS, Loader, made_ahead, open_dataset
 
 
 def rows_of(loader, iterations):
@@ -211,3 +212,26 @@ def test_folders_that_do_not_go_together(three, tmp_path):
     assert len(open_dataset(old)["train_cond"]) == 27
     words = refused("train.py", f"--data_dir={three / 'part0'},{old}")
     assert f"{old} was prepared by an older version" in words
+
+
+def test_made_ahead():
+    """The next item is made while one is used, in order; an error comes in its turn."""
+    made = []
+    second = threading.Event()
+
+    def items():
+        for i in range(4):
+            made.append(i)
+            if i == 1:
+                second.set()
+            yield i
+        raise ValueError("no more")
+
+    ahead = made_ahead(items())
+    assert next(ahead) == 0
+    assert second.wait(60)  # without having been asked for it
+    assert 3 not in made
+    assert [next(ahead) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="no more"):
+        next(ahead)
+    assert [*made_ahead(iter([1, 2]))] == [1, 2]
