@@ -277,7 +277,8 @@ micros = range(RANK * micro_steps, (RANK + 1) * micro_steps)
 # DataLoader, let its batch_sampler be loader.rows(i, micro), i from iteration on, for these micros.
 batches = loader.stream(iteration, micros)
 TIME_BINS = 4  # of t, from noise to data
-SAMPLED = ("token_cosine", "retrieval_r1", "frechet")  # metrics of score.py
+# metrics of score.py
+SAMPLED = ("token_cosine", "retrieval_r1", "frechet", "frechet_patch", "neighbours")
 standardize = score.standardizer(data_stats["target_mean"], data_stats["target_std"])
 eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
 n_eval = min(eval_size, loader.n_val)
@@ -359,7 +360,7 @@ def evaluate():
     if eval_samples:
         truth = data["val_target"][:eval_samples]  # (n, T, D), raw, as the samples
         samples = map_rows(samples_of_rows, len(truth), eval_batch_size, interrupts)
-        metrics = score.metrics(standardize(samples), standardize(truth))
+        metrics = score.metrics(standardize(samples), standardize(truth), data["meta"]["grid"])
         results |= {f"val_{name}": float(metrics[name]) for name in SAMPLED}
     text = " ".join(f"{name}={value:.4g}" for name, value in results.items())
     print0(textwrap.fill(f"iter {iteration} | {text}", 110, subsequent_indent="    "))

@@ -73,6 +73,7 @@ def bench(folder, evaluations, rounds, batch_size, shift):
     cond, (T, D) = np.array(data["val_cond"]), data["val_target"].shape[1:]
     encode = score.standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
     truth = encode(data["val_target"])
+    grid = data["meta"]["grid"]
 
     def ours(**settings):
         parts = range(0, len(cond), batch_size)
@@ -86,7 +87,7 @@ def bench(folder, evaluations, rounds, batch_size, shift):
 
     def row(name, n, samples, seconds=""):
         error = ((samples - exact).norm() / exact.norm()).item()
-        metrics = score.metrics(samples, truth)
+        metrics = score.metrics(samples, truth, grid)
         figures = " | ".join(
             f"{metrics[m]:.4f}" for m in ("frechet", "token_cosine", "retrieval_r1")
         )
@@ -127,12 +128,12 @@ def bench(folder, evaluations, rounds, batch_size, shift):
     quality = []
     for seed in range(1, 6):
         pair = (ours(seed=seed), ours(seed=seed, steps=50, method="euler"))
-        default, many = (score.metrics(encode(x), truth)["frechet"] for x in pair)
+        default, many = (score.metrics(encode(x), truth, grid)["frechet"] for x in pair)
         quality.append(default / many)
     print()
     for name, seconds in times.items():
         ratios = sorted(a / b for a, b in zip(seconds, times["ours, the default"]))
-        distance = score.metrics(encode(results[name]), truth)["frechet"]
+        distance = score.metrics(encode(results[name]), truth, grid)["frechet"]
         ours_faster = f"{statistics.median(ratios):5.2f} times ours"
         spread = f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
         seconds = f"{statistics.median(seconds):7.2f} s"

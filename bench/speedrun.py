@@ -144,7 +144,8 @@ class Run:
         # all are judged by their velocity
         self.eval_flow = replace(self.flow, loss_space="v", cond_dropout=0.0, l2_weight=0.0)
         torch.manual_seed(seed)
-        config = model_config(settings, tuple(data["meta"]["grid"]), S, C, D)
+        self.grid = tuple(data["meta"]["grid"])
+        config = model_config(settings, self.grid, S, C, D)
         self.model = Reference(config) if reference else NextDiT(config)
         start = time.perf_counter()
         if not reference and config.prior:
@@ -230,7 +231,7 @@ class Run:
         truth = torch.cat(truth)
         scores = dict.fromkeys(METRICS, math.nan)
         if samples.isfinite().all():
-            scores = score.metrics(samples, truth)
+            scores = score.metrics(samples, truth, self.grid)
         return {
             "name": self.name,
             "seed": self.seed,

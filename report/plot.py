@@ -59,12 +59,13 @@ def import_matplotlib():
             matplotlib.rcParams["backend"] = backend
 
 
-def principal_colours(arrays, encode):
-    """Colours (N, T, 3) of each of the arrays (N, T, D): the first three principal components of
-    the first one, standardized by `encode`, their 1st to 99th percentile spread over [0, 1]."""
+def principal_colours(arrays, encode, first):
+    """Colours (N, T, 3) of each of the arrays (N, T, D): three principal components, from number
+    `first` on, of the first one, standardized by `encode`, their 1st to 99th percentile spread over
+    [0, 1]."""
     arrays = [encode(x).numpy() for x in arrays]
     x = np.concatenate(arrays[0])  # (N * T, D)
-    axes = np.linalg.svd(x - x.mean(0), full_matrices=False).Vh  # the largest come first
+    axes = np.linalg.svd(x - x.mean(0), full_matrices=False).Vh[first:]  # the largest come first
     axes = np.resize(axes[:3], (3, x.shape[1])).T  # (D, 3): with fewer than 3, the same again
     low, high = np.percentile(x @ axes, [1, 99], axis=0)
     scale = np.maximum(high - low, 1e-12)
@@ -88,7 +89,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     stats: cond_mean and so on; folder: of the dataset, for its decoder.npz
     references: score.predictions for the samples; needed where there is a truth
     """
-    N = len(samples)
+    N, _, _, D = samples.shape
     columns = score.evenly(N, min(12, N))
     draws = samples[columns]  # (n, M, T, D)
     M = draws.shape[1]
@@ -99,6 +100,9 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         targets[f"sample {i + 1}"] = draws[:, i]
     if M > 1:
         targets[f"mean of {M}"] = draws.mean(1)
+    if truth is not None and "gaussian" in references:
+        gaussian = references["gaussian"](columns)[:, 0]  # standardized
+        targets["gaussian"] = gaussian.numpy() * stats["target_std"] + stats["target_mean"]
     # {kind: {label: tokens (n, T, D)}}
     shown = {"cond": {"condition": cond[columns]}, "target": targets}
 
@@ -112,10 +116,12 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
                 images.append((label, x @ weights + bias, PIXELS))
         for label in ("sample 2", "sample 3"):  # their pixels are enough
             targets.pop(label, None)
-    for kind in shown:
+    middle = min(33, D // 2)
+    for kind, first in (("cond", 0), ("target", 0), ("target", middle)):
         encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
-        colours = principal_colours(shown[kind].values(), encode)
-        images += zip(shown[kind], colours, [{}] * len(colours))
+        colours = principal_colours(shown[kind].values(), encode, first)
+        labels = [f"{label}\n{first + 1} to {first + 3}" for label in shown[kind]]
+        images += zip(labels, colours, [{}] * len(colours))
 
     height = 0.95 * len(images)
     if truth is None:
@@ -147,29 +153,31 @@ def draw_images(fig, images, grid):
     return axes, last
 
 
-def token_cosines(truth, predicted, n):
+def token_cosines(predicted, n):
     """{name: (n,)}: the mean token cosine with the truth of the first n samples, of the mean of
-    their draws, and of baselines."""
+    their draws, and of baselines. predicted: from score.predictions"""
     rows = np.arange(n)
-    cosines = {}
-    for name, predict in predicted.items():
-        if name not in ("mean", "floor"):  # 0 for `mean`, and `floor` is like `shuffled`
-            cosines[name] = score.cosine(predict(rows), truth(rows)).mean(1).numpy()
-    return cosines
+    shown = {name: predict(rows) for name, predict in predicted.items()}
+    truth = shown.pop("truth")[:, 0]
+    for name in ("mean", "floor"):  # 0 for `mean`, and `floor` is like `shuffled`
+        shown.pop(name, None)
+    M = shown["generated"].shape[1]
+    if M > 1:
+        shown[f"mean of {M}"] = shown["generated"].mean(1, keepdim=True)
+    return {name: score.cosine(x[:, 0], truth).mean(1).numpy() for name, x in shown.items()}
 
 
 def draw_scores(fig, references, n):
     """The pooled cosines of the first samples with all their truths, and the histogram of token
     cosines of n samples beside the baselines. references: from score.predictions"""
-    truth, predicted, _ = references
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
     rows = np.arange(min(n, 40))
-    pooled = predicted["generated"](rows).mean(1)
-    matrix = score.cosine(pooled[:, None], truth(rows).mean(1))
+    pooled, true_pooled = (references[name](rows)[:, 0].mean(1) for name in ("generated", "truth"))
+    matrix = score.cosine(pooled[:, None], true_pooled)
     fig.colorbar(left.imshow(matrix), ax=left)
     left.set(title="pooled cosine", xlabel="truth", ylabel="sample")
 
-    cosines = token_cosines(truth, predicted, n)
+    cosines = token_cosines(references, n)
     labels = [f"{name} ({values.mean():.3f})" for name, values in cosines.items()]
     right.hist(list(cosines.values()), 40, histtype="step", lw=1.6, label=labels)
     right.set(title=f"token cosine of {n} samples with their truth (mean)", yticks=[])
@@ -190,10 +198,10 @@ def read_curves(out_dir):
 
 
 def draw_curves(path, out_dirs):
-    """Write a PNG with the curves of runs: losses, validation loss by t, token cosine of samples,
+    """Write a PNG with the curves of runs: losses, validation loss by t, metrics of samples,
     learning rate."""
     fig = new_figure(7.5)
-    losses, by_t, cosines, rates = fig.subplots(2, 2).flat
+    losses, by_t, rates, cosines, neighbours, distances = fig.subplots(2, 3).flat
     for i, out_dir in enumerate(out_dirs):
         run = read_curves(out_dir)
 
@@ -204,20 +212,25 @@ def draw_curves(path, out_dirs):
         draw(losses, "val_loss_raw", ls=":")
         draw(losses, "val_loss")
         draw(cosines, "val_token_cosine")
+        draw(neighbours, "val_neighbours")
+        draw(distances, "val_frechet_patch")
         draw(rates, "lr", label=out_dir)
         bins = [name for name in run if name.startswith("val_loss_t")]
         for b, name in enumerate(bins):
             draw(by_t, name, lw=2.4 - 1.8 * b / len(bins))
     titles = (
-        "loss (faint: training; solid: validation; dotted: raw weights)",
+        "loss (faint: training; solid: validation; dotted: raw)",
         "validation loss by t, from noise (thick) to data (thin)",
-        "token cosine of samples",
         "learning rate",
+        "samples: token cosine",
+        "samples: cosine of neighbours",
+        "samples: Fréchet distance of patches",
     )
     for ax, title in zip(fig.axes, titles):
-        ax.set(title=title, xlabel="iteration")
+        ax.set(xlabel="iteration")
+        ax.set_title(title, size="medium")
         ax.grid(alpha=0.25)
-    for ax in (losses, by_t):
+    for ax in (losses, by_t, distances):
         ax.set_yscale("log", subs=[2, 3, 5])
         ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     fig.legend(loc="outside lower center")

@@ -13,17 +13,22 @@ Baselines:
     mean      predicts the mean of the training set
     ridge     regresses each token on the condition's token at the same place (or on the mean of
               the condition's tokens, where the token counts differ)
-    nearest   takes the target of the training sample with the nearest condition
+    gaussian  draws from the linear-Gaussian model: ridge, plus noise with the second moments of
+              what ridge leaves. A model that is no better has learned nothing beyond them
     floor     takes targets of the training set: perfect samples, but of no particular condition.
-              Its Frechet distance is what that many perfect samples have by chance
+              Its Frechet distances are those that so many perfect samples have by chance
     shuffled  scores the generated samples against the truth of other conditions
 
-With several draws per condition, it also measures whether they vary as the truth does.
+What tells a sampler that draws every token by itself from an exact one: frechet_patch,
+frechet_pooled, neighbours and, of several draws, the variogram score, neighbours_of_draws and the
+spread by frequency. token_cosine, r2, frechet, std_ratio and spread_ratio do not, and retrieval_r1
+prefers the wrong one: what it adds to the mean cancels when tokens are averaged. An exact draw's
+pooled cosine is near the R^2 of pooled tokens, and its truth is often not the nearest one.
 """
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -36,24 +41,27 @@ from plumbing.dataset import open_dataset, split_arrays
 
 METRICS = (
     "token_cosine",  # cosine of generated and true token, mean over tokens (higher is better)
-    "pooled_cosine",  # the same for the mean over the tokens of a sample (higher)
+    "r2",  # share of the truth's power that is predicted; of an exact draw 2 R^2 - 1 (higher)
     "retrieval_r1",  # share of samples whose own truth is the nearest by pooled cosine (higher)
     "frechet",  # Frechet distance between Gaussians fitted to all tokens (lower)
-    "l2",  # Euclidean distance of generated and true token, mean over tokens (lower)
-    "norm_ratio",  # mean token norm, generated over true (near 1)
+    "frechet_patch",  # to 2x2 tokens side by side (lower)
+    "frechet_pooled",  # to the means over the tokens of a sample (lower)
+    "neighbours",  # cosine of tokens side by side (near that of the truth)
     "std_ratio",  # standard deviation per channel, generated over true, root mean square (near 1)
-    "snr_db",  # 10 log10 of the power of the truth over that of the error (higher)
 )
 SPREAD = {  # of several draws per condition
-    # their standard deviation over that of the truth about their mean
-    "spread_ratio": "near 1 for exact draws",
-    # distance of draw and true token minus half that of two draws
-    "energy_score": "lower is better; of a single prediction it is the l2",
+    "spread_ratio": "their deviation over the truth's: near 1",
+    "variogram_score": "of differences of neighbours: lower",
+    "neighbours_of_draws": "of the difference of two draws: near the next",
+    "neighbours_of_truth": "of the difference of truth and draw",
+    "mean_token_cosine": "of the mean of infinitely many draws: higher, compare with ridge",
+    "mean_r2": "of the same",
 }
 LIMIT = 5000  # how many samples are scored by default: the first ones
 GROUPS = 20  # of samples; the jackknife leaves out one at a time
 WIDE = 2048  # channels: of more than these,
-NARROW = 384  # the covariances are of so many, see with_constant()
+NARROW = 384  # the covariances are of so many, see narrow()
+LEADING = 128  # principal components of patches and of pooled tokens
 
 # ---- settings of python -m report.score FILE, a .npy of raw (N, T, D) or (N, draws, T, D)
 data_dir = ""  # dataset that prepare.py wrote
@@ -94,29 +102,26 @@ def evenly(total, n):
     return np.linspace(0, total - 1, n, dtype=int)
 
 
-def pooled(samples, rows):
-    """(N, D): means over the tokens of samples(rows) -> (B, T, D), scaled to length 1."""
-    means = [samples(part).mean(1) for part in chunks(rows)]
-    return F.normalize(torch.cat(means))
+def narrow(x):
+    """(..., D) itself or, if D is more than WIDE, NARROW of the channels, evenly spaced, and scaled
+    to stand for all: squared lengths stay about the same."""
+    D = x.shape[-1]
+    return x[..., evenly(D, NARROW)] * math.sqrt(D / NARROW) if D > WIDE else x
 
 
 def with_constant(x):
-    """(..., D) -> (..., 1 + D): 1 and the channels. If these are more than WIDE, NARROW of them,
-    evenly spaced, and scaled to stand for all: squared lengths stay about the same."""
-    D = x.shape[-1]
-    if D > WIDE:
-        x = x[..., evenly(D, NARROW)] * math.sqrt(D / NARROW)
+    """(..., d) -> (..., 1 + d): 1 and the channels."""
     return F.pad(x, (1, 0), value=1.0)
 
 
 def moments(x):
-    """(1 + D, 1 + D) for tokens (B, T, D): their number, sum, and sum of outer products."""
-    tokens = with_constant(x).flatten(0, 1).double()
-    return tokens.T @ tokens
+    """(1 + d, 1 + d) for vectors (..., d): their number, sum, and sum of outer products."""
+    x = with_constant(x).flatten(0, -2).double()
+    return x.T @ x
 
 
 def gaussian(moments):
-    """Mean (1 + D,) and covariance (1 + D, 1 + D) of the tokens with these moments. They include
+    """Mean (1 + d,) and covariance (1 + d, 1 + d) of the vectors with these moments. They include
     the constant, which varies by 0 and changes no figure."""
     n = moments[0, 0]
     mean = moments[0] / n
@@ -124,114 +129,167 @@ def gaussian(moments):
     return mean, centered / (n - 1).clamp(min=1)
 
 
+def leading(x):
+    """(d, at most LEADING): principal components of (n, d), found in at most 1,000 of them."""
+    n = min(len(x), 1000)
+    x = x[evenly(len(x), n)]
+    return torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[: min(LEADING, n - 1)].T
+
+
+def patches(x):
+    """(B, H, W, D) -> (n, 4 * D): the tokens of all 2x2 places; of a single row, of 1x2."""
+    H, W = x.shape[1:3]
+    return x.unfold(1, min(2, H), 1).unfold(2, min(2, W), 1).flatten(3).flatten(0, 2)
+
+
+def pairs(x):
+    """All neighbours in (..., H, W, D): those on the left or above (..., n, D), and their right or
+    lower ones."""
+    return [
+        torch.cat([x[..., part, :].flatten(-3, -2), x[..., part, :, :].flatten(-3, -2)], -2)
+        for part in (slice(-1), slice(1, None))
+    ]
+
+
+def dct(n):
+    """(n, n): the discrete cosine transform (DCT-II, orthonormal)."""
+    k = torch.arange(n)
+    return F.normalize((math.pi / n * torch.outer(k, k + 0.5)).cos())
+
+
 def spread(x, y):
-    """Of draws x (B, M, T, D) and truth y (B, T, D), tensors whose means make up SPREAD.
+    """Of draws x (B, M, H, W, D) and truth y (B, H, W, D), means that make up SPREAD.
 
     spread_ratio is the ensemble forecasters' (Fortin et al. 2014, equation 15): if the truth is one
     more draw, its mean square distance from the mean of M draws is (1 + 1/M) times their variance.
-    energy_score (Gneiting and Raftery 2007, equation 21), here of tokens, is lowest in expectation
-    for the true distribution; of a single prediction it is the l2.
+    variogram_score is of order 0.5 (Scheuerer and Hamill 2015, equation 11), of neighbours, less
+    what it owes to the number of draws; lowest in expectation for the true distribution.
     """
-    M = x.shape[1]
-    energy = norm(x - y[:, None]).mean()
-    for i in range(1, M):  # the distances between each draw and the i-th after it
-        energy -= norm(x - x.roll(i, 1)).mean() / (2 * (M - 1))
+    M, H, W, D = x.shape[1:]
+    mean = x.mean(1)  # (B, H, W, D)
+    steps, step = (torch.sub(*pairs(z)).abs().sqrt() for z in (x, y))  # (B, M, n, D), (B, n, D)
+    waves = torch.einsum("kh,lw,bmhwd->bmkld", dct(H), dct(W), torch.cat([x, y[:, None]], 1))
+    squares = (1 + 1 / M) * waves[:, :M].var(1), (waves[:, :M].mean(1) - waves[:, M]).square()
+    frequency = F.one_hot(torch.arange(H)[:, None] + torch.arange(W)).float()  # (H, W, H + W - 1)
+    variance, error = (torch.einsum("bkld,klf->f", z, frequency) for z in squares)
     return {
-        "energy_score": energy,
-        "variance": (1 + 1 / M) * x.var(1),
-        "error_of_mean": (x.mean(1) - y).square(),
+        "variogram_score": ((steps.mean(1) - step).square() - steps.var(1) / M).mean(),
+        "neighbours_of_draws": cosine(*pairs(x[:, 0] - x[:, 1])).mean(),
+        "neighbours_of_truth": cosine(*pairs(y - x[:, 1])).mean(),
+        "variance": variance / y.numel(),  # by frequency k + l
+        "error_of_mean": error / y.numel(),
+        "noise_of_mean": x.var(1).mean() / M,
+        "power_of_mean": mean.square().mean(),
+        "mean_token_cosine": cosine(mean, y).mean(),
     }
 
 
 def measure(x, y, rows, true_pooled):
-    """Of samples x (B, T, D), tensors whose means make up METRICS.
+    """Of samples x (B, H, W, D), means that make up METRICS.
 
-    y: (B, T, D) their truth, that of these rows; true_pooled: (N, D), pooled() of all
+    y: (B, H, W, D) their truth, that of these rows; true_pooled: (N, D), of all, of length 1
     """
-    error = x - y
-    mean = x.mean(1)  # (B, D)
-    nearest = (mean @ true_pooled.T).argmax(1)  # of several that are equally near, the first
+    nearest = (x.mean((1, 2)) @ true_pooled.T).argmax(1)  # of several, the first
     return {
-        "token_cosine": cosine(x, y),
-        "pooled_cosine": cosine(mean, y.mean(1)),
-        "retrieval_r1": (nearest == torch.as_tensor(rows)).float(),
-        "l2": norm(error),
-        "norm": norm(x),
-        "true_norm": norm(y),
-        "power": y.square(),
-        "error": error.square(),
+        "token_cosine": cosine(x, y).mean(),
+        "retrieval_r1": (nearest == torch.as_tensor(rows)).float().mean(),
+        "neighbours": cosine(*pairs(x)).mean(),
+        "power": x.square().mean(),
+        "error": (x - y).square().mean(),
     }
 
 
-def add_up(n, truth, predicted, draws=None):
-    """({name: sums}, [sums of each group]) over n samples of measure(), and for `generated` of
-    spread(); the groups are those of `generated`. The other arguments: see predictions()."""
-    true_pooled = pooled(truth, np.arange(n))  # (N, D)
-    sums = defaultdict(Counter)  # a Counter adds up values by their names
-    groups = []
-    parts = np.array_split(np.arange(n), min(GROUPS, n))
-    for group in tqdm(parts, "scoring", leave=False, delay=1, disable=None):
-        groups.append(Counter())
-        for rows in chunks(group):
-            y = truth(rows)
-            true_moments = moments(y)  # costs the most, and serves all that is predicted
-            for name, predict in predicted.items():
-                x = predict(rows)
-                values = measure(x, y, rows, true_pooled)
-                if draws and name == "generated":
-                    values |= spread(draws(rows), y)
-                part = {key: len(rows) * value.mean().double() for key, value in values.items()}
-                part |= {"samples": len(rows), "moments": moments(x), "true_moments": true_moments}
-                sums[name].update(part)
-                if name == "generated":
-                    groups[-1].update(part)
-    return sums, groups
+def add_up(n, predicted, grid):
+    """{name: [sums of each group of samples]} over n samples: of measure(), spread() and moments.
+    predicted: see predictions(); grid: (H, W)"""
+
+    def truth(rows):
+        return predicted["truth"](rows)[:, 0].unflatten(1, grid)  # (B, H, W, D)
+
+    means = torch.cat([truth(rows).mean((1, 2)) for rows in chunks(np.arange(n))])  # (N, D)
+    patch_basis = leading(patches(narrow(truth(evenly(n, min(n, 100))))))
+    pooled_basis = leading(means)
+    sums = defaultdict(list)
+    groups = np.array_split(np.arange(n), min(GROUPS, n))
+    for group in tqdm(groups, "scoring", leave=False, delay=1, disable=None):
+        for name, predict in predicted.items():
+            parts = []
+            for rows in chunks(group):
+                draws = predict(rows).unflatten(2, grid)  # (B, M, H, W, D)
+                x, y = draws[:, 0], truth(rows)
+                values = measure(x, y, rows, F.normalize(means))
+                if draws.shape[1] > 1:
+                    values |= spread(draws, y)
+                part = {key: len(rows) * value.double() for key, value in values.items()}
+                tokens = narrow(x)
+                parts.append(part | {
+                    "samples": len(rows),
+                    "frechet": moments(tokens),
+                    "frechet_patch": moments(patches(tokens) @ patch_basis),
+                    "frechet_pooled": moments(x.mean((1, 2)) @ pooled_basis),
+                })  # fmt: skip
+            sums[name].append(total(parts))
+    return sums
 
 
-def figures(sums):
-    """METRICS and, of several draws, SPREAD from the sums of add_up(), as floats."""
+def total(parts):
+    """The sums of {name: sum} over parts."""
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def figures(sums, true_sums):
+    """METRICS and, of several draws, SPREAD and the spread_ratio by frequency, spread_0 and so on,
+    as floats, from sums of add_up() and those of the truth."""
     values = {name: total / sums["samples"] for name, total in sums.items()}
-    mean, cov = gaussian(sums["moments"])
-    true_mean, true_cov = gaussian(sums["true_moments"])
-    values["frechet"] = frechet_distance(mean, cov, true_mean, true_cov)
-    values["norm_ratio"] = values["norm"] / values["true_norm"]
+    for name in ("frechet_patch", "frechet_pooled", "frechet"):
+        mean, cov = gaussian(sums[name])
+        true_mean, true_cov = gaussian(true_sums[name])
+        values[name] = frechet_distance(mean, cov, true_mean, true_cov)
     values["std_ratio"] = (cov.trace() / true_cov.trace()).sqrt()
-    values["snr_db"] = 10 * (values["power"] / values["error"].clamp(min=1e-12)).log10()
+    power = true_sums["power"] / true_sums["samples"]
+    values["r2"] = 1 - values["error"] / power
+    names = [*METRICS]
     if "variance" in values:
-        error = values["error_of_mean"].clamp(min=1e-12)
-        values["spread_ratio"] = (values["variance"] / error).sqrt()
-    return {name: values[name].item() for name in (*METRICS, *SPREAD) if name in values}
+        # of infinitely many draws: the mean of M has their noise as well
+        error = values["error_of_mean"]
+        noise = values["noise_of_mean"] / values["power_of_mean"]
+        values["mean_token_cosine"] /= (1 - noise).sqrt()
+        values["mean_r2"] = 1 - (error.sum() - values["noise_of_mean"]) / power
+        error = error.clamp(min=1e-12)
+        values["spread_ratio"] = (values["variance"].sum() / error.sum()).sqrt()
+        by_frequency = (values["variance"] / error).sqrt()
+        values |= {f"spread_{i}": ratio for i, ratio in enumerate(by_frequency)}
+        names += [*SPREAD, *(name for name in values if name[7:].isdigit())]
+    return {name: values[name].item() for name in names}
 
 
-def confidence(totals, groups):
+def confidence(groups, true_groups):
     """Half the widths of the 95% confidence intervals of figures(); {} for a single group.
 
-    totals: {name: sum over all samples}; groups: [{name: sum over a group}]
     They are 1.96 times the standard error by the jackknife, which leaves out one group after the
     other (Efron and Tibshirani 1993, chapter 11).
     """
     n = len(groups)
     if n == 1:
         return {}
-    estimates = []
-    for group in groups:
-        rest = Counter(totals)
-        rest.subtract(group)
-        estimates.append(figures(rest))
-    widths = {}
-    for name in estimates[0]:
-        deviation = np.std([values[name] for values in estimates])
-        widths[name] = 1.96 * (n - 1) ** 0.5 * deviation
-    return widths
+    estimates = [
+        figures(*(total(sums[:i] + sums[i + 1 :]) for sums in (groups, true_groups)))
+        for i in range(n)
+    ]
+    return {
+        name: 1.96 * (n - 1) ** 0.5 * np.std([values[name] for values in estimates])
+        for name in estimates[0]
+    }
 
 
-def metrics(generated, target):
-    """METRICS, as floats, of two standardized float tensors (N, T, D); NaN if the generated ones
-    are not finite."""
+def metrics(generated, target, grid):
+    """METRICS, as floats, of two standardized float tensors (N, T, D), their tokens on a grid
+    (H, W); NaN if the generated ones are not finite."""
     if not generated.isfinite().all():
         return dict.fromkeys(METRICS, math.nan)
-    sums, _ = add_up(len(target), target.__getitem__, {"generated": generated.__getitem__})
-    return figures(sums["generated"])
+    predicted = {"truth": target[:, None].__getitem__, "generated": generated[:, None].__getitem__}
+    sums = add_up(len(target), predicted, grid)
+    return figures(*(total(sums[name]) for name in ("generated", "truth")))
 
 
 def fit_ridge(cond, target, n):
@@ -248,7 +306,7 @@ def fit_ridge(cond, target, n):
         """(B, T, 1 + C)"""
         if x.shape[1] != T:
             x = x.mean(1, keepdim=True).expand(-1, T, -1)
-        return with_constant(x)
+        return with_constant(narrow(x))
 
     def products(rows):
         """x^T x and x^T y of the inputs x and the targets y."""
@@ -294,79 +352,90 @@ def standardized(array, stats, kind):
     return lambda rows: encode(array[rows])
 
 
+def fit_gaussian(cond, target, ridge, n):
+    """The linear-Gaussian model: `ridge`, plus Gaussian noise like what it leaves of the training
+    samples. Its covariance has the principal components of places times those of channels, and the
+    variance of each product.
+
+    cond, target, n: as for fit_ridge, which gave `ridge`
+    Returns a function of (conditions (B, S, C), M, seeds (B,)) -> draws (B, M, T, D).
+    """
+    rows = evenly(n, min(n, 512))
+    x = torch.cat([target(part) - ridge(cond(part)) for part in chunks(rows)])  # (512, T, D)
+    place, channel = (
+        torch.linalg.eigh(torch.tensordot(x, x, ([0, axis], [0, axis])))[1] for axis in (2, 1)
+    )  # (T, T), (D, D)
+    std = (place.T @ x @ channel).square().mean(0).sqrt()  # (T, D)
+
+    def draw(cond, M, seeds):
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        noise = torch.stack([torch.randn(M, *std.shape, generator=g) for g in generators])
+        return ridge(cond)[:, None] + place @ (std * noise) @ channel.T
+
+    return draw
+
+
 def predictions(draws, data, split):
-    """What to score on the first N samples of a split: their truth, a function of rows ->
-    standardized (B, T, D); {name: such a function} of the samples, the first draws, and of the
-    baselines; and one that gives all draws (B, M, T, D), or None for a single draw.
+    """What to score on the first N samples of a split: {name: function of rows -> standardized
+    (B, draws, T, D)} of their truth, of the samples (`generated`) and of the baselines.
 
     draws: raw (N, M, T, D), M for each condition; data: from open_dataset
-    In the training split, `ridge` has seen the samples; the other baselines have not.
+    In the training split, `ridge` and `gaussian` have seen the samples; the others have not.
     """
     n, M = draws.shape[:2]
     stats = data["stats"]
-    samples = standardized(draws[:, 0], stats, "target")
+    samples = standardized(draws, stats, "target")
     cond = standardized(data[f"{split}_cond"], stats, "cond")
     truth = standardized(data[f"{split}_target"], stats, "target")
     train_cond = standardized(data["train_cond"], stats, "cond")
     train_target = standardized(data["train_target"], stats, "target")
     n_train = len(data["train_cond"])
-
-    result = {"generated": samples}
-    all_draws = None
-    if M > 1:
-        all_draws = standardized(draws, stats, "target")
-        result[f"mean of {M}"] = lambda rows: all_draws(rows).mean(1)
-    result["mean"] = lambda rows: torch.zeros_like(truth(rows))
     ridge = fit_ridge(train_cond, train_target, n_train)
-    result["ridge"] = lambda rows: ridge(cond(rows))
+    result = {
+        "truth": lambda rows: truth(rows)[:, None],
+        "generated": samples,
+        "mean": lambda rows: torch.zeros_like(truth(rows))[:, None],
+        "ridge": lambda rows: ridge(cond(rows))[:, None],
+    }
+    if draws.shape[3] <= WIDE:  # else it would take minutes
+        draw = fit_gaussian(train_cond, train_target, ridge, n_train)
+        result["gaussian"] = lambda rows: draw(cond(rows), M, rows)
     first = n if split == "train" else 0  # after the samples themselves
-    others = n_train - first
-    if others:
-        candidates = first + evenly(others, min(others, 16384))
-        pooled_candidates = pooled(train_cond, candidates)
-        drawn = first + evenly(others, n)
-
-        def nearest(rows):
-            similarity = cond(rows).mean(1) @ pooled_candidates.T
-            return train_target(candidates[similarity.argmax(1).numpy()])
-
-        result["nearest"] = nearest
-        result["floor"] = lambda rows: train_target(drawn[rows])
+    if n_train > first:
+        drawn = first + evenly(n_train - first, n)
+        result["floor"] = lambda rows: train_target(drawn[rows])[:, None]
     if n > 1:
-        result["shuffled"] = lambda rows: samples((rows + 1) % n)
-    return truth, result, all_draws
+        result["shuffled"] = lambda rows: samples((rows + 1) % n)[:, :1]
+    return result
 
 
 def report(draws, data, split="val"):
     """Score raw `draws` (N, draws, T, D) against the first N samples of a split.
 
-    Returns a dict, the text that shows it, and predictions(). The dict has the METRICS of the first
-    draw, `samples` (N), `confidence` {name: half-width of the 95% interval}, `baselines`
-    {name: metrics} and, for several draws, `mean_of_draws` (metrics) and `spread` (SPREAD); None
-    is what is not finite, since JSON has no NaN.
+    Returns a dict, the text that shows it, and predictions(). The dict has the figures() of the
+    samples, `samples` (N), `draws` (M), `confidence` {name: half-width of the 95% interval} and
+    `baselines` {name: figures}, the truth among them; None is what is not finite, since JSON has no
+    NaN.
     """
     n, M = draws.shape[:2]
     references = predictions(draws, data, split)
-    sums, groups = add_up(n, *references)
-    others = {name: figures(sums[name]) for name in sums}
-    scores = others.pop("generated")
-    widths = confidence(sums["generated"], groups)
-    text = table({"generated": scores, "+- (95%)": widths} | others)
-    result = scores | {
-        "samples": n,
-        "confidence": widths,
-        "baselines": others,
-    }
+    sums = add_up(n, references, data["meta"]["grid"])
+    rows = {name: figures(total(sums[name]), total(sums["truth"])) for name in sums}
+    scores = rows.pop("generated")
+    widths = confidence(sums["generated"], sums["truth"])
+    text = table({"generated": scores, "+- (95%)": widths} | rows)
     if draws.shape[3] > WIDE:
         text += f"\nfrechet and std_ratio are estimates, from {NARROW} of the channels"
+    result = scores | {"samples": n, "draws": M, "confidence": widths, "baselines": rows}
     if M > 1:
-        result["mean_of_draws"] = {"draws": M} | others.pop(f"mean of {M}")
-        result["spread"] = {"draws": M}
-        text += f"\n{M} draws per condition:"
+        text += f"\n{M} draws per condition     generated  +- (95%)  gaussian"
         for name, meaning in SPREAD.items():
-            result["spread"][name] = result.pop(name)
-            width = widths.get(name, math.nan)
-            text += f"\n  {name:<14}{scores[name]:8.4f} +- {width:.4f}  ({meaning})"
+            text += f"\n  {name:<22}"
+            for row in (scores, widths, rows.get("gaussian", {})):
+                text += f"{row.get(name, math.nan):10.4f}"
+            text += f"  {meaning}"
+        waves = (f"{value:.2f}" for name, value in scores.items() if name[7:].isdigit())
+        text += f"\n  by frequency, from the mean of the grid on: {' '.join(waves)}"
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     return result, text, references
 

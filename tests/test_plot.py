@@ -47,10 +47,11 @@ def test_colours_are_principal_components():
     rng = np.random.default_rng(0)
     tokens = (rng.standard_normal((50, 6, 8)) @ rng.standard_normal((8, 8)) + 3).astype(np.float32)
     mean, std = tokens.mean((0, 1)), tokens.std((0, 1))
+    encode = score.standardizer(mean, std)
     components = PCA(3).fit_transform(((tokens - mean) / std).reshape(-1, 8))
     low, high = np.percentile(components, [1, 99], axis=0)
     expected = np.clip((components - low) / (high - low), 0, 1).reshape(50, 6, 3)
-    fewer, colours = principal_colours([tokens, tokens[:7]], score.standardizer(mean, std))[::-1]
+    fewer, colours = principal_colours([tokens, tokens[:7]], encode, 0)[::-1]
     assert np.array_equal(fewer, colours[:7])
     for i in range(3):
         errors = [
@@ -79,7 +80,7 @@ def test_samples(tmp_path, dataset):
     for image in (one, three):
         blue = np.array([59, 76, 192]) / 255  # the map's colour for a cosine of 1
         assert image.shape[1] == 1200
-        assert (np.abs(image - blue).max(-1) < 0.02).mean() > 0.02
+        assert (np.abs(image - blue).max(-1) < 0.02).mean() > 0.01
         yellow = np.array([253, 231, 37]) / 255  # the largest of the retrieval matrix: its diagonal
         assert (np.abs(image - yellow).max(-1) < 0.02).mean() > 0.001
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > 500
@@ -98,25 +99,25 @@ def test_cosines_of_the_histogram(dataset):
     stats = data["stats"]
     encode = score.standardizer(stats["target_mean"], stats["target_std"])
     samples = np.random.default_rng(0).standard_normal((10, 3, 4, 5)).astype(np.float32)
-    *references, _ = score.predictions(samples, data, "val")
-    ours = token_cosines(*references, 10)
+    references = score.predictions(samples, data, "val")
+    ours = token_cosines(references, 10)
     x, y = encode(samples), encode(data["val_target"])
     by_hand = {"generated": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
-    assert ours.keys() == by_hand.keys() | {"ridge", "nearest"}
+    assert ours.keys() == by_hand.keys() | {"ridge", "gaussian"}
     for name, z in by_hand.items():
         expected = torch.cosine_similarity(z, y, -1).mean(1).numpy()
         assert ours[name] == pytest.approx(expected, abs=1e-5)
-        first = token_cosines(*references, 8)[name]
+        first = token_cosines(references, 8)[name]
         assert first == pytest.approx(expected[:8], abs=1e-5)
     table, _, _ = score.report(samples, data)
-    for name in ("ridge", "nearest", "shuffled"):
+    for name in ("ridge", "gaussian", "shuffled"):
         assert ours[name].mean() == pytest.approx(table["baselines"][name]["token_cosine"])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_colours_of_few_channels(channels):
     tokens = np.random.default_rng(0).standard_normal((20, 4, channels)).astype(np.float32)
-    colours = principal_colours([tokens], torch.from_numpy)[0]
+    colours = principal_colours([tokens], torch.from_numpy, 0)[0]
     assert colours.shape == (20, 4, 3) and colours.min() == 0 and colours.max() == 1
 
 

@@ -92,20 +92,16 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
             draws[:, draw], sample.generate(loaded, conditions, steps=4, draw=draw), atol=1e-5
         )
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert metrics.keys() == {
-        *score.METRICS,
-        "generated",
-        "baselines",
-        "mean_of_draws",
-        "spread",
-        "samples",
-        "confidence",
-    }
-    assert metrics["baselines"].keys() == {"mean", "ridge", "nearest", "floor", "shuffled"}
-    assert metrics["mean_of_draws"]["draws"] == metrics["spread"]["draws"] == 3
-    assert metrics["confidence"].keys() == {*score.METRICS, *score.SPREAD}
-    assert score.SPREAD.keys() < metrics["spread"].keys()
-    for row in metrics["baselines"].values():
+    spread = {*score.SPREAD, "spread_0", "spread_1", "spread_2"}
+    assert metrics.keys() - {"generated", "baselines", "samples", "confidence"} == {
+        *score.METRICS, *spread, "draws",
+    }  # fmt: skip
+    assert metrics["draws"] == 3
+    assert metrics["confidence"].keys() == {*score.METRICS, *spread}
+    baselines = metrics["baselines"]
+    assert baselines.keys() == {"truth", "mean", "ridge", "gaussian", "floor", "shuffled"}
+    assert baselines.pop("gaussian").keys() == {*score.METRICS, *spread}
+    for row in baselines.values():
         assert row.keys() == set(score.METRICS)
     stats = np.load(dataset / "stats.npz")
     standardized = [
@@ -119,7 +115,7 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
         ]
     )
     assert metrics["token_cosine"] == pytest.approx(cosine, abs=1e-5)
-    for row in ("generated", "mean of 3", "mean", "ridge", "nearest", "floor", "shuffled"):
+    for row in ("generated", "truth", "mean", "ridge", "gaussian", "floor", "shuffled"):
         assert any(line.startswith(row + " ") for line in done.stdout.splitlines())
     assert (run_dir / "samples.png").read_bytes()[:4] == b"\x89PNG"
     results = pickle.loads((run_dir / "results.pkl").read_bytes())
@@ -619,9 +615,8 @@ def test_weights_dtype_and_split_of_the_command_line(run_dir, dataset, tmp_path)
     stats = np.load(dataset / "stats.npz")
     standardize = score.standardizer(stats["target_mean"], stats["target_std"])
     metrics = json.loads((tmp_path / "a_metrics.json").read_text())
-    assert metrics["l2"] == pytest.approx(
-        score.metrics(standardize(made), standardize(truth))["l2"], rel=1e-4
-    )
+    expected = score.metrics(standardize(made), standardize(truth), (2, 2))
+    assert metrics["r2"] == pytest.approx(expected["r2"], rel=1e-4)
 
 
 def test_further_draws_are_of_what_is_scored(run_dir, dataset, tmp_path):
@@ -635,7 +630,7 @@ def test_further_draws_are_of_what_is_scored(run_dir, dataset, tmp_path):
     done = run(*args, patch="from report import score; score.LIMIT = 4").stdout
     assert "10 conditions, 4 draws" in done
     metrics = json.loads((tmp_path / "a_metrics.json").read_text())
-    assert metrics["spread"]["draws"] == metrics["samples"] == 4
+    assert metrics["draws"] == metrics["samples"] == 4
     expected = sample.generate(sample.load(run_dir), np.load(dataset / "val_cond.npy"), steps=2)
     assert np.allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
 
@@ -718,7 +713,7 @@ def test_several_processes_write_the_same_file(run_dir, dataset, tmp_path):
     assert (
         "2/2" in done.stderr and "4/4" not in done.stderr
     )  # of four batches, two are the first process's
-    assert done.stdout.count("10 conditions, 2 draws") == done.stdout.count("energy_score") == 1
+    assert done.stdout.count("10 conditions, 2 draws") == done.stdout.count("variogram_score") == 1
     assert (tmp_path / "two_metrics.json").read_text() == metrics
     for name in ("", "_draws", "_trajectory"):
         assert (tmp_path / f"one{name}.npy").read_bytes() == (

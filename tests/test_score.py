@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import math
 import sys
 
 import numpy as np
@@ -11,37 +12,41 @@ from conftest import make_pickle, refused, run, train
 from plumbing.dataset import ARRAYS, open_dataset
 from report import score
 
+BASELINES = {"truth", "mean", "ridge", "gaussian", "floor", "shuffled"}
+
+
+def square(x):
+    """The grid of tokens (N, T, D): a square, else a row."""
+    side = math.isqrt(x.shape[1])
+    return (side, side) if side**2 == x.shape[1] else (1, x.shape[1])
+
+
+def metrics(generated, target):
+    return score.metrics(generated, target, square(target))
+
 
 def test_metrics_on_cases_with_known_values():
     g = torch.Generator().manual_seed(0)
     target = torch.randn(400, 4, 16, generator=g)
-    exact = score.metrics(target, target)
-    assert (
-        exact["token_cosine"] == pytest.approx(1, abs=1e-5)
-        and exact["retrieval_r1"] == 1
-        and exact["l2"] == 0
-    )
-    assert (
-        exact["frechet"] == pytest.approx(0, abs=1e-6)
-        and exact["norm_ratio"] == exact["std_ratio"] == 1
-        and exact["snr_db"] > 100
-    )
-    half = score.metrics(target / 2, target)
+    exact = metrics(target, target)
+    assert exact["token_cosine"] == pytest.approx(1, abs=1e-5) and exact["retrieval_r1"] == 1
+    for name in ("frechet", "frechet_patch", "frechet_pooled"):
+        assert exact[name] == pytest.approx(0, abs=1e-6)
+    assert exact["r2"] == exact["std_ratio"] == 1
+    half = metrics(target / 2, target)
     assert half["token_cosine"] == pytest.approx(1, abs=1e-5)
-    assert half["norm_ratio"] == pytest.approx(0.5) and half["std_ratio"] == pytest.approx(0.5)
-    assert half["snr_db"] == pytest.approx(
-        10 * np.log10(4), abs=1e-4
-    )  # the error is half of the truth
-    assert half["l2"] == pytest.approx(target.norm(dim=-1).mean().item() / 2, rel=1e-5)
-    other = score.metrics(torch.randn(400, 4, 16, generator=g), target)
+    assert half["std_ratio"] == pytest.approx(0.5)
+    assert half["r2"] == pytest.approx(0.75)  # the error is half of the truth
+    other = metrics(torch.randn(400, 4, 16, generator=g), target)
     assert abs(other["token_cosine"]) < 0.03 and other["retrieval_r1"] < 0.02
-    zero = score.metrics(torch.zeros_like(target), target)
-    assert zero["token_cosine"] == 0 and zero["snr_db"] == pytest.approx(0, abs=1e-6)
+    assert other["r2"] == pytest.approx(-1, abs=0.03)
+    zero = metrics(torch.zeros_like(target), target)
+    assert zero["token_cosine"] == zero["r2"] == zero["neighbours"] == 0
     assert zero["retrieval_r1"] == pytest.approx(1 / 400)  # all tied: chance, not luck
 
 
 def frechet(a, b):
-    return score.metrics(a, b)["frechet"]
+    return metrics(a, b)["frechet"]
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -65,9 +70,9 @@ def test_an_exact_draw_has_cosine_r2_and_the_mean_r():
     )
     R = 0.6
     truth, draw = R * explained + 0.8 * n1, R * explained + 0.8 * n2
-    assert score.metrics(draw, truth)["token_cosine"] == pytest.approx(R**2, abs=0.01)
-    assert score.metrics(R * explained, truth)["token_cosine"] == pytest.approx(R, abs=0.01)
-    assert score.metrics(draw, truth)["std_ratio"] == pytest.approx(1, abs=0.01)
+    assert metrics(draw, truth)["token_cosine"] == pytest.approx(R**2, abs=0.01)
+    assert metrics(R * explained, truth)["token_cosine"] == pytest.approx(R, abs=0.01)
+    assert metrics(draw, truth)["std_ratio"] == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("tokens", [4, 3])
@@ -108,60 +113,67 @@ def test_ridge_equals_scikit_learns(tokens):
 def test_metrics_equal_other_peoples():
     """Those of scipy, scikit-learn and numpy, on sets of different means, covariances and norms."""
     from scipy.linalg import sqrtm
+
+    def frechet_of(x, y):
+        cov_x, cov_y = np.cov(x.T), np.cov(y.T)
+        trace = np.trace(cov_x + cov_y - 2 * sqrtm(cov_x @ cov_y).real)
+        return ((x.mean(0) - y.mean(0)) ** 2).sum() + trace
+
     from scipy.spatial.distance import cosine
     from sklearn.metrics.pairwise import cosine_similarity
 
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((2, 8, 8))
-    y = rng.standard_normal((300, 4, 8)) @ mix[0] + 1
-    x = 0.7 * y + rng.standard_normal((300, 4, 8)) @ mix[1] - 0.5
-    ours = score.metrics(torch.from_numpy(x), torch.from_numpy(y))
+    y = rng.standard_normal((300, 6, 8)) @ mix[0] + 1
+    x = 0.7 * y + rng.standard_normal((300, 6, 8)) @ mix[1] - 0.5
+    ours = score.metrics(torch.from_numpy(x), torch.from_numpy(y), (2, 3))
     flat_x, flat_y, pooled_x, pooled_y = x.reshape(-1, 8), y.reshape(-1, 8), x.mean(1), y.mean(1)
-    cov_x, cov_y = np.cov(flat_x.T), np.cov(flat_y.T)
+    squares = [0, 1, 3, 4], [1, 2, 4, 5]
+    patches = [np.concatenate([z[:, i].reshape(300, 32) for i in squares]) for z in (x, y)]
+    neighbours = [(0, 1), (1, 2), (3, 4), (4, 5), (0, 3), (1, 4), (2, 5)]
+    cosines = [1 - cosine(z[i], z[j]) for z in x for i, j in neighbours]
     expected = {
         "token_cosine": np.mean([1 - cosine(a, b) for a, b in zip(flat_x, flat_y)]),
-        "pooled_cosine": np.diag(cosine_similarity(pooled_x, pooled_y)).mean(),
+        "r2": 1 - ((x - y) ** 2).mean() / (y**2).mean(),
         "retrieval_r1": (cosine_similarity(pooled_x, pooled_y).argmax(1) == np.arange(300)).mean(),
-        "frechet": ((flat_x.mean(0) - flat_y.mean(0)) ** 2).sum()
-        + np.trace(cov_x + cov_y - 2 * sqrtm(cov_x @ cov_y).real),
-        "l2": np.linalg.norm(x - y, axis=-1).mean(),
-        "norm_ratio": np.linalg.norm(x, axis=-1).mean() / np.linalg.norm(y, axis=-1).mean(),
-        "std_ratio": np.sqrt(np.trace(cov_x) / np.trace(cov_y)),
-        "snr_db": 10 * np.log10((y**2).mean() / ((x - y) ** 2).mean()),
+        "frechet": frechet_of(flat_x, flat_y),
+        "frechet_patch": frechet_of(*patches),  # of so few channels no component is left out
+        "frechet_pooled": frechet_of(pooled_x, pooled_y),
+        "neighbours": np.mean(cosines),
+        "std_ratio": np.sqrt(np.trace(np.cov(flat_x.T)) / np.trace(np.cov(flat_y.T))),
     }
-    assert ours == pytest.approx(expected, rel=1e-6) and 0.03 < ours["retrieval_r1"] < 0.9
+    assert ours == pytest.approx(expected, rel=1e-5) and 0.03 < ours["retrieval_r1"] < 0.9
 
 
-def with_widths(truth, samples):
+def with_widths(truth, samples, grid=None):
     """The metrics of samples, or of several draws, and half the widths of their confidence
     intervals."""
-    draws = None
-    if samples.ndim == 4:
-        draws = samples.__getitem__
-        samples = samples[:, 0]
-    predicted = {"generated": samples.__getitem__}
-    sums, groups = score.add_up(len(truth), truth.__getitem__, predicted, draws)
-    return score.figures(sums["generated"]), score.confidence(sums["generated"], groups)
+    samples = samples if samples.ndim == 4 else samples[:, None]
+    predicted = {"truth": truth[:, None].__getitem__, "generated": samples.__getitem__}
+    sums = score.add_up(len(truth), predicted, grid or square(truth))
+    groups = sums["generated"], sums["truth"]
+    return score.figures(*map(score.total, groups)), score.confidence(*groups)
 
 
 def test_confidence_intervals(one_thread):
     """Of a mean they hold the truth in about 95% of cases; of every metric they are as wide as it
     varies between data sets."""
     rng = np.random.default_rng(0)
-    truth = torch.zeros(150, 1, 1)
+    truth = torch.ones(150, 1, 1)
     held = []
     for _ in range(100):
-        x = torch.from_numpy(rng.exponential(size=(150, 1, 1))).float()  # of mean l2 1
+        # token_cosine is here the share of positive signs less that of negative ones, 0.2
+        x = torch.from_numpy(rng.random((150, 1, 1)) - 0.4).float()
         values, widths = with_widths(truth, x)
-        held.append(abs(values["l2"] - 1) < widths["l2"])
+        held.append(abs(values["token_cosine"] - 0.2) < widths["token_cosine"])
     assert 0.88 < np.mean(held) <= 0.99
 
     g = torch.Generator().manual_seed(0)
-    for D in (3, 48):
+    for D in (3, 24):
         results = []
         for _ in range(40):
-            y = torch.randn(100, 4, D, generator=g)
-            x = 1.3 * torch.randn(100, 3, 4, D, generator=g)
+            y = torch.randn(100, 9, D, generator=g)
+            x = 1.3 * torch.randn(100, 3, 9, D, generator=g)
             x += y[:, None] / 2
             results.append(with_widths(y, x))
         for name in (*score.METRICS, *score.SPREAD):
@@ -195,41 +207,68 @@ def test_spread_of_a_known_posterior(scale, draws):
     assert scale != 1 or exact == 1
 
 
-def test_energy_score():
-    """By scipy's distances; in expectation lowest for the truth, and in closed form for a standard
-    normal one."""
-    from scipy.spatial.distance import cdist, pdist
-
+def test_variogram_score():
+    """By its definition, less what it owes to the number of draws; lowest for the truth."""
     truth, x = posterior(1.0)
-    ours = with_widths(truth, x)[0]["energy_score"]
-    pairs = [(x[i, :, t].numpy(), truth[i, None, t].numpy()) for i in range(500) for t in range(4)]
-    assert ours == pytest.approx(
-        np.mean([cdist(a, b).mean() - pdist(a).mean() / 2 for a, b in pairs]), rel=1e-5
-    )
+    steps = [(x[:, :, i] - x[:, :, j]).abs() ** 0.5 for i, j in ((0, 1), (2, 3), (0, 2), (1, 3))]
+    steps = torch.stack(steps)  # (4, N, draws, D)
+    real = [(truth[:, i] - truth[:, j]).abs() ** 0.5 for i, j in ((0, 1), (2, 3), (0, 2), (1, 3))]
+    expected = (steps.mean(2) - torch.stack(real)) ** 2 - steps.var(2) / 4
+    ours = with_widths(truth, x)[0]["variogram_score"]
+    assert ours == pytest.approx(expected.mean().item(), rel=1e-4)
+    many = with_widths(*posterior(1.0, 32))[0]["variogram_score"]
+    assert many == pytest.approx(ours, rel=0.03)  # whatever the number of draws
     for scale in (0.5, 2.0):
-        truth, wrong = posterior(scale)
-        assert with_widths(truth, wrong)[0]["energy_score"] > 1.02 * ours
+        assert with_widths(*posterior(scale))[0]["variogram_score"] > 1.02 * ours
+
+
+def test_frequencies_are_scipys():
+    from scipy.fft import dctn
+
+    x = np.random.default_rng(0).standard_normal((5, 7))
+    ours = score.dct(5).double() @ x @ score.dct(7).double().T
+    assert np.allclose(ours, dctn(x, norm="ortho"), atol=1e-5)
+
+
+@pytest.mark.parametrize("draws", [2, 4, 16])
+def test_the_mean_of_infinitely_many_draws(draws):
+    """Its token cosine and R2 are those of the known mean, from few draws as from many."""
     g = torch.Generator().manual_seed(0)
-    y, x = torch.randn(2000, 4, 1, generator=g), torch.randn(2000, 4, 4, 1, generator=g)
-    normal = with_widths(y, x)[0]["energy_score"]
-    assert normal == pytest.approx(np.pi**-0.5, rel=0.03)  # E|X - Y| / 2
+    mean = torch.randn(400, 4, 64, generator=g)
+    truth = mean + 1.5 * torch.randn(400, 4, 64, generator=g)
+    x = mean[:, None] + 1.5 * torch.randn(400, draws, 4, 64, generator=g)
+    expected = metrics(mean, truth)
+    values, widths = with_widths(truth, x)
+    for name in ("token_cosine", "r2"):
+        difference = abs(values[f"mean_{name}"] - expected[name])
+        assert difference < max(2 * widths[f"mean_{name}"], 0.01) < 0.06
 
 
-def test_nearest_is_scikit_learns():
-    from sklearn.neighbors import NearestNeighbors
-
-    rng = np.random.default_rng(0)
-    train, cond = rng.standard_normal((300, 4, 8)), rng.standard_normal((50, 4, 8))
-    neighbours = NearestNeighbors(n_neighbors=1, metric="cosine").fit(train.mean(1))
-    theirs = neighbours.kneighbors(cond.mean(1))[1][:, 0]
-    number = np.arange(300.0)[:, None, None]  # the targets
-    stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
-    data = dict(train_cond=train, val_cond=cond, train_target=number, val_target=number[:50])
-    _, ours, _ = score.predictions(number[:50, None], data | {"stats": stats}, "val")
-    assert np.array_equal(ours["nearest"](np.arange(50))[:, 0, 0], theirs)
-    data |= dict(train_cond=cond, train_target=number[:50])
-    _, ours, _ = score.predictions(number[:20, None], data | {"stats": stats}, "train")
-    assert ours["nearest"](np.arange(20)).min() >= 20  # none of the samples themselves
+def test_gaussian_is_exact_where_the_world_is():
+    """Data of the linear-Gaussian model: its draws have the metrics of the floor and of an exact
+    sampler."""
+    g = torch.Generator().manual_seed(0)
+    space = torch.linalg.cholesky(0.5 * torch.eye(4) + 0.5)
+    cond = torch.randn(1300, 4, 6, generator=g)
+    noise = space @ torch.randn(1300, 4, 5, generator=g) @ torch.randn(5, 5, generator=g)
+    target = cond @ torch.randn(6, 5, generator=g) + noise
+    stats = {}
+    for kind, x in (("cond", cond), ("target", target)):
+        stats |= {f"{kind}_mean": x.mean((0, 1)), f"{kind}_std": x.std((0, 1))}
+    arrays = dict(train_cond=cond[:800], train_target=target[:800])
+    arrays |= dict(val_cond=cond[800:], val_target=target[800:])
+    data = {name: x.numpy() for name, x in arrays.items()}
+    data |= {"stats": stats, "meta": {"grid": (2, 2)}}
+    draws = data["val_target"][:, None].repeat(3, 1)
+    rows = score.report(draws, data)[0]["baselines"]
+    ours, floor, ridge = rows["gaussian"], rows["floor"], rows["ridge"]
+    for name in ("frechet", "frechet_patch", "frechet_pooled"):
+        assert ours[name] < 3 * floor[name] and ours[name] < 0.1 * ridge[name]
+    assert ours["neighbours"] == pytest.approx(rows["truth"]["neighbours"], abs=0.03)
+    assert ours["neighbours_of_draws"] == pytest.approx(ours["neighbours_of_truth"], abs=0.04)
+    for name in ("spread_ratio", "spread_0", "spread_1", "spread_2"):
+        assert ours[name] == pytest.approx(1, abs=0.06)
+    assert ours["mean_r2"] == pytest.approx(ridge["r2"], abs=0.02)
 
 
 def test_baselines(dataset):
@@ -238,18 +277,17 @@ def test_baselines(dataset):
     data = open_dataset(dataset)
     result, _, _ = score.report(data["val_target"][:, None], data)
     assert result["samples"] == 10 and result["token_cosine"] == pytest.approx(1)
-    assert result["baselines"].keys() == {"mean", "ridge", "nearest", "floor", "shuffled"}
+    assert result["baselines"].keys() == BASELINES
     standardize = score.standardizer(data["stats"]["target_mean"], data["stats"]["target_std"])
     rows = np.linspace(0, 29, 10).astype(int)
-    floor = score.metrics(standardize(data["train_target"][rows]), standardize(data["val_target"]))
+    floor = metrics(standardize(data["train_target"][rows]), standardize(data["val_target"]))
     assert result["baselines"]["floor"] == pytest.approx(floor)
     result, _, _ = score.report(data["train_target"][:20, None], data, "train")
     assert result["samples"] == 20 and result["baselines"]["floor"]["token_cosine"] < 0.5
-    assert result["baselines"]["nearest"]["token_cosine"] < 0.99
     result, _, _ = score.report(
         data["train_target"][:, None], data, "train"
     )  # none is left to compare with
-    assert result["baselines"].keys() == {"mean", "ridge", "shuffled"}
+    assert result["baselines"].keys() == BASELINES - {"floor"}
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -259,7 +297,7 @@ def test_one_sample(dataset, draws):
     x = np.repeat(data["val_target"][:1, None], draws, 1)
     result, text, _ = score.report(x, data)
     assert result["samples"] == 1 and result["token_cosine"] == pytest.approx(1)
-    assert result["baselines"].keys() == {"mean", "ridge", "nearest", "floor"}
+    assert result["baselines"].keys() == BASELINES - {"shuffled"}
     assert result["confidence"] == {} and "nan" in text
     assert "NaN" not in json.dumps(result)
 
@@ -279,18 +317,20 @@ def test_command_line_scores_a_file(dataset, tmp_path):
         line.split()[0]: dict(zip(score.METRICS, map(float, line.split()[-8:])))
         for line in table[1:]
     }
-    assert rows.keys() == {"generated", "+-", "mean", "ridge", "nearest", "floor", "shuffled"}
+    assert rows.keys() == {"generated", "+-"} | BASELINES
     assert rows["generated"]["token_cosine"] == 1 and rows["mean"]["token_cosine"] == 0
     assert rows["ridge"]["token_cosine"] > 0.8 > 0.3 > rows["shuffled"]["token_cosine"]
     saved = json.loads((tmp_path / "a.json").read_text())
-    assert saved["baselines"]["ridge"]["l2"] == pytest.approx(rows["ridge"]["l2"], abs=1e-4)
+    assert saved["baselines"]["ridge"]["r2"] == pytest.approx(rows["ridge"]["r2"], abs=1e-4)
     np.save(
         tmp_path / "draws.npy",
         truth[:6, None] + np.array([-0.1, 0, 0.1], np.float32)[:, None, None],
     )
     done = run("-m", "report.score", tmp_path / "draws.npy", f"--data_dir={dataset}", "--limit=6")
-    mean = next(line for line in done.stdout.splitlines() if line.startswith("mean of 3"))
-    assert mean.split()[3] == "1.0000" and "energy_score" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    spread = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[-7:]}
+    for name in ("mean_r2", "mean_token_cosine"):
+        assert float(spread[name]) == pytest.approx(1, abs=1e-3)
     np.save(tmp_path / "short.npy", truth[:3])
     assert "(3, 4, 5)" in refused(
         "-m", "report.score", tmp_path / "short.npy", f"--data_dir={dataset}"
@@ -328,7 +368,8 @@ def test_command_line_scores_a_file(dataset, tmp_path):
 def test_what_is_not_finite_is_null():
     """Metrics of a single token have no spread: NaN in the table, None in what is saved."""
     stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
-    data = dict.fromkeys(ARRAYS, np.ones((1, 1, 3))) | {"stats": stats}
+    data = dict.fromkeys(ARRAYS, np.ones((1, 1, 3)))
+    data |= {"stats": stats, "meta": {"grid": (1, 1)}}
     result, text, _ = score.report(np.ones((1, 1, 1, 3)), data)
     assert result["std_ratio"] is None and result["baselines"]["mean"]["std_ratio"] is None
     assert result["token_cosine"] == pytest.approx(1) and "nan" in text
@@ -353,8 +394,8 @@ def test_progress_on_a_terminal(monkeypatch, terminal):
     monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    x = torch.randn(40, 2, 3)
-    score.add_up(40, x.__getitem__, {"generated": x.__getitem__})
+    x = torch.randn(40, 1, 2, 3)
+    score.add_up(40, {"truth": x.__getitem__, "generated": x.__getitem__}, (1, 2))
     assert ("scoring" in sys.stderr.getvalue()) == terminal
 
 
@@ -384,11 +425,12 @@ def test_of_many_channels_some_are_compared(monkeypatch, change, low, high):
     torch.manual_seed(0)
     x = wide(400, 0)
     y = change(x)
-    exact = score.metrics(y, x)
+    exact = metrics(y, x)
     monkeypatch.setattr(score, "WIDE", 400)
-    ours = score.metrics(y, x)
-    assert ours == score.metrics(y, x)
+    ours = metrics(y, x)
+    assert ours == metrics(y, x)
     assert low < ours.pop("frechet") / exact.pop("frechet") < high
+    assert 0.5 < ours.pop("frechet_patch") / exact.pop("frechet_patch") < 1.5
     assert ours.pop("std_ratio") == pytest.approx(exact.pop("std_ratio"), rel=0.01)
     assert ours == pytest.approx(exact, rel=1e-5)
 
@@ -396,12 +438,12 @@ def test_of_many_channels_some_are_compared(monkeypatch, change, low, high):
 def test_some_channels_stand_for_all(monkeypatch):
     """Evenly spaced, first and last among them; squared lengths stay about the same."""
     x = wide(500, 1)
-    assert torch.equal(score.with_constant(x)[..., 1:], x)
+    assert torch.equal(score.narrow(x), x)
     monkeypatch.setattr(score, "WIDE", 400)
-    kept = score.with_constant(x)
-    assert kept.shape == (500, 4, 1 + 384) and (kept[..., 0] == 1).all()
-    assert kept[..., 1:].square().sum() / x.square().sum() == pytest.approx(1, abs=0.05)
-    channels = score.with_constant(torch.arange(D))[1:] / (D / 384) ** 0.5
+    kept = score.narrow(x)
+    assert kept.shape == (500, 4, 384)
+    assert kept.square().sum() / x.square().sum() == pytest.approx(1, abs=0.05)
+    channels = score.narrow(torch.arange(D)) / (D / 384) ** 0.5
     assert channels[0] == 0 and channels[-1] == pytest.approx(D - 1)
     assert set(channels.diff().round().tolist()) == {1, 2}
 
@@ -425,7 +467,8 @@ def test_the_table_says_what_is_estimated(monkeypatch, dataset):
     draws = data["val_target"][:, None]
     assert "estimates" not in score.report(draws, data)[1]
     stats = {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
-    data = dict.fromkeys(ARRAYS, wide(20, 0).numpy()) | {"stats": stats}
+    data = dict.fromkeys(ARRAYS, wide(20, 0).numpy())
+    data |= {"stats": stats, "meta": {"grid": (2, 2)}}
     monkeypatch.setattr(score, "WIDE", 400)
     result, text, _ = score.report(data["val_target"][:, None], data)
     assert "frechet and std_ratio are estimates, from 384 of the channels" in text
@@ -456,3 +499,61 @@ def test_results_know_no_units(tmp_path, scale):
     assert np.abs(made[0] - made[1])[..., live].max() < 1e-3 * made[0][..., live].std()
     for name in score.METRICS:
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-3, abs=1e-3), name
+
+
+def toy(n=600, draws=4, seed=0):
+    """Truth (n, 16, 8), on a 4x4 grid, of known mean and residual, whose neighbours have a cosine
+    of about 0.5; exact draws (n, draws, 16, 8); and draws with the right covariance of channels in
+    every token, but each token's residual by itself."""
+    g = torch.Generator().manual_seed(seed)
+    places = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
+    space = torch.linalg.cholesky((-torch.cdist(places, places) / 1.5).exp())  # (16, 16)
+    channels = torch.randn(8, 8, generator=g) / 8**0.5
+    x = torch.randn(n, draws + 2, 16, 8, generator=g) @ channels
+    together = space @ x
+    mean, truth = together[:, 0], together[:, 0] + together[:, 1]
+    return mean, truth, mean[:, None] + together[:, 2:], mean[:, None] + x[:, 2:]
+
+
+def test_joint_structure_is_seen():
+    """Each of the metrics of joint structure prefers the exact sampler to one that draws every
+    token by itself, by more than its standard error; those of single tokens do not."""
+    mean, truth, exact, wrong = toy()
+    a, a_width = with_widths(truth, exact)
+    b, b_width = with_widths(truth, wrong)
+
+    def margin(error):
+        """By how many standard errors the error of the wrong sampler is larger."""
+        names = [name for name in a if name in error(a)[1]]
+        se = sum((width[name] / 1.96) ** 2 for name in names for width in (a_width, b_width))
+        return (error(b)[0] - error(a)[0]) / se**0.5
+
+    true_neighbours = with_widths(truth, truth)[0]["neighbours"]
+    assert true_neighbours == pytest.approx(np.exp(-1 / 1.5), abs=0.05)
+    for name in ("frechet_patch", "frechet_pooled", "variogram_score"):
+        assert margin(lambda x: (x[name], [name])) > 1, name
+    assert margin(lambda x: (abs(x["neighbours"] - true_neighbours), ["neighbours"])) > 1
+    names = ["neighbours_of_draws", "neighbours_of_truth"]
+    assert margin(lambda x: (abs(x[names[0]] - x[names[1]]), names)) > 1
+    for name in ("spread_0", "spread_6"):  # slow waves vary too little, fast ones too much
+        assert margin(lambda x: (abs(np.log(x[name])), [name])) > 1, name
+    assert b["spread_0"] < 0.8 < 1.2 < b["spread_6"]
+    for name in ("token_cosine", "r2", "std_ratio", "spread_ratio"):
+        assert abs(margin(lambda x: (x[name], [name]))) < 2, name
+    assert margin(lambda x: (-x["retrieval_r1"], ["retrieval_r1"])) < -1  # it prefers the wrong one
+
+
+def test_a_projected_dataset(dataset, tmp_path):
+    """bench/project.py keeps the split and its order; channels are uncorrelated, the largest
+    first."""
+    run("bench/project.py", dataset, tmp_path / "wide", "--cond=4", "--target=3")
+    files = (tmp_path / "wide" / f"{kind}.npy" for kind in ("cond", "target"))
+    run("prepare.py", *files, f"--out={tmp_path / 'data'}", "--val_fraction=0.25")
+    old, new = open_dataset(dataset), open_dataset(tmp_path / "data")
+    assert new["train_cond"].shape == (30, 4, 4)
+    standardize = score.standardizer(old["stats"]["target_mean"], old["stats"]["target_std"])
+    x = standardize(old["train_target"]).flatten(0, 1).numpy()
+    _, _, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    for name in ("train", "val"):
+        expected = standardize(old[f"{name}_target"]).numpy() @ axes[:3].T
+        assert np.allclose(np.abs(new[f"{name}_target"]), np.abs(expected), atol=2e-3)

@@ -24,7 +24,8 @@ from conftest import (
 def test_a_run_learns_logs_and_saves(trained, dataset):
     lines = log(trained)
     assert [line["iter"] for line in lines] == list(range(7))
-    sampled = {f"val_{name}" for name in ("token_cosine", "retrieval_r1", "frechet")}
+    names = ("token_cosine", "retrieval_r1", "frechet", "frechet_patch", "neighbours")
+    sampled = {f"val_{name}" for name in names}
     by_t = {f"{kind}_t{i}" for kind in ("val_loss", "val_loss_raw") for i in range(4)}
     assert {"iter", "val_loss", "val_loss_raw"} | sampled | by_t == lines[-1].keys()
     each = {"loss", "output_norm", "grad_norm", "lr", "bad_steps", *CLOCK}
