@@ -144,9 +144,9 @@ def generate(loaded, cond, steps=10, first=0, batch_size=None, draw=0, **setting
     """Generate target embeddings for raw conditions.
 
     loaded: from load(); cond: (N, S, C) array or tensor, raw (not normalized)
-    first, and in `settings` same_noise: sample i starts from noise that is a function of (seed,
-        first + i, draw) alone, or all from that of (seed, first, draw); so neither the batch size
-        nor the number of conditions changes a sample
+    first: sample i starts from noise that is a function of (seed, first + i, draw) alone, so
+        neither the batch size nor the number of conditions changes it
+    same_noise: True, and all start from that of (seed, first, draw)
     batch_size: how many conditions at a time; None: 128 on cuda, else 32
     guidance, guidance_interval: see flow.guided_velocity
     steps, method, shift, trajectory: see flow.integrate
@@ -365,8 +365,9 @@ def main():
     batches = batches[output.done :]
     counts = [n_draws if first < n_with_draws else 1 for first in batches]
     inputs = (
-        (conditions[first : min(first + size, n)], i if interpolate else first, draw)
+        (c, i if interpolate else first, draw)
         for first, count in zip(batches, counts)
+        for c in [conditions[first : min(first + size, n)]]  # read once
         for draw in range(count)
     )
     made = generate_batches(loaded, inputs, **settings)

@@ -38,7 +38,7 @@ class Saver:
         self.new_best = self.best_val_loss if best_val_loss is None else best_val_loss
         state = gather(state | {"best_val_loss": self.new_best}, self.in_background)
         if "cuda" in self.device:
-            torch.cuda.synchronize()  # the copies are there
+            torch.cuda.synchronize()  # until the copies are complete
         self.writing = ThreadPoolExecutor(1).submit(self.write, paths if RANK == 0 else [], state)
         if not self.in_background:
             self.wait()

@@ -6,7 +6,8 @@ The pictures of runs.
     python -m report.plot samples out-a/generated.npy --data_dir=data/mine  # -> .png beside it
 
 Token grids are shown as images: decoded to pixels where the dataset has a decoder.npz (as the
-digits do), and with the first three principal components of the tokens as red, green and blue.
+digits do), and with three principal components of the tokens as red, green and blue: the first ones
+and, of targets, further ones.
 """
 
 import contextlib
@@ -116,8 +117,8 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
                 images.append((label, x @ weights + bias, PIXELS))
         for label in ("sample 2", "sample 3"):  # their pixels are enough
             targets.pop(label, None)
-    middle = min(33, D // 2)
-    for kind, first in (("cond", 0), ("target", 0), ("target", middle)):
+    further = min(33, D // 2)
+    for kind, first in (("cond", 0), ("target", 0), ("target", further)):
         encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
         colours = principal_colours(shown[kind].values(), encode, first)
         labels = [f"{label}\n{first + 1} to {first + 3}" for label in shown[kind]]

@@ -10,11 +10,12 @@ of the target's variance, one exact draw from p(target | cond) has an expected c
 the conditional mean, the best that any regressor can predict, one near R.
 
 Baselines:
+    truth     the truth itself, for `neighbours`
     mean      predicts the mean of the training set
     ridge     regresses each token on the condition's token at the same place (or on the mean of
               the condition's tokens, where the token counts differ)
-    gaussian  draws from the linear-Gaussian model: ridge, plus noise with the second moments of
-              what ridge leaves. A model that is no better has learned nothing beyond them
+    gaussian  draws from a linear-Gaussian model: ridge, plus noise fitted to what ridge leaves.
+              A model that is no better is not worth its training
     floor     takes targets of the training set: perfect samples, but of no particular condition.
               Its Frechet distances are those that so many perfect samples have by chance
     shuffled  scores the generated samples against the truth of other conditions
@@ -22,8 +23,8 @@ Baselines:
 What tells a sampler that draws every token by itself from an exact one: frechet_patch,
 frechet_pooled, neighbours and, of several draws, the variogram score, neighbours_of_draws and the
 spread by frequency. token_cosine, r2, frechet, std_ratio and spread_ratio do not, and retrieval_r1
-prefers the wrong one: what it adds to the mean cancels when tokens are averaged. An exact draw's
-pooled cosine is near the R^2 of pooled tokens, and its truth is often not the nearest one.
+prefers the wrong one: deviations that are independent cancel when tokens are averaged. An exact
+draw's pooled cosine is near the R^2 of pooled tokens, and its truth is often not the nearest one.
 """
 
 import json
@@ -157,6 +158,11 @@ def dct(n):
     return F.normalize((math.pi / n * torch.outer(k, k + 0.5)).cos())
 
 
+def variance(x):
+    """Over the draws of (B, M, ...). torch's own takes five times as long for so few."""
+    return (x - x.mean(1, keepdim=True)).square().sum(1) / (x.shape[1] - 1)
+
+
 def spread(x, y):
     """Of draws x (B, M, H, W, D) and truth y (B, H, W, D), means that make up SPREAD.
 
@@ -165,22 +171,25 @@ def spread(x, y):
     variogram_score is of order 0.5 (Scheuerer and Hamill 2015, equation 11), of neighbours, less
     what it owes to the number of draws; lowest in expectation for the true distribution.
     """
-    M, H, W, D = x.shape[1:]
+    M, H, W = x.shape[1:4]
     mean = x.mean(1)  # (B, H, W, D)
     steps, step = (torch.sub(*pairs(z)).abs().sqrt() for z in (x, y))  # (B, M, n, D), (B, n, D)
-    waves = torch.einsum("kh,lw,bmhwd->bmkld", dct(H), dct(W), torch.cat([x, y[:, None]], 1))
-    squares = (1 + 1 / M) * waves[:, :M].var(1), (waves[:, :M].mean(1) - waves[:, M]).square()
-    frequency = F.one_hot(torch.arange(H)[:, None] + torch.arange(W)).float()  # (H, W, H + W - 1)
-    variance, error = (torch.einsum("bkld,klf->f", z, frequency) for z in squares)
+    waves = torch.kron(dct(H), dct(W)) @ torch.cat([x, y[:, None]], 1).flatten(2, 3)
+    squares = (1 + 1 / M) * variance(waves[:, :M]), (waves[:, :M].mean(1) - waves[:, M]).square()
+    frequency = F.one_hot(torch.arange(H)[:, None] + torch.arange(W)).flatten(0, 1).float()
+    varies, error = (torch.einsum("btd,tf->f", z, frequency) / y.numel() for z in squares)
+    # the mean of M draws has 1/M of their noise, that of infinitely many none
+    noise = variance(x) / M  # (B, H, W, D)
+    power = mean.square().sum(-1)  # (B, H, W)
+    length = (power - noise.sum(-1)).clamp(min=0.2 * power).sqrt()  # it may not reach 0
     return {
-        "variogram_score": ((steps.mean(1) - step).square() - steps.var(1) / M).mean(),
+        "variogram_score": ((steps.mean(1) - step).square() - variance(steps) / M).mean(),
         "neighbours_of_draws": cosine(*pairs(x[:, 0] - x[:, 1])).mean(),
         "neighbours_of_truth": cosine(*pairs(y - x[:, 1])).mean(),
-        "variance": variance / y.numel(),  # by frequency k + l
-        "error_of_mean": error / y.numel(),
-        "noise_of_mean": x.var(1).mean() / M,
-        "power_of_mean": mean.square().mean(),
-        "mean_token_cosine": cosine(mean, y).mean(),
+        "variance": varies,  # by frequency k + l
+        "error_of_mean": error,
+        "noise_of_mean": noise.mean(),
+        "mean_token_cosine": ((mean * y).sum(-1) / (length * norm(y)).clamp(min=1e-12)).mean(),
     }
 
 
@@ -208,7 +217,7 @@ def add_up(n, predicted, grid):
 
     means = torch.cat([truth(rows).mean((1, 2)) for rows in chunks(np.arange(n))])  # (N, D)
     patch_basis = leading(patches(narrow(truth(evenly(n, min(n, 100))))))
-    pooled_basis = leading(means)
+    pooled_basis, true_pooled = leading(means), F.normalize(means)
     sums = defaultdict(list)
     groups = np.array_split(np.arange(n), min(GROUPS, n))
     for group in tqdm(groups, "scoring", leave=False, delay=1, disable=None):
@@ -217,7 +226,7 @@ def add_up(n, predicted, grid):
             for rows in chunks(group):
                 draws = predict(rows).unflatten(2, grid)  # (B, M, H, W, D)
                 x, y = draws[:, 0], truth(rows)
-                values = measure(x, y, rows, F.normalize(means))
+                values = measure(x, y, rows, true_pooled)
                 if draws.shape[1] > 1:
                     values |= spread(draws, y)
                 part = {key: len(rows) * value.double() for key, value in values.items()}
@@ -229,6 +238,8 @@ def add_up(n, predicted, grid):
                     "frechet_pooled": moments(x.mean((1, 2)) @ pooled_basis),
                 })  # fmt: skip
             sums[name].append(total(parts))
+            if name not in ("generated", "truth"):  # the others need no intervals
+                sums[name] = [total(sums[name])]
     return sums
 
 
@@ -240,26 +251,24 @@ def total(parts):
 def figures(sums, true_sums):
     """METRICS and, of several draws, SPREAD and the spread_ratio by frequency, spread_0 and so on,
     as floats, from sums of add_up() and those of the truth."""
-    values = {name: total / sums["samples"] for name, total in sums.items()}
+    values = {name: value / sums["samples"] for name, value in sums.items()}
     for name in ("frechet_patch", "frechet_pooled", "frechet"):
         mean, cov = gaussian(sums[name])
         true_mean, true_cov = gaussian(true_sums[name])
-        values[name] = frechet_distance(mean, cov, true_mean, true_cov)
+        values[name] = frechet_distance(mean, cov, true_mean, true_cov).clamp(min=0)
     values["std_ratio"] = (cov.trace() / true_cov.trace()).sqrt()
     power = true_sums["power"] / true_sums["samples"]
     values["r2"] = 1 - values["error"] / power
     names = [*METRICS]
     if "variance" in values:
-        # of infinitely many draws: the mean of M has their noise as well
         error = values["error_of_mean"]
-        noise = values["noise_of_mean"] / values["power_of_mean"]
-        values["mean_token_cosine"] /= (1 - noise).sqrt()
         values["mean_r2"] = 1 - (error.sum() - values["noise_of_mean"]) / power
         error = error.clamp(min=1e-12)
         values["spread_ratio"] = (values["variance"].sum() / error.sum()).sqrt()
-        by_frequency = (values["variance"] / error).sqrt()
-        values |= {f"spread_{i}": ratio for i, ratio in enumerate(by_frequency)}
-        names += [*SPREAD, *(name for name in values if name[7:].isdigit())]
+        by_frequency = enumerate((values["variance"] / error).sqrt())
+        waves = {f"spread_{i}": ratio for i, ratio in by_frequency}
+        values |= waves
+        names += [*SPREAD, *waves]
     return {name: values[name].item() for name in names}
 
 
@@ -353,9 +362,9 @@ def standardized(array, stats, kind):
 
 
 def fit_gaussian(cond, target, ridge, n):
-    """The linear-Gaussian model: `ridge`, plus Gaussian noise like what it leaves of the training
-    samples. Its covariance has the principal components of places times those of channels, and the
-    variance of each product.
+    """A linear-Gaussian model: `ridge`, plus Gaussian noise fitted to what that leaves of training
+    samples. Its covariance has their principal components of places times those of channels, each
+    product with its own variance.
 
     cond, target, n: as for fit_ridge, which gave `ridge`
     Returns a function of (conditions (B, S, C), M, seeds (B,)) -> draws (B, M, T, D).
@@ -425,7 +434,7 @@ def report(draws, data, split="val"):
     widths = confidence(sums["generated"], sums["truth"])
     text = table({"generated": scores, "+- (95%)": widths} | rows)
     if draws.shape[3] > WIDE:
-        text += f"\nfrechet and std_ratio are estimates, from {NARROW} of the channels"
+        text += f"\nfrechet, frechet_patch, std_ratio: estimates, from {NARROW} of the channels"
     result = scores | {"samples": n, "draws": M, "confidence": widths, "baselines": rows}
     if M > 1:
         text += f"\n{M} draws per condition     generated  +- (95%)  gaussian"
@@ -434,7 +443,7 @@ def report(draws, data, split="val"):
             for row in (scores, widths, rows.get("gaussian", {})):
                 text += f"{row.get(name, math.nan):10.4f}"
             text += f"  {meaning}"
-        waves = (f"{value:.2f}" for name, value in scores.items() if name[7:].isdigit())
+        waves = (f"{scores[f'spread_{i}']:.2f}" for i in range(sum(data["meta"]["grid"]) - 1))
         text += f"\n  by frequency, from the mean of the grid on: {' '.join(waves)}"
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     return result, text, references
@@ -448,7 +457,7 @@ def table(rows):
     for label, row in rows.items():
         text += f"\n{label:<10}"
         for name in METRICS:
-            text += f"{row.get(name, math.nan):{max(len(name), 8) + 2}.4f}"
+            text += f"  {row.get(name, math.nan):{max(len(name), 8)}.4f}"
     return text
 
 
