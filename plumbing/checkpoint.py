@@ -75,8 +75,10 @@ def gather(state, copy):
     if RANK > 0:
         return None
     if torch.is_tensor(state):
-        # non-blocking copies go to pinned memory, which torch keeps for the next checkpoint
-        return state.to("cpu", non_blocking=copy, copy=copy)
+        try:  # a non-blocking copy goes to pinned memory, which torch keeps for the next checkpoint
+            return state.to("cpu", non_blocking=copy, copy=copy)
+        except RuntimeError:  # there is not enough of it
+            return state.to("cpu", copy=copy)
     return state
 
 
