@@ -119,6 +119,9 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
             targets.pop(label, None)
     further = min(33, D // 2)
     for kind, first in (("cond", 0), ("target", 0), ("target", further)):
+        if first:  # of which these are enough
+            few = ("truth", "sample 1", "gaussian")
+            shown[kind] = {label: targets[label] for label in few if label in targets}
         encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
         colours = principal_colours(shown[kind].values(), encode, first)
         labels = [f"{label}\n{first + 1} to {first + 3}" for label in shown[kind]]
