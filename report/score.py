@@ -202,7 +202,7 @@ def measure(x, y, rows, true_pooled):
     return {
         "token_cosine": cosine(x, y).mean(),
         "retrieval_r1": (nearest == torch.as_tensor(rows)).float().mean(),
-        "neighbours": cosine(*pairs(x)).mean(),
+        "neighbours": cosine(*pairs(narrow(x))).mean(),
         "power": x.square().mean(),
         "error": (x - y).square().mean(),
     }
@@ -221,23 +221,25 @@ def add_up(n, predicted, grid):
     sums = defaultdict(list)
     groups = np.array_split(np.arange(n), min(GROUPS, n))
     for group in tqdm(groups, "scoring", leave=False, delay=1, disable=None):
-        for name, predict in predicted.items():
-            parts = []
-            for rows in chunks(group):
+        parts = defaultdict(list)
+        for rows in chunks(group):
+            y = truth(rows)
+            for name, predict in predicted.items():
                 draws = predict(rows).unflatten(2, grid)  # (B, M, H, W, D)
-                x, y = draws[:, 0], truth(rows)
+                x = draws[:, 0]
                 values = measure(x, y, rows, true_pooled)
                 if draws.shape[1] > 1:
                     values |= spread(draws, y)
                 part = {key: len(rows) * value.double() for key, value in values.items()}
                 tokens = narrow(x)
-                parts.append(part | {
+                parts[name].append(part | {
                     "samples": len(rows),
                     "frechet": moments(tokens),
                     "frechet_patch": moments(patches(tokens) @ patch_basis),
                     "frechet_pooled": moments(x.mean((1, 2)) @ pooled_basis),
                 })  # fmt: skip
-            sums[name].append(total(parts))
+        for name in predicted:
+            sums[name].append(total(parts[name]))
             if name not in ("generated", "truth"):  # the others need no intervals
                 sums[name] = [total(sums[name])]
     return sums
@@ -434,7 +436,8 @@ def report(draws, data, split="val"):
     widths = confidence(sums["generated"], sums["truth"])
     text = table({"generated": scores, "+- (95%)": widths} | rows)
     if draws.shape[3] > WIDE:
-        text += f"\nfrechet, frechet_patch, std_ratio: estimates, from {NARROW} of the channels"
+        text += f"\nestimates, from {NARROW} of the channels: "
+        text += "frechet, frechet_patch, neighbours, std_ratio"
     result = scores | {"samples": n, "draws": M, "confidence": widths, "baselines": rows}
     if M > 1:
         text += f"\n{M} draws per condition     generated  +- (95%)  gaussian"

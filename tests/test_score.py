@@ -444,6 +444,7 @@ def test_of_many_channels_some_are_compared(monkeypatch, change, low, high):
     assert low < ours.pop("frechet") / exact.pop("frechet") < high
     assert 0.5 < ours.pop("frechet_patch") / exact.pop("frechet_patch") < 1.5
     assert ours.pop("std_ratio") == pytest.approx(exact.pop("std_ratio"), rel=0.01)
+    assert ours.pop("neighbours") == pytest.approx(exact.pop("neighbours"), abs=0.01)
     assert ours == pytest.approx(exact, rel=1e-5)
 
 
@@ -483,7 +484,7 @@ def test_the_table_says_what_is_estimated(monkeypatch, dataset):
     data |= {"stats": stats, "meta": {"grid": (2, 2)}}
     monkeypatch.setattr(score, "WIDE", 400)
     result, text, _ = score.report(data["val_target"][:, None], data)
-    assert "frechet, frechet_patch, std_ratio: estimates, from 384 of the channels" in text
+    assert "estimates, from 384 of the channels: frechet, frechet_patch, neighbours, std" in text
     assert result["frechet"] == pytest.approx(0, abs=1e-3)
 
 
