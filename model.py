@@ -51,7 +51,7 @@ class NextDiTConfig:
     cond_projection: bool = False  # two layers make dim channels of each condition token first
     conv: bool = False  # a depthwise 3x3 convolution on the grid, at the start of each block
     rope: str = "lumina"  # frequencies of RoPE, see ROPE: lumina | grid
-    prior: bool = False  # see Prior; the output is then the velocity on the linear path
+    prior: bool = False  # add the velocity of a linear-Gaussian model, see Prior
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
@@ -218,39 +218,93 @@ class Block(nn.Module):
 
 
 class Prior(nn.Module):
-    """The exact velocity for Gaussian tokens of covariance basis @ diag(variance) @ basis.T.
+    """A linear-Gaussian model of the targets of a condition, and the velocity that follows from it.
 
-    The model adds the rest, in units of that Gaussian's standard deviation. On the linear path this
-    is the best linear estimate of the velocity (Bishop 2006, equation 2.116; Karras et al. 2022,
-    arXiv 2206.00364, table 1, for unit variance), most of what a denoiser learns (Wang and Vastola
-    2024, arXiv 2412.09726). Tokens wider than the model pass through it whole."""
+    A target is mean(cond) plus Gaussian noise on the whole grid. The principal components of this
+    noise are those of places times those of channels, each product with its own variance. On the
+    linear path the velocity is then known (Bishop 2006, equation 2.116), and it is most of what a
+    denoiser learns (Wang and Vastola 2024, arXiv 2412.09726). NextDiT's blocks add the rest: so
+    tokens wider than the model need not pass through it whole, and the noise of neighbours is
+    alike from the start.
+    """
 
-    def __init__(self, channels):
+    def __init__(self, grid, target_dim, cond_dim):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("basis", torch.eye(channels))
-        self.register_buffer("variance", torch.ones(channels))
+        self.grid = grid
+        T = math.prod(grid)
+        self.register_buffer("weight", torch.zeros(1 + cond_dim, target_dim))
+        self.register_buffer("places", torch.eye(T))
+        self.register_buffer("channels", torch.eye(target_dim))
+        self.register_buffer("variance", torch.ones(T, target_dim))
 
-    def fit(self, tokens):
-        """To tokens (n, D) as the model will be given them. In float64, which not every device
-        has: TF32 and float32 lose small variances."""
-        tokens = tokens.cpu().double()
-        mean = tokens.mean(0)  # (D,)
-        covariance = tokens.T.cov(correction=0)  # (D, D)
-        variance, basis = torch.linalg.eigh(covariance)  # (D,), (D, D)
-        variance = variance.clamp(min=1e-4 * variance.mean())
-        self.load_state_dict({"mean": mean, "basis": basis, "variance": variance})
+    def inputs(self, cond):
+        """(B, S, C) -> (B, T, 1 + C) of the linear regression: 1, and the mean of the condition's
+        3x3 tokens around a token's place; where they are no such grid, of all its tokens."""
+        T = math.prod(self.grid)
+        if cond.shape[1] != T:
+            cond = cond.mean(1, keepdim=True).expand(-1, T, -1)
+        image = cond.mT.unflatten(2, self.grid)  # (B, C, H, W)
+        around = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
+        return F.pad(around.flatten(2).mT, (1, 0), value=1.0)
 
-    def project(self, x_t, t):
-        """The state (B, T, D) at t (B, 1, 1), less its mean, in the coordinates of the basis."""
-        return (x_t - t * self.mean) @ self.basis
+    def mean(self, cond):
+        """(B, S, C) -> (B, T, D)"""
+        return self.inputs(cond) @ self.weight
 
-    def forward(self, z, t, out):
-        """z: from project(); out: what the model adds, (B, T, D) like z -> velocity (B, T, D)."""
-        power = self.variance * t**2 + (1 - t) ** 2  # the mean square of z, (B, 1, D)
-        linear = (self.variance * t - (1 - t)) / power * z  # (B, T, D)
-        v = linear + (self.variance / power).sqrt() * out
-        return self.mean + v @ self.basis.T
+    def draw(self, mean, noise):
+        """Targets of this mean, from standard Gaussian noise, both (..., T, D)."""
+        return mean + self.places @ (self.variance.sqrt() * noise) @ self.channels.T
+
+    def forward(self, x_t, t, mean):
+        """The velocity (B, T, D) at the state x_t (B, T, D) and t (B, 1, 1)."""
+        z = self.places.T @ (x_t - t * mean) @ self.channels
+        power = self.variance * t**2 + (1 - t) ** 2  # the mean square of z
+        linear = (self.variance * t - (1 - t)) / power * z
+        return mean + self.places @ linear @ self.channels.T
+
+    @torch.no_grad()
+    def fit(self, read, n, noise=True):
+        """To n training samples: read(rows) -> their targets (B, T, D) and conditions (B, S, C).
+
+        The mean is a ridge regression. Every tenth batch is held out: these choose its penalty, and
+        the noise is fitted to what it leaves of them. Sums are in float64, which not every device
+        has. noise=False leaves the noise as it is.
+        """
+        K, D = self.weight.shape
+        rows = torch.arange(0, n, math.ceil(n / 4096))  # of up to 4,096 samples
+        batches = rows.split(min(32, math.ceil(n / 10)))
+        # x^T x and x^T y of the inputs and targets
+        held_out, fitted = torch.zeros(2, K, K + D, dtype=torch.float64)
+        for i, rows in enumerate(batches):
+            target, cond = (array.cpu() for array in read(rows))
+            x = self.inputs(cond).flatten(0, 1).double()  # (B * T, K)
+            y = target.flatten(0, 1).double()  # (B * T, D)
+            sums = fitted if i % 10 else held_out
+            sums += x.T @ torch.cat([x, y], 1)
+        xx, xy = fitted.split([K, D], 1)
+        held_out_xx, held_out_xy = held_out.split([K, D], 1)
+        largest = torch.linalg.eigvalsh(xx)[-1] + 1e-6
+        least = math.inf
+        for exponent in range(-12, 3):
+            penalty = largest * 10 ** (exponent / 2)
+            weight = torch.linalg.solve(xx + penalty * torch.eye(K), xy)
+            # |x weight - y|^2 without |y|^2
+            error = (weight * (held_out_xx @ weight - 2 * held_out_xy)).sum()
+            if error < least:
+                least = error
+                self.weight.copy_(weight)
+        if not noise:
+            return
+        rest = []
+        for rows in batches[::10]:
+            target, cond = (array.cpu() for array in read(rows))
+            rest.append(target - self.mean(cond))
+        rest = torch.cat(rest)  # (n, T, D)
+        for axis, components in ((2, self.places), (1, self.channels)):
+            moments = torch.tensordot(rest, rest, ([0, axis], [0, axis]))
+            components.copy_(torch.linalg.eigh(moments.double())[1])
+        variance = (self.places.T @ rest @ self.channels).square().mean(0)  # (T, D)
+        self.variance.copy_(variance.clamp(min=1e-4 * variance.mean()))
 
 
 class NextDiT(nn.Module):
@@ -280,7 +334,9 @@ class NextDiT(nn.Module):
         if config.conditioning == "aligned":
             self.cond_in = nn.Linear(config.cond_width, dim)
         self.null_cond = nn.Parameter(torch.empty(config.cond_dim))  # stands for "no condition"
-        self.prior = Prior(config.target_dim) if config.prior else None
+        self.prior = None
+        if config.prior:
+            self.prior = Prior(config.grid, config.target_dim, config.cond_dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_ada = nn.Linear(emb_dim, dim)
         self.final = nn.Linear(dim, config.target_dim)
@@ -308,8 +364,9 @@ class NextDiT(nn.Module):
 
     def embed_condition(self, cond):
         """cond (B, S, C) -> its part of adaLN's input (B, emb_dim); what is added to the target's
-        tokens (B, S, dim) if aligned, else None; and for each block its normalized tokens for
-        attention, else None."""
+        tokens (B, S, dim) if aligned, else None; for each block its normalized tokens for
+        attention, else None; and the prior's mean (B, T, D), if there is a prior."""
+        mean = self.prior.mean(cond.detach()) if self.prior else None
         cond = self.cond_projection(cond)  # (B, S, C or dim)
         added = tokens = None
         if self.cond_in is None:
@@ -321,15 +378,15 @@ class NextDiT(nn.Module):
                 f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
                 'train with conditioning="cross"'
             )
-        return self.cond_embed(cond.mean(1)), added, [tokens] * len(self.layers)
+        return self.cond_embed(cond.mean(1)), added, [tokens] * len(self.layers), mean
 
     def context(self, cond):
         """What depends on cond (B, S, C) alone, for forward(): computed once per trajectory. The
         null condition is one token, `null_cond.expand(B, 1, -1)`."""
-        cond_emb, added, conditions = self.embed_condition(cond)
+        cond_emb, added, conditions, mean = self.embed_condition(cond)
         if added is None:
             conditions = [block.context(x) for block, x in zip(self.layers, conditions)]
-        return cond_emb, added, conditions
+        return cond_emb, added, conditions, mean
 
     def forward(self, x_t, t, cond=None, drop=None, context=None):
         """
@@ -347,15 +404,11 @@ class NextDiT(nn.Module):
             if drop is not None:
                 cond = torch.where(drop[:, None, None], self.null_cond, cond)
             context = self.embed_condition(cond)
-        cond_emb, added, conditions = context
+        cond_emb, added, conditions, mean = context
         t_emb = timestep_embedding(t).type_as(x_t)  # (B, 256)
         emb = F.silu(self.t_embed(t_emb) + cond_emb)  # (B, emb_dim)
-        t = t[:, None, None]  # (B, 1, 1)
-        z = x_t  # (B, T, D)
-        if self.prior:
-            z = self.prior.project(x_t, t)
         # under autocast the residual stream stays in float32
-        x = self.x_embed(z).type_as(x_t)  # (B, T, dim)
+        x = self.x_embed(x_t).type_as(x_t)  # (B, T, dim)
         if added is not None:
             x = x + added
         rope = rope_2d(config, x.device)
@@ -368,7 +421,7 @@ class NextDiT(nn.Module):
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale)
         out = self.final(x)  # (B, T, D)
         if self.prior:
-            out = self.prior(z, t, out)
+            out = out + self.prior(x_t, t[:, None, None], mean)
         return out
 
 

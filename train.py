@@ -73,7 +73,7 @@ conditioning = "auto"  # aligned (token by token) | cross (attention) | auto: by
 cond_projection = False  # two layers make dim channels of each condition token first
 conv = True  # a depthwise 3x3 convolution before each block
 rope = "grid"  # RoPE frequencies: grid (for some ten rows and columns) | lumina (as for text)
-prior: bool | None = None  # add the exact linear solution; None: if data is wider than dim
+prior: bool | None = None  # add a linear-Gaussian model's velocity; None: if D is above dim
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, slower
 # ---- flow
 path = "linear"  # linear | cosine
@@ -228,9 +228,7 @@ if parameters:
     checkpoint.warn_of_distance(init_from, stats, data_stats)
     checkpoint.load_weights(raw_model, parameters, torch.Tensor.float)
 if prior and not ckpt:
-    rows = score.evenly(loader.n_train, min(loader.n_train, math.ceil(65536 / T)))
-    x_1, _ = encode(*loader.read("train", rows))
-    raw_model.prior.fit(x_1.flatten(0, 1))
+    raw_model.prior.fit(lambda rows: encode(*loader.read("train", rows)), loader.n_train)
 # without dropout nothing trains the null condition, and DDP would wait for its gradient
 raw_model.null_cond.requires_grad_(learn_null_cond and cond_dropout > 0)
 ema_model = copy.deepcopy(raw_model).requires_grad_(False) if ema_decay else raw_model

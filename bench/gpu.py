@@ -259,6 +259,11 @@ def parity(bench):
         for p in reference.parameters():
             if not p.any():  # what starts silent would hide faults
                 torch.nn.init.normal_(p, std=0.1)
+        if prior:
+            torch.nn.init.normal_(reference.prior.weight, std=0.1)
+            torch.nn.init.orthogonal_(reference.prior.places)
+            torch.nn.init.orthogonal_(reference.prior.channels)
+            torch.nn.init.uniform_(reference.prior.variance, 0.01, 2)
         truth = run(copy.deepcopy(reference).double(), torch.float64)
         eager = copy.deepcopy(reference).to(bench.device)
         compiled = bench.compile(copy.deepcopy(eager))

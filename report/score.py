@@ -12,10 +12,10 @@ the conditional mean, the best that any regressor can predict, one near R.
 Baselines:
     truth     the truth itself, for `neighbours`
     mean      predicts the mean of the training set
-    ridge     regresses each token on the condition's token at the same place (or on the mean of
-              the condition's tokens, where the token counts differ)
-    gaussian  draws from a linear-Gaussian model: ridge, plus noise fitted to what ridge leaves.
-              A model that is no better is not worth its training
+    ridge     the mean of model.Prior: regresses each token on the condition's 3x3 tokens around
+              its place (or on the mean of them all, where the token counts differ)
+    gaussian  draws from model.Prior: ridge, plus noise fitted to what ridge leaves. A model that is
+              no better is not worth its training
     floor     takes targets of the training set: perfect samples, but of no particular condition.
               Its Frechet distances are those that so many perfect samples have by chance
     shuffled  scores the generated samples against the truth of other conditions
@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from model import Prior
 from plumbing.configurator import configure_paths, set_up_console
 from plumbing.dataset import open_dataset, split_arrays
 
@@ -303,50 +304,6 @@ def metrics(generated, target, grid):
     return figures(*(total(sums[name]) for name in ("generated", "truth")))
 
 
-def fit_ridge(cond, target, n):
-    """Linear regression of each target token on the condition's token at its place (or, where the
-    token counts differ, on the mean of the condition's tokens). Held-out training samples choose
-    the penalty.
-
-    cond, target: functions of rows -> standardized (B, S, C) and (B, T, D), of n training samples
-    Returns a function from conditions (B, S, C) to predictions (B, T, D), all standardized.
-    """
-    _, T, D = target([0]).shape
-
-    def inputs(x):
-        """(B, T, 1 + C)"""
-        if x.shape[1] != T:
-            x = x.mean(1, keepdim=True).expand(-1, T, -1)
-        return with_constant(narrow(x))
-
-    def products(rows):
-        """x^T x and x^T y of the inputs x and the targets y."""
-        xx = xy = 0
-        for part in chunks(rows):
-            x = inputs(cond(part)).flatten(0, 1).double()
-            xx += x.T @ x  # (1 + C, 1 + C)
-            xy += x.T @ target(part).flatten(0, 1).double()  # (1 + C, D)
-        return xx, xy
-
-    def solve(xx, xy, penalty):
-        return torch.linalg.solve(xx + penalty * torch.eye(len(xx)), xy)  # (1 + C, D)
-
-    def error(penalty):
-        """|x weight - y|^2 over the held-out tokens, without |y|^2."""
-        weight = solve(xx - held_out_xx, xy - held_out_xy, penalty)
-        return (weight * (held_out_xx @ weight - 2 * held_out_xy)).sum()
-
-    enough = 262144 if D <= WIDE else 65536  # tokens
-    rows = evenly(n, min(n, math.ceil(enough / T)))
-    xx, xy = products(rows)
-    held_out_xx, held_out_xy = products(rows[::10])
-    largest = torch.linalg.eigvalsh(xx - held_out_xx)[-1].item()
-    penalties = max(largest, 1e-6) * np.logspace(-6, 1, 15)
-    best = min(penalties, key=error)
-    weight = solve(xx, xy, best).float()  # once the penalty is chosen, every sample counts
-    return lambda cond: inputs(cond) @ weight
-
-
 def standardizer(mean, std):
     """Function from raw (..., D) arrays, or tensors on the CPU, to standardized float32 tensors.
     What is wrong in a constant channel counts in units of the channel that varies most."""
@@ -361,29 +318,6 @@ def standardized(array, stats, kind):
     """Function of rows -> standardized samples of a raw array; kind: cond or target."""
     encode = standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
     return lambda rows: encode(array[rows])
-
-
-def fit_gaussian(cond, target, ridge, n):
-    """A linear-Gaussian model: `ridge`, plus Gaussian noise fitted to what that leaves of training
-    samples. Its covariance has their principal components of places times those of channels, each
-    product with its own variance.
-
-    cond, target, n: as for fit_ridge, which gave `ridge`
-    Returns a function of (conditions (B, S, C), M, seeds (B,)) -> draws (B, M, T, D).
-    """
-    rows = evenly(n, min(n, 512))
-    x = torch.cat([target(part) - ridge(cond(part)) for part in chunks(rows)])  # (512, T, D)
-    place, channel = (
-        torch.linalg.eigh(torch.tensordot(x, x, ([0, axis], [0, axis])))[1] for axis in (2, 1)
-    )  # (T, T), (D, D)
-    std = (place.T @ x @ channel).square().mean(0).sqrt()  # (T, D)
-
-    def draw(cond, M, seeds):
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        noise = torch.stack([torch.randn(M, *std.shape, generator=g) for g in generators])
-        return ridge(cond)[:, None] + place @ (std * noise) @ channel.T
-
-    return draw
 
 
 def predictions(draws, data, split):
@@ -401,16 +335,29 @@ def predictions(draws, data, split):
     train_cond = standardized(data["train_cond"], stats, "cond")
     train_target = standardized(data["train_target"], stats, "target")
     n_train = len(data["train_cond"])
-    ridge = fit_ridge(train_cond, train_target, n_train)
+    is_narrow = draws.shape[3] <= WIDE  # else the noise would take minutes
+    prior = Prior(data["meta"]["grid"], draws.shape[3], narrow(cond([0])).shape[2])
+    prior.fit(lambda rows: (train_target(rows), narrow(train_cond(rows))), n_train, is_narrow)
+
+    def ridge(rows):
+        """(B, 1, T, D)"""
+        return prior.mean(narrow(cond(rows)))[:, None]
+
+    def gaussian(rows):
+        """(B, M, T, D), functions of the row"""
+        generators = [torch.Generator().manual_seed(int(row)) for row in rows]
+        shape = M, *prior.variance.shape
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return prior.draw(ridge(rows), noise)
+
     result = {
         "truth": lambda rows: truth(rows)[:, None],
         "generated": samples,
         "mean": lambda rows: torch.zeros_like(truth(rows))[:, None],
-        "ridge": lambda rows: ridge(cond(rows))[:, None],
+        "ridge": ridge,
     }
-    if draws.shape[3] <= WIDE:  # else it would take minutes
-        draw = fit_gaussian(train_cond, train_target, ridge, n_train)
-        result["gaussian"] = lambda rows: draw(cond(rows), M, rows)
+    if is_narrow:
+        result["gaussian"] = gaussian
     first = n if split == "train" else 0  # after the samples themselves
     if n_train > first:
         drawn = first + evenly(n_train - first, n)
