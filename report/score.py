@@ -11,7 +11,6 @@ the conditional mean, the best that any regressor can predict, one near R.
 
 Baselines:
     truth     the truth itself, for `neighbours`
-    mean      predicts the mean of the training set
     ridge     regresses each token on the condition's token at the same place (or on the mean of
               the condition's tokens, where the token counts differ)
     gaussian  draws from a linear-Gaussian model: ridge, plus noise fitted to what ridge leaves.
@@ -22,9 +21,7 @@ Baselines:
 
 What tells a sampler that draws every token by itself from an exact one: frechet_patch,
 frechet_pooled, neighbours and, of several draws, the variogram score, neighbours_of_draws and the
-spread by frequency. token_cosine, r2, frechet, std_ratio and spread_ratio do not, and retrieval_r1
-prefers the wrong one: deviations that are independent cancel when tokens are averaged. An exact
-draw's pooled cosine is near the R^2 of pooled tokens, and its truth is often not the nearest one.
+spread by frequency. token_cosine, r2, frechet, std_ratio and spread_ratio do not.
 """
 
 import json
@@ -133,7 +130,8 @@ def leading(x):
 def patches(x):
     """(B, H, W, D) -> (n, 4 * D): the tokens of all 2x2 places; of a single row, of 1x2."""
     H, W = x.shape[1:3]
-    return x.unfold(1, min(2, H), 1).unfold(2, min(2, W), 1).flatten(3).flatten(0, 2)
+    x = F.unfold(x.movedim(3, 1), (min(2, H), min(2, W)))  # (B, 4 * D, n / B)
+    return x.mT.flatten(0, 1)
 
 
 def pairs(x):
@@ -143,6 +141,11 @@ def pairs(x):
         torch.cat([x[..., part, :].flatten(-3, -2), x[..., part, :, :].flatten(-3, -2)], -2)
         for part in (slice(-1), slice(1, None))
     ]
+
+
+def neighbours(x):
+    """Mean cosine of neighbours in (..., H, W, D)."""
+    return cosine(*pairs(x)).mean()
 
 
 def steps(x):
@@ -187,8 +190,8 @@ def spread(x, y):
     share = squared_mean(x).sum(-1) / power  # of it that is not noise: it may not reach 0
     return {
         "variogram_score": squared_mean(steps(x) - steps(truths)).mean(),
-        "neighbours_of_draws": cosine(*pairs(x[:, 0] - x[:, 1])).mean(),
-        "neighbours_of_truth": cosine(*pairs(y - x[:, 1])).mean(),
+        "neighbours_of_draws": neighbours(x[:, 0] - x[:, 1]),
+        "neighbours_of_truth": neighbours(y - x[:, 1]),
         "mean_token_cosine": (cosine(mean, y) / share.clamp(min=0.2).sqrt()).mean(),
         "mean_error": squared_mean(x - truths).mean(),
         "deviation": (M + 1) / (M - 1) * spectrum(deviations),
@@ -206,7 +209,7 @@ def measure(draws, y, patch_basis, pooled_basis):
     tokens = narrow(x)
     means = {
         "token_cosine": cosine(x, y).mean(),
-        "neighbours": cosine(*pairs(tokens)).mean(),
+        "neighbours": neighbours(tokens),
         "power": y.square().mean(),
         "error": (x - y).square().mean(),
     }
@@ -260,23 +263,23 @@ def figures(groups, true_groups, left_out=None):
     as floats, from the groups of add_up() and those of the truth, all or all but one."""
     sums = total(groups, left_out)
     true_sums = total(true_groups, left_out)
-    values = {name: value / sums["samples"] for name, value in sums.items()}
+    n = sums.pop("samples")
+    values = {name: value / n for name, value in sums.items()}
     for name in ("frechet_patch", "frechet_pooled", "frechet"):
         mean, cov = gaussian(sums[name])
         true_mean, true_cov = gaussian(true_sums[name])
         values[name] = frechet_distance(mean, cov, true_mean, true_cov)
     values["std_ratio"] = (cov.trace() / true_cov.trace()).sqrt()  # of tokens, the last ones
-    values["r2"] = 1 - values["error"] / values["power"]
-    names = METRICS
-    if "deviation" in values:
-        deviation, true_deviation = values["deviation"], values["deviation_of_truth"]
+    power = values.pop("power")
+    values["r2"] = 1 - values.pop("error") / power
+    if "mean_error" in values:
+        values["mean_r2"] = 1 - values.pop("mean_error") / power
+        deviation = values.pop("deviation")
+        true_deviation = values.pop("deviation_of_truth")
         values["spread_ratio"] = (deviation.sum() / true_deviation.sum()).sqrt()
-        values["mean_r2"] = 1 - values["mean_error"] / values["power"]
-        ratios = (deviation / true_deviation).sqrt()
-        by_frequency = {f"spread_{i}": ratio for i, ratio in enumerate(ratios)}
-        values |= by_frequency
-        names = [*METRICS, *SPREAD, *by_frequency]
-    return {name: values[name].item() for name in names}
+        for i, ratio in enumerate((deviation / true_deviation).sqrt()):
+            values[f"spread_{i}"] = ratio
+    return {name: value.item() for name, value in values.items()}
 
 
 def confidence(groups, true_groups):

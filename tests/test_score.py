@@ -366,19 +366,18 @@ def test_mistakes_on_the_command_line(dataset, tmp_path):
     assert "name one file" in refused("-m", "report.score", f"--data_dir={dataset}")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_samples_that_are_not_finite(dataset, value):
-    """Or whose squares are not: neither are their figures. The baselines are as ever."""
+    """Their figures are NaN. The baselines are as ever."""
     data = open_dataset(dataset)
     draws = data["val_target"][:, None].repeat(2, 1).astype(np.float32)
     expected = score.report(draws, data)[0]["baselines"]["ridge"]
     draws[3, 0, 1, 2] = value
     result, text, _ = score.report(draws, data)
-    assert result["r2"] is result["spread_ratio"] is None
-    assert value > 1e29 or result["frechet"] is None and "nan" in text
+    assert result["frechet"] is result["r2"] is result["spread_ratio"] is None and "nan" in text
     assert result["baselines"]["ridge"] == expected
-    x, y = torch.from_numpy(draws[:, 0]), torch.from_numpy(data["val_target"])
-    assert np.isnan(metrics(value * x, y)["r2"]) or value > 1e29
+    x, y = (torch.from_numpy(array) for array in (draws[:, 0], data["val_target"].copy()))
+    assert not np.isfinite(metrics(x, y)["frechet"])
 
 
 def test_what_is_not_finite_is_null():
