@@ -184,7 +184,6 @@ def spread(x, y):
     """
     M = x.shape[1]
     mean = x.mean(1)  # (B, H, W, D)
-    deviations = (x - mean[:, None]).flatten(0, 1)  # their mean square is (M - 1)/M of the variance
     truths = y[:, None]
     power = mean.square().sum(-1).clamp(min=1e-12)  # (B, H, W)
     share = squared_mean(x).sum(-1) / power  # of it that is not noise: it may not reach 0
@@ -194,7 +193,8 @@ def spread(x, y):
         "neighbours_of_truth": neighbours(y - x[:, 1]),
         "mean_token_cosine": (cosine(mean, y) / share.clamp(min=0.2).sqrt()).mean(),
         "mean_error": squared_mean(x - truths).mean(),
-        "deviation": (M + 1) / (M - 1) * spectrum(deviations),
+        # the mean square of deviations is (M - 1)/M of the variance
+        "deviation": (M + 1) / (M - 1) * spectrum((x - mean[:, None]).flatten(0, 1)),
         "deviation_of_truth": spectrum(y - mean),
     }
 
