@@ -80,7 +80,8 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     root = vectors * values.clamp(min=0).sqrt()  # root root^T = S_a
     values = torch.linalg.eigvalsh(root.T @ cov_b @ root)  # those of S_a S_b
     trace = values.clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * trace
+    shift = (mean_a - mean_b).square().sum()
+    distance = shift + (cov_a + cov_b).trace() - 2 * trace
     return distance.clamp(min=0)
 
 
@@ -98,7 +99,9 @@ def narrow(x):
     """(..., D) itself or, if D is more than WIDE, NARROW of the channels, evenly spaced, and scaled
     to stand for all: squared lengths stay about the same."""
     D = x.shape[-1]
-    return x[..., evenly(D, NARROW)] * math.sqrt(D / NARROW) if D > WIDE else x
+    if D <= WIDE:
+        return x
+    return x[..., evenly(D, NARROW)] * math.sqrt(D / NARROW)
 
 
 def with_constant(x):
@@ -117,14 +120,16 @@ def gaussian(moments):
     the constant, which varies by 0 and changes no figure."""
     n = moments[0, 0]
     mean = moments[0] / n
-    return mean, (moments - torch.outer(mean, moments[0])) / (n - 1).clamp(min=1)
+    centered = moments - torch.outer(mean, moments[0])
+    return mean, centered / (n - 1).clamp(min=1)
 
 
 def leading(x):
     """(d, at most LEADING): principal components of (n, d), found in at most 1,000 of them."""
     n = min(len(x), 1000)
     x = x[evenly(len(x), n)]
-    return torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[: min(LEADING, n - 1)].T
+    components = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
+    return components[: min(LEADING, n - 1)].T
 
 
 def patches(x):
@@ -134,30 +139,27 @@ def patches(x):
     return x.mT.flatten(0, 1)
 
 
-def pairs(x):
-    """All neighbours in (..., H, W, D): those on the left or above (..., n, D), and their right or
-    lower ones."""
-    return [
-        torch.cat([x[..., part, :].flatten(-3, -2), x[..., part, :, :].flatten(-3, -2)], -2)
-        for part in (slice(-1), slice(1, None))
-    ]
-
-
-def neighbours(x):
-    """Mean cosine of neighbours in (..., H, W, D)."""
-    return cosine(*pairs(x)).mean()
-
-
-def steps(x):
-    """(..., H, W, D) -> (..., n, D): square roots of the differences of neighbours."""
-    return torch.sub(*pairs(x)).abs().sqrt()
+def neighbours(f, x):
+    """Mean of f(one, other) over all tokens of (..., H, W, D) that lie side by side or one above
+    the other."""
+    beside = f(x[..., :-1, :], x[..., 1:, :])
+    below = f(x[..., :-1, :, :], x[..., 1:, :, :])
+    return torch.cat([beside.flatten(), below.flatten()]).mean()
 
 
 def squared_mean(x):
     """(B, M, ...) -> (B, ...): the square of the mean of infinitely many draws, from M of them: the
     mean product of two different ones. The square of their own mean has noise in it, too."""
     M = x.shape[1]
-    return (x.sum(1).square() - x.square().sum(1)) / (M * (M - 1))
+    products = x.sum(1).square() - x.square().sum(1)  # the sum of M (M - 1)
+    return products / (M * (M - 1))
+
+
+def variogram(a, b):
+    """Of neighbours (B, M + 1, ..., D), M draws and their truth: the square by which the root of
+    their difference is wrong on average, (B, ..., D)."""
+    steps = (a - b).abs().sqrt()
+    return squared_mean(steps[:, :-1] - steps[:, -1:])
 
 
 def dct(n):
@@ -171,7 +173,8 @@ def spectrum(x):
     H, W = x.shape[1:3]
     waves = torch.kron(dct(H), dct(W)) @ x.flatten(1, 2)  # (n, T, D)
     frequency = torch.arange(H)[:, None] + torch.arange(W)  # (H, W)
-    return torch.bincount(frequency.flatten(), waves.square().mean((0, 2)))
+    power = waves.square().mean((0, 2))  # (T,)
+    return torch.bincount(frequency.flatten(), power)
 
 
 def spread(x, y):
@@ -183,15 +186,16 @@ def spread(x, y):
     what it owes to the number of draws; lowest in expectation for the true distribution.
     """
     M = x.shape[1]
-    mean = x.mean(1)  # (B, H, W, D)
     truths = y[:, None]
-    power = mean.square().sum(-1).clamp(min=1e-12)  # (B, H, W)
-    share = squared_mean(x).sum(-1) / power  # of it that is not noise: it may not reach 0
+    mean = x.mean(1)  # (B, H, W, D)
+    power = mean.square().sum(-1)  # (B, H, W)
+    share = squared_mean(x).sum(-1) / power.clamp(min=1e-12)  # of the power that is not noise
+    length = share.clamp(min=0.2).sqrt()  # it may not reach 0
     return {
-        "variogram_score": squared_mean(steps(x) - steps(truths)).mean(),
-        "neighbours_of_draws": neighbours(x[:, 0] - x[:, 1]),
-        "neighbours_of_truth": neighbours(y - x[:, 1]),
-        "mean_token_cosine": (cosine(mean, y) / share.clamp(min=0.2).sqrt()).mean(),
+        "variogram_score": neighbours(variogram, torch.cat([x, truths], 1)),
+        "neighbours_of_draws": neighbours(cosine, x[:, 0] - x[:, 1]),
+        "neighbours_of_truth": neighbours(cosine, y - x[:, 1]),
+        "mean_token_cosine": (cosine(mean, y) / length).mean(),
         "mean_error": squared_mean(x - truths).mean(),
         # the mean square of deviations is (M - 1)/M of the variance
         "deviation": (M + 1) / (M - 1) * spectrum((x - mean[:, None]).flatten(0, 1)),
@@ -209,7 +213,7 @@ def measure(draws, y, patch_basis, pooled_basis):
     tokens = narrow(x)
     means = {
         "token_cosine": cosine(x, y).mean(),
-        "neighbours": neighbours(tokens),
+        "neighbours": neighbours(cosine, tokens),
         "power": y.square().mean(),
         "error": (x - y).square().mean(),
     }
@@ -232,9 +236,10 @@ def add_up(n, predicted, grid):
     def truth(rows):
         return predicted["truth"](rows)[:, 0].unflatten(1, grid)  # (B, H, W, D)
 
-    means = torch.cat([truth(rows).mean((1, 2)) for rows in chunks(np.arange(n))])  # (n, D)
-    patch_basis = leading(patches(narrow(truth(evenly(n, min(n, 100))))))
-    pooled_basis = leading(means)
+    rows = evenly(n, min(n, 100))
+    patch_basis = leading(patches(narrow(truth(rows))))
+    pooled = [truth(rows).mean((1, 2)) for rows in chunks(np.arange(n))]
+    pooled_basis = leading(torch.cat(pooled))
     groups = np.array_split(np.arange(n), min(GROUPS, n))
     sums = {name: [Counter() for _ in groups] for name in predicted}
     for i, group in enumerate(tqdm(groups, "scoring", leave=False, delay=1, disable=None)):
@@ -244,8 +249,8 @@ def add_up(n, predicted, grid):
                 draws = predict(rows).unflatten(2, grid)  # (B, M, H, W, D)
                 # the others need no intervals, and so no groups
                 place = i if name in ("generated", "truth") else 0
-                # a Counter adds what it is updated with
-                sums[name][place].update(measure(draws, y, patch_basis, pooled_basis))
+                part = measure(draws, y, patch_basis, pooled_basis)
+                sums[name][place].update(part)  # which adds, in a Counter
     return sums
 
 
@@ -292,16 +297,20 @@ def confidence(groups, true_groups):
     if n == 1:
         return {}
     estimates = [figures(groups, true_groups, i) for i in range(n)]
-    return {
-        name: 1.96 * (n - 1) ** 0.5 * np.std([values[name] for values in estimates])
-        for name in estimates[0]
-    }
+    widths = {}
+    for name in estimates[0]:
+        std = np.std([values[name] for values in estimates])
+        widths[name] = 1.96 * (n - 1) ** 0.5 * std
+    return widths
 
 
 def metrics(generated, target, grid):
     """METRICS, as floats, of two standardized float tensors (N, T, D), their tokens on a grid
     (H, W); NaN if the generated ones are not finite."""
-    predicted = {"truth": target[:, None].__getitem__, "generated": generated[:, None].__getitem__}
+    predicted = {
+        "truth": target[:, None].__getitem__,
+        "generated": generated[:, None].__getitem__,
+    }
     sums = add_up(len(target), predicted, grid)
     return figures(sums["generated"], sums["truth"])
 
@@ -446,8 +455,13 @@ def report(draws, data, split="val"):
         text += "spread_ratio by frequency, from the mean of the grid on:"
         for i in range(sum(data["meta"]["grid"]) - 1):
             text += f" {scores[f'spread_{i}']:.2f}"
-    result = {"samples": n, "draws": M, "confidence": widths, "baselines": baselines}
-    result = json.loads(json.dumps(scores | result), parse_constant=lambda name: None)
+    result = scores | {
+        "samples": n,
+        "draws": M,
+        "confidence": widths,
+        "baselines": baselines,
+    }
+    result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     return result, text, references
 
 
