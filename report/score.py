@@ -78,7 +78,8 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     # eigh would raise an error; the trace below is not finite either
     values, vectors = torch.linalg.eigh(cov_a.nan_to_num(0, 0, 0))
     root = vectors * values.clamp(min=0).sqrt()  # root root^T = S_a
-    values = torch.linalg.eigvalsh(root.T @ cov_b @ root)  # those of S_a S_b
+    product = root.T @ cov_b @ root
+    values = torch.linalg.eigvalsh(product)  # those of S_a S_b
     trace = values.clamp(min=0).sqrt().sum()
     shift = (mean_a - mean_b).square().sum()
     distance = shift + (cov_a + cov_b).trace() - 2 * trace
@@ -87,7 +88,8 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
 
 def chunks(rows):
     """Parts of at most 24 rows, so that memory does not grow with the number of samples."""
-    return np.array_split(rows, math.ceil(len(rows) / 24))
+    n = math.ceil(len(rows) / 24)
+    return np.array_split(rows, n)
 
 
 def evenly(total, n):
@@ -128,14 +130,15 @@ def leading(x):
     """(d, at most LEADING): principal components of (n, d), found in at most 1,000 of them."""
     n = min(len(x), 1000)
     x = x[evenly(len(x), n)]
-    components = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
+    x = x - x.mean(0)
+    components = torch.linalg.svd(x, full_matrices=False).Vh
     return components[: min(LEADING, n - 1)].T
 
 
 def patches(x):
     """(B, H, W, D) -> (n, 4 * D): the tokens of all 2x2 places; of a single row, of 1x2."""
-    H, W = x.shape[1:3]
-    x = F.unfold(x.movedim(3, 1), (min(2, H), min(2, W)))  # (B, 4 * D, n / B)
+    size = [min(2, n) for n in x.shape[1:3]]
+    x = F.unfold(x.movedim(3, 1), size)  # (B, 4 * D, n / B)
     return x.mT.flatten(0, 1)
 
 
@@ -165,13 +168,15 @@ def variogram(a, b):
 def dct(n):
     """(n, n): the discrete cosine transform (DCT-II, orthonormal)."""
     k = torch.arange(n)
-    return F.normalize((math.pi / n * torch.outer(k, k + 0.5)).cos())
+    angles = math.pi / n * torch.outer(k, k + 0.5)
+    return F.normalize(angles.cos())
 
 
 def spectrum(x):
     """(n, H, W, D) -> (H + W - 1,): mean power at each frequency k + l."""
     H, W = x.shape[1:3]
-    waves = torch.kron(dct(H), dct(W)) @ x.flatten(1, 2)  # (n, T, D)
+    transform = torch.kron(dct(H), dct(W))  # (T, T)
+    waves = transform @ x.flatten(1, 2)  # (n, T, D)
     frequency = torch.arange(H)[:, None] + torch.arange(W)  # (H, W)
     power = waves.square().mean((0, 2))  # (T,)
     return torch.bincount(frequency.flatten(), power)
@@ -223,7 +228,8 @@ def measure(draws, y, patch_basis, pooled_basis):
     sums["samples"] = len(x)
     sums["frechet"] = moments(tokens)
     sums["frechet_patch"] = moments(patches(tokens) @ patch_basis)
-    sums["frechet_pooled"] = moments(x.mean((1, 2)) @ pooled_basis)
+    pooled = x.mean((1, 2))  # (B, D)
+    sums["frechet_pooled"] = moments(pooled @ pooled_basis)
     return sums
 
 
@@ -234,7 +240,8 @@ def add_up(n, predicted, grid):
     """
 
     def truth(rows):
-        return predicted["truth"](rows)[:, 0].unflatten(1, grid)  # (B, H, W, D)
+        targets = predicted["truth"](rows)[:, 0]  # (B, T, D)
+        return targets.unflatten(1, grid)  # (B, H, W, D)
 
     rows = evenly(n, min(n, 100))
     patch_basis = leading(patches(narrow(truth(rows))))
@@ -274,15 +281,18 @@ def figures(groups, true_groups, left_out=None):
         mean, cov = gaussian(sums[name])
         true_mean, true_cov = gaussian(true_sums[name])
         values[name] = frechet_distance(mean, cov, true_mean, true_cov)
-    values["std_ratio"] = (cov.trace() / true_cov.trace()).sqrt()  # of tokens, the last ones
+    ratio = cov.trace() / true_cov.trace()  # of tokens, the last ones
+    values["std_ratio"] = ratio.sqrt()
     power = values.pop("power")
     values["r2"] = 1 - values.pop("error") / power
     if "mean_error" in values:
         values["mean_r2"] = 1 - values.pop("mean_error") / power
         deviation = values.pop("deviation")
         true_deviation = values.pop("deviation_of_truth")
-        values["spread_ratio"] = (deviation.sum() / true_deviation.sum()).sqrt()
-        for i, ratio in enumerate((deviation / true_deviation).sqrt()):
+        ratio = deviation.sum() / true_deviation.sum()
+        values["spread_ratio"] = ratio.sqrt()
+        ratios = deviation / true_deviation
+        for i, ratio in enumerate(ratios.sqrt()):
             values[f"spread_{i}"] = ratio
     return {name: value.item() for name, value in values.items()}
 
@@ -440,8 +450,9 @@ def report(draws, data, split="val"):
     NaN.
     """
     n, M, _, D = draws.shape
+    grid = data["meta"]["grid"]
     references = predictions(draws, data, split)
-    sums = add_up(n, references, data["meta"]["grid"])
+    sums = add_up(n, references, grid)
     baselines = {name: figures(sums[name], sums["truth"]) for name in sums}
     scores = baselines.pop("generated")
     widths = confidence(sums["generated"], sums["truth"])
@@ -453,7 +464,7 @@ def report(draws, data, split="val"):
     if M > 1:
         text += f"\n\n{M} draws per condition\n{table(SPREAD, rows)}\n"
         text += "spread_ratio by frequency, from the mean of the grid on:"
-        for i in range(sum(data["meta"]["grid"]) - 1):
+        for i in range(sum(grid) - 1):
             text += f" {scores[f'spread_{i}']:.2f}"
     result = scores | {
         "samples": n,
@@ -504,7 +515,8 @@ def main():
     data, draws = open_samples(paths, data_dir, split)
     result, text, _ = report(draws, data, split)
     if save:
-        Path(save).write_text(json.dumps(result, indent=1))
+        scores = json.dumps(result, indent=1)
+        Path(save).write_text(scores)
     print(text)
 
 
