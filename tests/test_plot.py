@@ -68,7 +68,7 @@ def image_of(*args):
 
 
 def test_samples(tmp_path, dataset):
-    """Perfect samples, three draws of them: grids, retrieval and histogram; in the order of the
+    """Perfect samples, three draws of them: grids, cosines and histogram; in the order of the
     split, beside their file."""
     truth = np.load(dataset / "val_target.npy")
     np.save(tmp_path / "a.npy", truth)
@@ -81,7 +81,7 @@ def test_samples(tmp_path, dataset):
         blue = np.array([59, 76, 192]) / 255  # the map's colour for a cosine of 1
         assert image.shape[1] == 1200
         assert (np.abs(image - blue).max(-1) < 0.02).mean() > 0.01
-        yellow = np.array([253, 231, 37]) / 255  # the largest of the retrieval matrix: its diagonal
+        yellow = np.array([253, 231, 37]) / 255  # the largest pooled cosines: the diagonal
         assert (np.abs(image - yellow).max(-1) < 0.02).mean() > 0.001
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > 500
     grids = slice(0, three.shape[0] - 400)
