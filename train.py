@@ -276,7 +276,7 @@ micros = range(RANK * micro_steps, (RANK + 1) * micro_steps)
 batches = loader.stream(iteration, micros)
 TIME_BINS = 4  # of t, from noise to data
 # metrics of score.py
-SAMPLED = ("token_cosine", "retrieval_r1", "frechet", "frechet_patch", "neighbours")
+SAMPLED = ("token_cosine", "frechet", "frechet_patch", "neighbours")
 standardize = score.standardizer(data_stats["target_mean"], data_stats["target_std"])
 eval_flow = replace(flow_config, cond_dropout=0.0, l2_weight=0.0)
 n_eval = min(eval_size, loader.n_val)

@@ -10,10 +10,8 @@ digits do), and with three principal components of the tokens as red, green and 
 and, of targets, further ones.
 """
 
-import contextlib
 import math
 import os
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,39 +23,30 @@ from report import score
 
 COMPARED = 500  # samples in the histogram of cosines, the first ones
 # options of imshow
-PIXELS = dict(cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+PIXELS = dict(
+    cmap="gray",
+    vmin=0,
+    vmax=1,
+    interpolation="bicubic",
+)
 COSINES = dict(cmap="coolwarm_r", vmin=-1, vmax=1)
 
 # ---- settings
 save = ""  # .png to write; empty: see above
 data_dir = ""  # for samples: dataset that prepare.py wrote
 split = "val"  # for samples: val | train
-limit: int | None = None  # for samples: the first so many; None: at most 5000
 # ----
 
 
 def new_figure(height):
     """A figure of 12 inches by `height`. It is drawn without pyplot, and so without a backend."""
+    # In the shells of a notebook this can name a backend that is not installed here
+    os.environ.pop("MPLBACKEND", None)
     try:
-        import_matplotlib()
         from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from e
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
     return Figure(figsize=(12, height), layout="constrained")
-
-
-def import_matplotlib():
-    """Import it even if $MPLBACKEND names what is not installed here, as it does in the shells that
-    a notebook opens. A backend that is installed stays the one that pyplot will take."""
-    if "matplotlib" in sys.modules:
-        return
-    backend = os.environ.pop("MPLBACKEND", None)
-    import matplotlib
-
-    if backend:
-        os.environ["MPLBACKEND"] = backend
-        with contextlib.suppress(ValueError):  # it is not installed
-            matplotlib.rcParams["backend"] = backend
 
 
 def principal_colours(arrays, encode, first):
@@ -90,10 +79,9 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     stats: cond_mean and so on; folder: of the dataset, for its decoder.npz
     references: score.predictions for the samples; needed where there is a truth
     """
-    N, _, _, D = samples.shape
+    N, M, _, D = samples.shape
     columns = score.evenly(N, min(12, N))
     draws = samples[columns]  # (n, M, T, D)
-    M = draws.shape[1]
     targets = {}
     if truth is not None:
         targets["truth"] = truth[columns]
@@ -101,7 +89,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         targets[f"sample {i + 1}"] = draws[:, i]
     if M > 1:
         targets[f"mean of {M}"] = draws.mean(1)
-    if truth is not None and "gaussian" in references:
+    if references and "gaussian" in references:
         gaussian = references["gaussian"](columns)[:, 0]  # standardized
         targets["gaussian"] = gaussian.numpy() * stats["target_std"] + stats["target_mean"]
     # {kind: {label: tokens (n, T, D)}}
@@ -117,15 +105,17 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
                 images.append((label, x @ weights + bias, PIXELS))
         for label in ("sample 2", "sample 3"):  # their pixels are enough
             targets.pop(label, None)
-    further = min(33, D // 2)
-    for kind, first in (("cond", 0), ("target", 0), ("target", further)):
-        if first:  # of which these are enough
-            few = ("truth", "sample 1", "gaussian")
-            shown[kind] = {label: targets[label] for label in few if label in targets}
+    few = ("truth", "sample 1", "gaussian")  # whose further components are enough
+    further = {label: x for label, x in targets.items() if label in few}
+    for kind, tokens, first in (
+        ("cond", shown["cond"], 0),
+        ("target", targets, 0),
+        ("target", further, min(33, D // 2)),
+    ):
         encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
-        colours = principal_colours(shown[kind].values(), encode, first)
-        labels = [f"{label}\n{first + 1} to {first + 3}" for label in shown[kind]]
-        images += zip(labels, colours, [{}] * len(colours))
+        colours = principal_colours(tokens.values(), encode, first)
+        for label, pictures in zip(tokens, colours):
+            images.append((f"{label}\n{first + 1} to {first + 3}", pictures, {}))
 
     height = 0.95 * len(images)
     if truth is None:
@@ -138,15 +128,15 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         height += 0.95
         fig = new_figure(height + 4)
         top, bottom = fig.subfigures(2, 1, height_ratios=[height, 4])
-        axes, last = draw_images(top, images, grid)
-        top.colorbar(last, ax=axes, shrink=0.2, anchor=(0, 0), pad=0.01)
+        last = draw_images(top, images, grid)
+        top.colorbar(last, ax=top.axes, shrink=0.2, anchor=(0, 0), pad=0.01)
         draw_scores(bottom, references, min(COMPARED, N))
     fig.savefig(path)
 
 
 def draw_images(fig, images, grid):
-    """A row for each (label, images (n, T) or (n, T, 3), options of imshow). Returns the axes and
-    the last picture."""
+    """A row for each (label, images (n, T) or (n, T, 3), options of imshow). Returns the last
+    picture."""
     axes = fig.subplots(len(images), len(images[0][1]), squeeze=False)
     for row, (label, pictures, options) in zip(axes, images):
         row[0].set_ylabel(label)
@@ -154,7 +144,7 @@ def draw_images(fig, images, grid):
             height = grid_height(len(picture), grid)
             last = ax.imshow(np.split(picture, height), **options)
             ax.set(xticks=[], yticks=[], frame_on=False)
-    return axes, last
+    return last
 
 
 def token_cosines(predicted, n):
@@ -163,8 +153,7 @@ def token_cosines(predicted, n):
     rows = np.arange(n)
     shown = {name: predict(rows) for name, predict in predicted.items()}
     truth = shown.pop("truth")[:, 0]
-    for name in ("mean", "floor"):  # 0 for `mean`, and `floor` is like `shuffled`
-        shown.pop(name, None)
+    shown.pop("floor", None)  # it is like `shuffled`
     M = shown["generated"].shape[1]
     if M > 1:
         shown[f"mean of {M}"] = shown["generated"].mean(1, keepdim=True)
@@ -176,14 +165,15 @@ def draw_scores(fig, references, n):
     cosines of n samples beside the baselines. references: from score.predictions"""
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
     rows = np.arange(min(n, 40))
-    pooled, true_pooled = (references[name](rows)[:, 0].mean(1) for name in ("generated", "truth"))
+    pooled = references["generated"](rows)[:, 0].mean(1)  # (n, D)
+    true_pooled = references["truth"](rows)[:, 0].mean(1)
     matrix = score.cosine(pooled[:, None], true_pooled)
     fig.colorbar(left.imshow(matrix), ax=left)
     left.set(title="pooled cosine", xlabel="truth", ylabel="sample")
 
     cosines = token_cosines(references, n)
     labels = [f"{name} ({values.mean():.3f})" for name, values in cosines.items()]
-    right.hist(list(cosines.values()), 40, histtype="step", lw=1.6, label=labels)
+    right.hist(list(cosines.values()), 40, histtype="step", label=labels)
     right.set(title=f"token cosine of {n} samples with their truth (mean)", yticks=[])
     right.legend(reverse=True)
 
@@ -221,7 +211,7 @@ def draw_curves(path, out_dirs):
         draw(rates, "lr", label=out_dir)
         bins = [name for name in run if name.startswith("val_loss_t")]
         for b, name in enumerate(bins):
-            draw(by_t, name, lw=2.4 - 1.8 * b / len(bins))
+            draw(by_t, name, lw=2.4 / (1 + b))
     titles = (
         "loss (faint: training; solid: validation; dotted: raw)",
         "validation loss by t, from noise (thick) to data (thin)",
@@ -244,8 +234,10 @@ def draw_curves(path, out_dirs):
 def main():
     set_up_console()
     _, paths = configure_paths(globals())
-    if paths[:1] == ["samples"]:
-        data, samples = score.open_samples(paths[1:], data_dir, split, limit)
+    if not paths:
+        raise ValueError("name the folders of runs, or samples and a file")
+    if paths[0] == "samples":
+        data, samples = score.open_samples(paths[1:], data_dir, split)
         path = save or Path(paths[1]).with_suffix(".png")
         draw_samples(
             path,
@@ -257,11 +249,9 @@ def main():
             data["folders"][0],
             score.predictions(samples, data, split),
         )
-    elif paths:
+    else:
         path = save or Path(paths[0] if len(paths) == 1 else "", "curves.png")
         draw_curves(path, paths)
-    else:
-        raise ValueError("name the folders of runs, or samples and a file")
     print(f"wrote {path}")
 
 
