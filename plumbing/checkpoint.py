@@ -96,7 +96,8 @@ def replace_file(path, write):
     except (OSError, RuntimeError) as e:
         partial.unlink(missing_ok=True)
         # torch.save raises a RuntimeError while it handles the OSError that says what happened
-        raise OSError(f"{path} not written: {e.__context__ or e}") from e
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise OSError(f"{path} not written: {cause}") from e
 
 
 def check_file(path):
