@@ -253,7 +253,7 @@ def main():
     if cond:
         meta = data["meta"] if data else loaded.data_meta
         conditions, named = read_conditions(Path(cond), cond_key, meta)
-        read = [cond]
+        read = [cond]  # files; `named` are the items of the conditions, with keys and captions
     elif not folder:
         raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
     else:
@@ -268,11 +268,11 @@ def main():
                 f"{folder} has changed since the model was trained, which may have seen samples of "
                 f"this {split} split; --data_dir={folder} scores them all the same"
             )
-        named, read = [], []
+        item_files, read = [], []
         for part in map(Path, data["folders"]):
-            named.append(part / f"{split}_items.jsonl")
+            item_files.append(part / f"{split}_items.jsonl")
             read += part.glob("*.npy")
-        named = map(json.loads, fileinput.FileInput(named))
+        named = map(json.loads, fileinput.FileInput(item_files))
     if interpolate:
         i, j, n = (*interpolate, 8)[:3]
         numbers = range(len(conditions))
@@ -283,7 +283,7 @@ def main():
             )
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
         truth = None
-        named = [{}] * n
+        named = []
     n = len(conditions)
     if subset_size:
         n = min(n, subset_size)

@@ -35,7 +35,7 @@ class Output:
         self.folder = folder
         self.files = files
         manifest = folder / "made_with.json"
-        text = json.dumps([made_with, WORLD_SIZE, *files.values()], sort_keys=True)
+        text = json.dumps([made_with, WORLD_SIZE, *files.values()])
         if RANK == 0 and not (manifest.exists() and manifest.read_text() == text):
             if folder.exists():
                 print(f"{folder} was made with something else: starting anew")
