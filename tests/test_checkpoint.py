@@ -174,5 +174,3 @@ def test_fuzzed_checkpoints_are_read_right_or_refused(tmp_path):
         ends[end.split(":")[0]] += count
     assert ends.keys() == {"weights", "refused"} and sum(ends.values()) == 100
     assert ends["weights"] >= 8 and ends["refused"] > 50
-
-
