@@ -18,9 +18,7 @@ From Python:
 """
 
 import fileinput
-import glob
 import json
-import math
 import os
 import pickle
 import sys
@@ -40,7 +38,6 @@ from plumbing.checkpoint import load_weights, replace_file, same_statistics
 from plumbing.configurator import check_numbers, configure, describe, set_up_console
 from plumbing.dataset import made_ahead, open_dataset, split_arrays
 from plumbing.distributed import (
-    LAUNCHED,
     RANK,
     WORLD_SIZE,
     exit_process,
@@ -50,7 +47,7 @@ from plumbing.distributed import (
     print0,
 )
 from plumbing.output import Output
-from plumbing.run_folder import ROOT, hash_files
+from plumbing.run_folder import ROOT
 from plumbing.sources import Rows, items, load_pickle
 from plumbing.unpickle import drop_pages
 from report import score
@@ -114,22 +111,19 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
     torch.empty(8_250_000)
 
     ckpt, parameters = exchange.open_model(path, weights, grid)
-    config = NextDiTConfig(**ckpt["model_args"] | {"gradient_checkpointing": False})
+    config = NextDiTConfig(**ckpt["model_args"])
     with torch.device("meta"):  # allocates nothing
         model = NextDiT(config)
     load_weights(model, parameters, cast)
     stats = ckpt["stats"] or {"cond_mean": 0, "cond_std": 1, "target_mean": 0, "target_std": 1}
-    folder = ckpt["config"]["data_dir"]
-    if folder and not glob.glob(folder.split(",")[0]):  # in another working directory
-        folder = ckpt.get("data_path", folder)
     return SimpleNamespace(
         model=model.eval().requires_grad_(False),
-        shape=(math.prod(config.grid), config.target_dim),
+        shape=(config.n_tokens, config.target_dim),
         flow=FlowConfig(**ckpt["flow"]),
         cond=Normalizer(ckpt["normalize"], stats["cond_mean"], stats["cond_std"], device),
         target=Normalizer(ckpt["normalize"], stats["target_mean"], stats["target_std"], device),
         stats=stats,
-        data_dir=folder,
+        data_dir=ckpt.get("data_path", ckpt["config"]["data_dir"]),
         data_stats=ckpt.get("data_stats", stats),
         data_meta=ckpt.get("data_meta", {}),
         cond_tokens=ckpt["cond_tokens"],
@@ -224,17 +218,17 @@ def line(a, b, n):
 # ---- the script
 
 
-def read_conditions(path, key, data=None):
+def read_conditions(path, key, meta=None):
     """The conditions in a file, Rows (N, S, C), and an iterator of {"key": ..., "caption": ...}.
 
-    data: the dataset. What is not of its conditions' shape is prepared as they were.
+    meta: a dataset's. What is not of its conditions' shape is prepared as they were.
     """
     content = load_pickle(path)
     if list(content) == ["array"]:  # a .npy
         key = "array"
     rows = Rows(content, key, path)
-    if data and tuple(rows.layout[:2]) != data["val_cond"].shape[1:]:
-        rows = Rows(content, key, path, **data["meta"]["settings"] | {"dtype": "source"})
+    if meta and rows.layout[:2] != meta["layout"]["cond"][:2]:
+        rows = Rows(content, key, path, **meta["settings"] | {"dtype": "source"})
     return rows, items(content, len(rows), path)
 
 
@@ -244,10 +238,8 @@ def main():
     check_numbers(config, "subset_size draws steps shift batch_size", any_sign="guidance")
     print0(describe(config, __file__))
     torch.set_float32_matmul_precision("medium")  # as in train.py
-    own_device = pick_device(device)
-    if LAUNCHED:
-        # minutes: those that are ready wait for the slowest at the end
-        own_device = init_distributed(own_device, timeout=10_000)
+    # minutes: the processes that are ready wait for the slowest at the end
+    own_device = init_distributed(pick_device(device), timeout=10_000)
 
     # ---- model, conditions and truth
     data = open_dataset(data_dir) if data_dir else None
@@ -255,50 +247,43 @@ def main():
     loaded = load(Path(out_dir, checkpoint), own_device, weights, dtype, grid)
     shape = loaded.shape  # (T, D)
     size = batch_size or loaded.batch_size
-    # what the defaults stand for here; the last two change no sample
-    config |= dict(
-        batch_size=size, device=own_device, dtype=loaded.dtype, plot=None, save_pickle=None
-    )
     folder = data_dir or loaded.data_dir
-    if not (cond or folder):
-        raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
-    if folder and not data:
-        try:
-            data = open_dataset(folder)
-        except ValueError:
-            if not cond:  # else it may be gone
-                raise
     suffix = "" if split == "val" else f"_{split}"  # of the files' names
+    truth = None
     if cond:
-        conditions, named = read_conditions(Path(cond), cond_key, data)
-        truth = None
+        meta = data["meta"] if data else loaded.data_meta
+        conditions, named = read_conditions(Path(cond), cond_key, meta)
+        read = [cond]  # files; `named` are the items of the conditions, with keys and captions
+    elif not folder:
+        raise ValueError(f"{out_dir} names no dataset: add --cond=FILE.npy or --data_dir=DIR")
     else:
+        data = data or open_dataset(folder)
         conditions, truth = split_arrays(data, split)
-        files = [Path(part, f"{split}_items.jsonl") for part in data["folders"]]
-        named = map(json.loads, fileinput.FileInput(files))
         if truth.shape[1:] != shape:
             raise ValueError(
                 f"{folder} has targets of shape {truth.shape[1:]}; the model makes {shape}"
             )
         if not data_dir and not same_statistics(loaded.data_stats, data["stats"]):
-            old = loaded.data_meta
-            changed = [name for name, value in data["meta"].items() if old.get(name) != value]
-            print0(
-                f"WARNING: {folder} is not the data that the model was trained on (other "
-                f"{' and '.join(changed) or 'statistics'}). It may have seen samples of this "
-                f"{split} split, so they are not scored; --data_dir={folder} scores them"
+            raise ValueError(
+                f"{folder} has changed since the model was trained, which may have seen samples of "
+                f"this {split} split; --data_dir={folder} scores them all the same"
             )
-            truth = None
+        item_files, read = [], []
+        for part in map(Path, data["folders"]):
+            item_files.append(part / f"{split}_items.jsonl")
+            read += part.glob("*.npy")
+        named = map(json.loads, fileinput.FileInput(item_files))
     if interpolate:
         i, j, n = (*interpolate, 8)[:3]
-        for number in (i, j):
-            if number not in range(len(conditions)):
-                raise ValueError(f"{interpolate=}: there are {len(conditions)} conditions")
-        if n not in range(2, 10_000):
-            raise ValueError(f"{interpolate=}: the third number must be from 2 to 9,999")
+        numbers = range(len(conditions))
+        if i not in numbers or j not in numbers or n not in range(2, 10_000):
+            raise ValueError(
+                f"{interpolate=}: two of the conditions 0 to {len(conditions) - 1} and, if you "
+                "like, how many samples, from 2 to 9,999"
+            )
         conditions = line(conditions[i : i + 1], conditions[j : j + 1], n)  # (n, S, C)
         truth = None
-        named = [{}] * n
+        named = []
     n = len(conditions)
     if subset_size:
         n = min(n, subset_size)
@@ -316,46 +301,23 @@ def main():
     if not save and not interpolate:
         metrics_path = Path(out_dir, f"metrics{suffix}.json")
         picture_path = Path(out_dir, f"samples{suffix}.png")
-    for path in (target, Path(save_pickle or target)):  # before hours of sampling
-        is_other = path.exists() and not path.is_file()  # a folder, or a device
-        if is_other or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{path} cannot be written: is its folder there, and writable?")
-    if plot:
-        from report.plot import draw_samples, new_figure
-
-        new_figure(1)  # needs matplotlib
     partial_folder = Path(f"{target}.partial")
     states_path = target.with_name(f"{target.stem}_trajectory.npy")
-    kept_draws = target.with_name(f"{target.stem}_draws.npy")
-    draws_path = kept_draws if save_draws else partial_folder / "draws.npy"
+    draws_path = partial_folder / "draws.npy"
+    if save_draws:
+        draws_path = target.with_name(f"{target.stem}_draws.npy")
     files = {target: (n, *shape), draws_path: (n_with_draws, n_draws, *shape)}
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
-    # or removed, if they are of earlier samples; a picture beside --save may be anyone's
-    written = {target, kept_draws, states_path, metrics_path}
-    if not save:
-        written.add(picture_path)
-    read = [*loaded.files]
-    if cond:
-        read.append(cond)
-    if data:
-        for part in data["folders"]:
-            read += sorted(Path(part).glob("*.npy"))
-    read = {os.path.realpath(path): os.path.getmtime(path) for path in read}
-    paths = [*map(os.path.realpath, [*written, save_pickle]), *read]
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"save={save}, save_pickle={save_pickle}: this is read, or written twice")
-    made_with = {
-        "settings": config,
-        "read": read,
-        "code": hash_files(ROOT / name for name in ("model.py", "flow.py", "sample.py")),
-    }
+    read += [*loaded.files, *ROOT.glob("*.py")]
+    modified = {os.path.realpath(path): os.path.getmtime(path) for path in read}
+    if not modified.keys().isdisjoint(map(os.path.realpath, [*files, save_pickle])):
+        raise ValueError(f"{save=}, {save_pickle=}: this would overwrite what is read")
+    # with another of these the samples would be others, but not with another picture or pickle
+    made_with = config | dict(batch_size=size, plot=None, save_pickle=None, read=modified)
     output = Output(partial_folder, files, made_with)
 
     # ---- samples
-    names = "steps method shift guidance guidance_interval seed trajectory"
-    settings = {name: config[name] for name in names.split()}
-    settings["same_noise"] = bool(interpolate)
     if compile or compile is None and "cuda" in own_device and n * n_draws >= 5000:
         for block in loaded.model.layers:
             block.compile()
@@ -363,15 +325,19 @@ def main():
     if output.done:
         print0(f"{output.done} of {len(batches)} batches were there")
     batches = batches[output.done :]
-    counts = [n_draws if first < n_with_draws else 1 for first in batches]
-    inputs = (
-        (c, i if interpolate else first, draw)
-        for first, count in zip(batches, counts)
-        for c in [conditions[first : min(first + size, n)]]  # read once
-        for draw in range(count)
-    )
-    made = generate_batches(loaded, inputs, **settings)
-    for first, count in zip(tqdm(batches, unit="batch", disable=RANK > 0), counts):
+
+    def inputs():
+        for first in batches:
+            batch = conditions[first : min(first + size, n)]
+            for draw in range(n_draws if first < n_with_draws else 1):
+                yield batch, i if interpolate else first, draw
+
+    made = generate_batches(
+        loaded, inputs(), steps, guidance, guidance_interval, seed, bool(interpolate),
+        method=method, shift=shift, trajectory=trajectory,
+    )  # fmt: skip
+    for first in tqdm(batches, unit="batch", disable=RANK > 0):
+        count = n_draws if first < n_with_draws else 1
         # (B, draws, T, D) or (steps + 1, B, draws, T, D)
         samples = torch.stack([*islice(made, count)], -3)
         arrays = {}
@@ -387,8 +353,7 @@ def main():
     print(f"{n} conditions, {n_draws} draws")
 
     # ---- report
-    for path in written - files.keys():
-        path.unlink(missing_ok=True)  # of the samples that had this name before
+    metrics_path.unlink(missing_ok=True)  # of the samples that had this name before
     samples = np.load(draws_path, mmap_mode="r")  # (N or the first LIMIT, draws, T, D)
     metrics = references = None
     if truth is not None:
@@ -408,15 +373,18 @@ def main():
         replace_file(save_pickle, lambda f: pickle.dump(results, f, protocol=5))
         print(f"wrote {save_pickle}")
     if plot:
+        from report.plot import draw_samples  # needs matplotlib
+
         stats = data["stats"] if data else loaded.stats
         draw_samples(
             picture_path, conditions, truth, samples, loaded.model.config.grid, stats,
-            data and data["folders"][0], references,
+            folder, references,
         )  # fmt: skip
         print(f"wrote {picture_path}")
     output.finish()
-    for path in sorted(written & files.keys()):  # not the draws that were only scored
-        print(f"wrote {path} {files[path]}")
+    for path, shape in files.items():
+        if path.exists():  # unlike draws that were only scored
+            print(f"wrote {path} {shape}")
     exit_process()
 
 

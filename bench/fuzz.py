@@ -299,7 +299,7 @@ def read_weights_of(path, truth):
     try:
         with torch.device("meta"):
             model = make_model()
-        parameters = checkpoint.read_weights(path, "ema")
+        _, parameters = checkpoint.read_weights(path, "ema")
         checkpoint.load_weights(model, parameters, torch.Tensor.float)
         out = model(torch.ones(2, 8))
         loaded = model.state_dict()

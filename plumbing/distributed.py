@@ -51,11 +51,13 @@ def pick_dtype(name, device):
 
 
 def init_distributed(device, timeout):
-    """Join the other processes that torchrun has started; returns the device of this one.
+    """Join the other processes, if torchrun has started some; returns the device of this one.
 
     timeout: minutes after which a process that waits for another gives up
     Raises ValueError where a variable of torchrun's is missing.
     """
+    if not LAUNCHED:
+        return device
     backend, device_id = "gloo", None
     if "cuda" in device:
         backend = "nccl"
@@ -113,8 +115,7 @@ class Interrupts:
             if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is, under nohup
                 self.handlers[number] = signal.signal(number, self.note)
         if time_limit is not None:
-            seconds = min(60 * time_limit, 1e9)  # more than that the system does not take
-            signal.setitimer(signal.ITIMER_REAL, seconds or 1e-6)  # 0 would be never
+            signal.setitimer(signal.ITIMER_REAL, 60 * time_limit or 1e-6)  # 0 would be never
 
     def note(self, number, frame):
         self.reason = signal.Signals(number).name if number != signal.SIGALRM else "the time limit"

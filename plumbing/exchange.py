@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.checkpoint import check_tensors, read_checkpoint, read_weights
+from plumbing.checkpoint import check_tensors, read_weights
 from plumbing.configurator import configure_paths, set_up_console
 from plumbing.distributed import print0
 
@@ -137,8 +137,8 @@ def open_model(path, weights="ema", grid=None, prefix=""):
             print0(
                 f"{path} is taken, since the run has no ckpt_best.pt before its first evaluation"
             )
-    ckpt = read_checkpoint(path)
-    return ckpt | {"files": [path]}, read_weights(path, weights)
+    ckpt, parameters = read_weights(path, weights)
+    return ckpt | {"files": [path]}, parameters
 
 
 def open_safetensors(folder, grid, prefix):

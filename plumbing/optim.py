@@ -37,7 +37,8 @@ class Adafactor(torch.optim.Adafactor):
                     continue
                 average = self.state[p].get("average")
                 if average is None:
-                    average = torch.zeros_like(p, dtype=torch.bfloat16)
+                    average = torch.zeros_like(p)
+                average = average.bfloat16()  # one that is restored has the parameter's dtype
                 average.lerp_(p.grad.bfloat16(), 1 - self.beta1)
                 averages[p] = average
                 p.grad = average.to(p.dtype)
@@ -45,11 +46,6 @@ class Adafactor(torch.optim.Adafactor):
         # stored only now: torch's step initializes its state only where there is none at all
         for p, average in averages.items():
             self.state[p]["average"] = average
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        for state in self.state.values():  # torch has cast the average to the parameter's dtype
-            state["average"] = state["average"].bfloat16()
 
 
 def make_optimizer(model, name, lr, weight_decay, betas):
@@ -70,16 +66,16 @@ def step_in_backward(opt):
 
     So the gradients never all exist at once. This needs one backward pass per step and a single
     process. A gradient that is not finite steps nothing.
-    Returns a function that gives the norm of the last backward pass's gradients, NaN if there was
+    Returns a function that gives the norm of the last backward pass's gradients, 0 if there was
     none.
     """
     norms = []
     groups = opt.param_groups
 
     def step(group, p):
-        norm = p.grad.norm()
+        norm = p.grad.norm().item()
         norms.append(norm)
-        if norm.isfinite():
+        if math.isfinite(norm):
             opt.param_groups = [group | {"params": [p]}]  # to look at no other parameter
             opt.step()
             opt.param_groups = groups
@@ -91,7 +87,7 @@ def step_in_backward(opt):
                 p.register_post_accumulate_grad_hook(functools.partial(step, group))
 
     def gradient_norm():
-        norm = torch.stack(norms or [torch.tensor(math.nan)]).norm()
+        norm = torch.tensor(norms).norm()
         norms.clear()
         return norm
 

@@ -8,9 +8,7 @@ The folder of a run: its lock, its config.py and its log.
 
 import contextlib
 import fcntl
-import hashlib
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -21,18 +19,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def code_version():
-    """The git commit of this code, "-dirty" if files differ from it; without git, their hash."""
+    """The git commit of this code, "-dirty" if files differ from it."""
     status, commit = subprocess.getstatusoutput(
         f"git -C '{ROOT}' describe --always --dirty --abbrev=12"
     )
-    if status == 0:
-        return commit
-    return hash_files(sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]))
-
-
-def hash_files(paths):
-    """sha256 of the contents of files, in hexadecimal."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    return commit if status == 0 else "an unknown commit"
 
 
 def claim_folder(out_dir, replace):
@@ -88,7 +79,7 @@ def open_run(out_dir, config, version, iteration, resume):
 
 
 def read_log(out_dir):
-    """The records of a run's log.jsonl. A line that a kill cut short is left out."""
+    """The records of a run's log.jsonl. A line that a kill or a full disk cut short is left out."""
     records = []
     for line in Path(out_dir, "log.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
@@ -101,11 +92,8 @@ def append_log(out_dir, record):
     log = Path(out_dir, "log.jsonl")
     # JSON has no NaN
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
-    size = log.stat().st_size if log.exists() else 0
     try:
         with open(log, "a") as f:
             print(json.dumps(record), file=f)
     except OSError as e:
         print0(f"WARNING: {log} not written ({e})")
-        if log.exists():
-            os.truncate(log, size)  # leave no half a line

@@ -54,8 +54,6 @@ def test_only_dense_floats_are_read(tmp_path, where):
         key = list(holder)[-1]
         holder[key] = tensor
         torch.save(content, tmp_path / "a.pt")
-        if name in FINE and where == "stats":  # a matrix is refused for its shape
-            continue
         if name in FINE:
             checkpoint.read_checkpoint(tmp_path / "a.pt")
             continue
@@ -70,7 +68,7 @@ def test_weights_that_are_not_the_models(tmp_path, name):
     odd = fuzz.odd_tensors(torch.randn(16, 8))[name]
     torch.save(state(ema={"0.weight": odd, "0.bias": torch.zeros(16)}), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"0\.weight") as error:
-        parameters = checkpoint.read_weights(tmp_path / "a.pt", "ema")
+        _, parameters = checkpoint.read_weights(tmp_path / "a.pt", "ema")
         checkpoint.load_weights(model, parameters, torch.Tensor.float)
     assert "\n" not in str(error.value)
     models = {"ema": model, "model": model}
@@ -82,15 +80,7 @@ def test_weights_that_are_not_the_models(tmp_path, name):
 def test_missing_weights(tmp_path):
     torch.save(state(ema=3), tmp_path / "a.pt")
     with pytest.raises(ValueError, match="has no weights 'ema'"):
-        next(checkpoint.read_weights(tmp_path / "a.pt", "ema"))
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (9,), (1, 8)])
-def test_statistics_of_another_shape(tmp_path, shape):
-    """They would be broadcast, or end in a traceback."""
-    torch.save(state(stats={"cond_mean": torch.zeros(shape)}), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"stats.cond_mean has shape \(.*not \(8,\)"):
-        checkpoint.read_checkpoint(tmp_path / "a.pt")
+        checkpoint.read_weights(tmp_path / "a.pt", "ema")
 
 
 @pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_sq"])
@@ -121,7 +111,7 @@ def test_a_damaged_file(tmp_path):
     with pytest.raises(ValueError, match="it is damaged"):
         checkpoint.read_checkpoint(path)
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="it is empty"):
+    with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.read_checkpoint(path)
 
 
@@ -137,7 +127,7 @@ def test_a_compressed_file(tmp_path):
 
 
 def test_a_file_is_checked_once_and_in_pieces(tmp_path, monkeypatch):
-    """By the first process alone, until it is written anew."""
+    """By the first process alone."""
     path = tmp_path / "a.pt"
     weights = {str(i): torch.zeros(1) for i in range(40)} | {"a": torch.zeros(1 << 23)}
     torch.save(state(ema=weights), path)
@@ -150,19 +140,16 @@ def test_a_file_is_checked_once_and_in_pieces(tmp_path, monkeypatch):
 
     monkeypatch.setattr(zipfile.ZipFile, "testzip", count)
     tracemalloc.start()
-    assert len(list(checkpoint.read_weights(path, "ema"))) == 41
+    _, parameters = checkpoint.read_weights(path, "ema")
+    assert len(parameters) == 41
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert calls["testzip"] == 1 and peak < 8 << 20
-    torch.save(state(iter=6), path)
-    checkpoint.read_checkpoint(path)
-    assert calls["testzip"] == 2
     damage(path, path.stat().st_size // 3)
     monkeypatch.setattr(checkpoint, "RANK", 1)
-    checkpoint.check_file.cache_clear()
     monkeypatch.setattr(torch, "load", lambda *args, **options: state())
     checkpoint.read_checkpoint(path)
-    assert calls["testzip"] == 2
+    assert calls["testzip"] == 1
 
 
 def test_a_damaged_run_is_not_resumed(dataset, trained, tmp_path):
@@ -176,7 +163,7 @@ def test_a_damaged_run_is_not_resumed(dataset, trained, tmp_path):
     assert "ckpt_best.pt" in words
     (out / "ckpt_last.pt").write_bytes(b"")
     words = refused("train.py", f"--out_dir={out}", "--init_from=auto")
-    assert "ckpt_last.pt cannot be read as a checkpoint: it is empty" in words
+    assert "ckpt_last.pt cannot be read as a checkpoint: " in words
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -187,18 +174,3 @@ def test_fuzzed_checkpoints_are_read_right_or_refused(tmp_path):
         ends[end.split(":")[0]] += count
     assert ends.keys() == {"weights", "refused"} and sum(ends.values()) == 100
     assert ends["weights"] >= 8 and ends["refused"] > 50
-
-
-def test_a_copy_without_pinned_memory(monkeypatch):
-    """Where the host has none left, a checkpoint is copied as any tensor is."""
-    to = torch.Tensor.to
-
-    def without(x, *args, non_blocking=False, **kwargs):
-        if non_blocking:
-            raise RuntimeError("CUDA error: out of memory")
-        return to(x, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", without)
-    x = torch.arange(3.0)
-    copied = checkpoint.gather({"a": {"b": x}, "c": 1}, copy=True)
-    assert torch.equal(copied["a"]["b"], x) and copied["a"]["b"] is not x and copied["c"] == 1

@@ -84,7 +84,6 @@ def test_reading_leaves_memory_flat(tmp_path):
     [
         (lambda folder: (folder / "meta.json").unlink(), "is incomplete or damaged: .*meta.json"),
         (lambda folder: (folder / "stats.npz").unlink(), "No such file.*stats.npz"),
-        (lambda folder: (folder / "val_items.jsonl").unlink(), "No such file.*val_items.jsonl"),
         (lambda folder: np.save(folder / "val_cond.npy", np.ones((3, 4, 6))), "has shape"),
     ],
 )
@@ -161,12 +160,11 @@ def three(tmp_path_factory):
     return folder
 
 
-def test_several_folders_are_one(three, monkeypatch):
+def test_several_folders_are_one(three):
     """Arrays, statistics and the samples of each iteration, by commas or by a pattern."""
     parts = [open_dataset(three / f"part{i}") for i in range(3)]
     data = open_dataset(",".join(str(three / f"part{i}") for i in range(3)))
-    monkeypatch.setenv("HOME", str(three))
-    assert open_dataset("~/part*")["folders"] == data["folders"]
+    assert open_dataset(f"{three}/part*")["folders"] == data["folders"]
     for name in ARRAYS:
         whole = np.concatenate([part[name] for part in parts])
         assert data[name].shape == whole.shape and len(data[name]) == len(whole)
@@ -204,14 +202,10 @@ def test_folders_that_do_not_go_together(three, tmp_path):
     assert f"{tmp_path / 'wide'} does not go with {three / 'part0'}" in words
     words = refused("train.py", f"--data_dir={three / 'part0'},{tmp_path / 'nowhere'}")
     assert "nowhere' does not exist" in words
-    old = shutil.copytree(three / "part1", tmp_path / "old[1],a")
-    assert len(open_dataset(old)["train_cond"]) == 27  # a name, not a pattern
+    old = shutil.copytree(three / "part1", tmp_path / "old")
     with np.load(old / "stats.npz") as stats:
         np.savez(old / "stats.npz", **{k: v for k, v in stats.items() if "moments" not in k})
-    old = old.rename(tmp_path / "old")
-    assert len(open_dataset(old)["train_cond"]) == 27
-    words = refused("train.py", f"--data_dir={three / 'part0'},{old}")
-    assert f"{old} was prepared by an older version" in words
+    assert len(open_dataset(old)["train_cond"]) == 27  # of an earlier version, but alone
 
 
 def test_made_ahead():
