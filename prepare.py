@@ -26,18 +26,15 @@ import contextlib
 import functools
 import json
 import os
-import re
 import shutil
-import signal
 import sys
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.configurator import check_numbers, configure_paths, set_up_console
-from plumbing.dataset import ARRAYS, FILES, KINDS, statistics
+from plumbing.dataset import ARRAYS, FILES, KINDS, made_ahead, statistics
 from plumbing.sources import (
     DataError,
     Rows,
@@ -48,10 +45,8 @@ from plumbing.sources import (
     load_shard,
     plain,
 )  # fmt: skip
-from plumbing.unpickle import drop_pages
 
-SLICE = 1 << 20  # bytes of samples, of both kinds, that a thread converts: they fit the cache
-AHEAD = 5  # slices that are converted while one is written
+SLICE = 1 << 20  # bytes of samples, of both kinds, that are converted at a time: they fit the cache
 
 # ---- the dataset
 out = ""  # DIR, its folder
@@ -107,9 +102,6 @@ def survey(shards, load):
                 )
         n = len(shard["cond"])
         counts[paths[0].parent] += n
-        promised = plain(shard["content"].get("total_samples", n))
-        if promised != n:
-            print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
         for item in items(shard["content"], n, paths[0]):
             if item["key"] is not None:
                 hashes.append(hash(repr(item["key"])))
@@ -125,9 +117,7 @@ def check_manifests(sources, counts):
     for folder in map(Path, sources):
         manifest = folder / "embeddings_manifest.json"
         if manifest.is_file():
-            promised = "no readable number of"
-            with contextlib.suppress(Exception):  # JSON may hold anything
-                promised = json.loads(manifest.read_text())["total_samples"]
+            promised = json.loads(manifest.read_text()).get("total_samples")
             if promised != counts[folder]:
                 raise DataError(
                     f"{manifest} promises {promised} samples, the files hold {counts[folder]}"
@@ -149,7 +139,7 @@ def moments(samples):
     return np.stack([count, total, np.einsum("ntc,ntc->nc", wide, wide)], 1)
 
 
-def convert(shard, is_val, threads):
+def convert(shard, is_val):
     """Yield the samples in order, in slices: ({kind: samples}, {kind: moments}, is_good).
 
     is_good: whether each sample is finite, (n,)
@@ -157,23 +147,15 @@ def convert(shard, is_val, threads):
     """
     n = len(is_val)
     step = max(1, SLICE * n // sum(shard[kind].nbytes for kind in KINDS))
-
-    def convert_slice(part):
+    for start in range(0, n, step):
+        part = slice(start, start + step)
         with np.errstate(all="ignore"):  # NaN, Inf and an overflow remain in every sum
             samples = {kind: shard[kind][part] for kind in KINDS}  # (n, T, C)
             sums = {kind: moments(x) for kind, x in samples.items()}  # (n, 3, C)
             is_good = np.isfinite(sum(x.sum((1, 2)) for x in sums.values()))
         train = is_good & ~is_val[part]
         sums = {kind: x[train].sum(0) for kind, x in sums.items()}
-        return samples, sums, is_good
-
-    pending = deque()
-    for start in range(0, n, step):
-        pending.append(threads.submit(convert_slice, slice(start, start + step)))
-        if len(pending) > AHEAD:
-            yield pending.popleft().result()
-    for future in pending:
-        yield future.result()
+        yield samples, sums, is_good
 
 
 def write_headers(files, layout, counts):
@@ -198,32 +180,28 @@ def write_arrays(shards, load, is_val, repeated, files):
     """
     totals, counts, left_out = Counter(), Counter(), []
     i = 0  # samples that are written
-    with ThreadPoolExecutor(3) as threads:
-        for paths in shards:
-            shard = load(paths)
-            n = len(shard["cond"])
-            rows = items(shard["content"], n, paths[0])
-            slices = convert(shard, is_val[i : i + n], threads)
-            for number, (samples, sums, is_good) in enumerate(slices):
-                if number % 128 == 0:
-                    for kind in KINDS:
-                        # those that were read; those in use come back, at a cost
-                        drop_pages(shard[kind])
-                    print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
-                totals.update(sums)
-                for good, item, cond, target in zip(is_good, rows, *samples.values()):
-                    key = item["key"]
-                    if hash(repr(key)) in repeated:
-                        item["key"] = f"{key}#{i}"
-                    if good:
-                        which = "val" if is_val[i] else "train"
-                        counts[which] += 1
-                        files[f"{which}_cond.npy"].write(cond)
-                        files[f"{which}_target.npy"].write(target)
-                        files[f"{which}_items.jsonl"].write(f"{json.dumps(item)}\n".encode())
-                    else:
-                        left_out.append(f"sample {i} (key {key!r:.80})")
-                    i += 1
+    for paths in shards:
+        shard = load(paths)
+        n = len(shard["cond"])
+        rows = items(shard["content"], n, paths[0])
+        slices = made_ahead(convert(shard, is_val[i : i + n]))
+        for number, (samples, sums, is_good) in enumerate(slices):
+            if number % 128 == 0:
+                print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
+            totals.update(sums)
+            for good, item, cond, target in zip(is_good, rows, *samples.values()):
+                key = item["key"]
+                if hash(repr(key)) in repeated:
+                    item["key"] = f"{key}#{i}"
+                if good:
+                    which = "val" if is_val[i] else "train"
+                    counts[which] += 1
+                    files[f"{which}_cond.npy"].write(cond)
+                    files[f"{which}_target.npy"].write(target)
+                    files[f"{which}_items.jsonl"].write(f"{json.dumps(item)}\n".encode())
+                else:
+                    left_out.append(f"sample {i} (key {key!r:.80})")
+                i += 1
     if left_out:
         line = f"NaN, Inf or too large values in {len(left_out)} of {i} samples"
         if not skip_bad or len(counts) < 2:  # or all of a split are bad
@@ -241,23 +219,13 @@ def prepare(sources, config):
     config: all settings, for meta.json. Raises DataError.
     """
     folder = Path(out)
-    meta_path = folder / "meta.json"
     partial = folder / ".partial-dataset"
     names = (*FILES, "meta.json")
-    written = [(folder / name).resolve() for name in names]
-    is_ours = meta_path.is_file() and '"layout"' in meta_path.read_text()
-    if is_ours and not overwrite:
-        raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
-    if not is_ours and not partial.exists():
-        for path in written:
-            if path.exists():
-                raise DataError(
-                    f"{out} holds {path.name}, but no dataset of prepare.py: choose another --out"
-                )
+    for name in names:
+        if (folder / name).exists() and not overwrite:
+            raise DataError(f"{out} holds {name}: choose another --out or pass --overwrite=True")
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
-    if not re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", grid):
-        raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     shards, arrays = find_files(sources)
     half, odd = divmod(len(arrays), 2)
     if odd:
@@ -266,9 +234,6 @@ def prepare(sources, config):
         )
     shards += zip(arrays[:half], arrays[half:])
     paths = [path for files in shards for path in files]
-    for path in paths:
-        if path.resolve() in written:
-            raise DataError(f"{path} is both a source and a file to be written")
 
     @functools.lru_cache(2)
     def load(paths):
@@ -280,7 +245,7 @@ def prepare(sources, config):
     _, val = split(counts.total(), val_fraction, seed)
     is_val = np.zeros(counts.total(), bool)
     is_val[val] = True
-    partial.mkdir(parents=True, exist_ok=True)  # where a run was killed
+    partial.mkdir(parents=True, exist_ok=True)  # it is there where a run was killed
     try:
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(partial / name, "wb")) for name in FILES}
@@ -299,14 +264,12 @@ def prepare(sources, config):
         )
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         # without meta.json there is no dataset, until all of the new one is in place
-        meta_path.unlink(missing_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
         for name in names:
             os.replace(partial / name, folder / name)
     finally:
         print(file=sys.stderr)  # ends the line that shows the progress
         shutil.rmtree(partial)
-        with contextlib.suppress(OSError):  # which says that it is not empty
-            folder.rmdir()
     return meta
 
 
@@ -331,10 +294,9 @@ def print_contents(shards, arrays):
 def main():
     set_up_console()
     config, sources = configure_paths(globals())
-    check_numbers(config, positive="pool", any_sign="")
+    check_numbers(config, positive="pool")
     if not sources or not (out or inspect):
         sys.exit("error: name sources and a folder: python prepare.py SRC [SRC ...] --out=DIR")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C
     try:
         if inspect:
             return print_contents(*find_files(sources))

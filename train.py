@@ -9,11 +9,9 @@ Writes ckpt_last.pt, ckpt_best.pt, log.jsonl, and config.py, which repeats the r
 """
 
 import copy
-import faulthandler
 import functools
 import math
 import sys
-import textwrap
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -111,16 +109,13 @@ dist_timeout = 10.0  # minutes that the processes wait for one that hangs
 seed = 0
 # ----
 
-faulthandler.enable()  # names the signal that ends a run whose data file is cut off, SIGBUS
 set_up_console()  # until the training loop
 config = configure(globals())
-folder = Path(out_dir)
-last, best = folder / "ckpt_last.pt", folder / "ckpt_best.pt"
+last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
 newest = Path(init_from)  # it may name one of this run's own
 if init_from in ("resume", "auto"):
     newest = last if last.exists() else best
-is_own = newest.is_file() and newest.parent.resolve() == folder.resolve()
-resume = init_from == "resume" or is_own
+resume = init_from == "resume" or newest in (last, best) and newest.exists()
 ckpt, parameters = {}, None
 given = {}  # the settings that come with the weights; those of the command line win
 if resume:
@@ -144,7 +139,7 @@ check_numbers(config, positive, any_sign="t_mean")
 
 # ---------------------------------------------------------------- system
 device = distributed.pick_device(device)
-device_type = device.split(":")[0]
+device_type = torch.device(device).type
 dtype = distributed.pick_dtype(dtype, device)
 torch_dtype = getattr(torch, dtype)
 if gradient_accumulation_steps is None:
@@ -164,9 +159,9 @@ if gradient_accumulation_steps % WORLD_SIZE:
 if LAUNCHED:
     device = distributed.init_distributed(device, dist_timeout)
 interrupts = distributed.Interrupts(time_limit, device)
-# "high": TF32 on cuda. On a CPU "medium" chooses oneDNN, up to twice as fast as MKL; it computes in
-# float32 as well, except on processors with AMX, where it uses bfloat16.
-torch.set_float32_matmul_precision("medium" if device_type == "cpu" else "high")
+# TF32 on cuda. On a CPU it chooses oneDNN, up to twice as fast as MKL; it computes in float32 as
+# well, except on processors with AMX, where it uses bfloat16.
+torch.set_float32_matmul_precision("medium")
 # no cache: a weight is used once per pass, and its casts would be a second copy of the model
 autocast = torch.autocast(device_type, torch_dtype, enabled=dtype != "float32", cache_enabled=False)
 
@@ -185,13 +180,10 @@ target_normalizer = Normalizer(normalize, stats["target_mean"], stats["target_st
 samples_per_iter = batch_size * gradient_accumulation_steps
 if num_epochs is not None:
     max_iters = math.ceil(num_epochs * loader.n_train / samples_per_iter)
-    config |= {"max_iters": max_iters, "num_epochs": None}
 
 
 def encode(target, cond):
     """A raw batch, (B, T, D) and (B, S, C), on the device and normalized."""
-    target = target.to(device, non_blocking=True)
-    cond = cond.to(device, non_blocking=True)
     return target_normalizer.encode(target), cond_normalizer.encode(cond)
 
 
@@ -219,10 +211,8 @@ config |= dict(
 flow_config = FlowConfig(**{name: config[name] for name in FlowConfig.__dataclass_fields__})
 settings = {name: config[name] for name in NextDiTConfig.__dataclass_fields__ if name in config}
 model_config = NextDiTConfig(data["meta"]["grid"], target_dim=D, cond_dim=C, **settings)
-config |= dict(n_kv_head=model_config.n_kv_head, ffn_dim=model_config.ffn_dim)
 torch.manual_seed(seed)
-with torch.device("meta" if parameters else "cpu"):
-    raw_model = NextDiT(model_config)
+raw_model = NextDiT(model_config)
 if parameters:
     checkpoint.check_fixed(init_from, given, config | asdict(model_config))
     checkpoint.warn_of_distance(init_from, stats, data_stats)
@@ -243,20 +233,17 @@ if resume:
     saver.best_val_loss = ckpt["best_val_loss"]
     config["init_from"] = given["init_from"]  # where the run began
 # they were made on the CPU, and are sharded before they move: no GPU ever holds a whole one
-for net in dict.fromkeys([raw_model, ema_model]):
+for net in {raw_model, ema_model}:
     if fsdp:
         distributed.shard_model(net, torch_dtype)
     net.to(device)
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
     checkpoint.restore_optimizer(ckpt, opt)
-    last_lr = ckpt["optimizer"]["param_groups"][0]["lr"]
     del ckpt
 if all_reduce_sum(torch.tensor(iteration, device=device)) != WORLD_SIZE * iteration:
     raise ValueError(f"the processes see different files {newest}: out_dir must be shared by them")
 params, ema_params = list(raw_model.parameters()), list(ema_model.parameters())
-if optimizer_in_backward:
-    gradient_norm = step_in_backward(opt)
 
 if compile or compile is None and device_type == "cuda":
     # block by block: they are all alike, and DDP or FSDP work between them
@@ -292,7 +279,7 @@ def get_lr(iteration):
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / warmup_iters
     progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
     return min_lr + (learning_rate - min_lr) * cosine
 
 
@@ -309,22 +296,20 @@ def forward_backward(micro):
     with autocast:
         losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
     loss = losses.mean() / micro_steps
-    # optimizer_in_backward updates here, so a bad loss must be caught here, which waits for the
-    # device; otherwise the loop does so, once per iteration
-    if not optimizer_in_backward or loss.isfinite():
-        scaler.scale(loss).backward()
+    scaler.scale(loss).backward()
     output_norm = output.norm(dim=-1).mean() / micro_steps  # over tokens
     return torch.stack([loss, output_norm]).detach()
 
 
 def clip_gradients():
-    """Clip the gradients and return their norm before. With optimizer_in_backward they are gone:
-    only return it."""
-    if optimizer_in_backward:
-        return gradient_norm().to(device)
+    """Clip the gradients and return their norm before."""
     scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     return norm.full_tensor() if fsdp else norm
+
+
+if optimizer_in_backward:  # then they are gone when this is called: it only returns their norm
+    clip_gradients = step_in_backward(opt)
 
 
 def evaluate():
@@ -353,15 +338,15 @@ def evaluate():
     for name, net in evaluated.items():
         losses = map_rows(lambda rows: loss_of_rows(net, rows), n_eval, eval_batch_size, interrupts)
         results[name] = losses.mean().item()
-        for i in bins.unique().tolist():
+        for i in range(TIME_BINS):
             results[f"{name}_t{i}"] = losses[bins == i].mean().item()
     if eval_samples:
         truth = data["val_target"][:eval_samples]  # (n, T, D), raw, as the samples
         samples = map_rows(samples_of_rows, len(truth), eval_batch_size, interrupts)
-        metrics = score.metrics(standardize(samples), standardize(truth), data["meta"]["grid"])
+        metrics = score.metrics(standardize(samples), standardize(truth), model_config.grid)
         results |= {f"val_{name}": float(metrics[name]) for name in SAMPLED}
     text = " ".join(f"{name}={value:.4g}" for name, value in results.items())
-    print0(textwrap.fill(f"iter {iteration} | {text}", 110, subsequent_indent="    "))
+    print0(f"iter {iteration} | {text}")
     return results
 
 
@@ -387,8 +372,8 @@ def ask_wandb(function):
 def write_log(record):
     if RANK == 0:
         run_folder.append_log(out_dir, record)
-    if wandb_log:
-        ask_wandb(lambda: wandb.log(record, step=iteration))
+        if wandb_log:
+            ask_wandb(lambda: wandb.log(record, step=iteration))
 
 
 # ---------------------------------------------------------------- start
@@ -402,24 +387,20 @@ print0(
 )
 if warmup_iters >= max_iters:
     print0(f"WARNING: the warmup, {warmup_iters} iterations, takes the whole run of {max_iters}")
-if iteration > warmup_iters and get_lr(iteration) > 1.1 * last_lr:
-    print0(f"WARNING: the learning rate rises from {last_lr:.2g} to {get_lr(iteration):.2g}")
 if eval_only:
     evaluate()
     distributed.exit_process()
 if dry_run:
-    loss, _ = forward_backward(micros[0]).tolist()
+    forward_backward(micros[0])
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device_type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    print0(f"dry run: loss {loss * micro_steps:.4f}, peak memory {peak / 1e9:.2f} GB")
+    peak = torch.cuda.max_memory_allocated()  # 0 on other devices
+    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print0(f"dry run: peak memory {peak / 1e9:.2f} GB")
     distributed.exit_process()
 version = run_folder.code_version()
 lock = run_folder.claim_folder(out_dir, resume or overwrite)  # as long as this is here
-wandb_log = wandb_log and RANK == 0
-if wandb_log:
+if wandb_log and RANK == 0:
     import wandb
 
     init = functools.partial(
@@ -445,7 +426,6 @@ while not stop:
     for group in opt.param_groups:
         group["lr"] = lr
     record = {"iter": iteration}
-    files, val_loss = [], None  # to be written
     done = iteration >= max_iters
 
     if done or iteration % eval_interval == 0:
@@ -457,14 +437,12 @@ while not stop:
         saver.wait()
         # never an untrained model
         if (iteration or parameters) and record["val_loss"] < saver.best_val_loss:
-            files, val_loss = [best], record["val_loss"]
+            saver.start([best], state(), record["val_loss"])
     start = time.perf_counter()
     # not while updates are skipped: the last good checkpoint is where to go on from
     is_sound = bad_in_a_row == 0 and math.isfinite(record.get("val_loss", 0.0))
     if is_sound and (done or iteration > 0 and iteration % save_interval == 0):
-        files.append(last)
-    if files:
-        saver.start(files, state(), val_loss)
+        saver.start([last], state())
     if done:
         write_log(record)
         break
@@ -504,8 +482,6 @@ while not stop:
             left = pace * (max_iters - iteration - 1)
             record |= dict(ms=1000 * pace, samples_per_s=rate, mfu=mfu, seconds_left=left)
             text += f" | {rate:.4g} samples/s | mfu {mfu:.0%} | {left / 60:.0f} min left"
-        if device_type == "cpu" and distributed.is_crowded():
-            text += " | the machine is busy: try OMP_NUM_THREADS=1"
         print0(text)
     if len(record) > 1:
         write_log(record)
@@ -524,10 +500,7 @@ interrupts.restore()
 if stop:
     print0(f"stopped before iteration {iteration} by {interrupts.reason or 'another process'}")
 elif is_sound:
-    print0(
-        f"done: {iteration} iterations, best validation loss {saver.best_val_loss:.4f}, "
-        f"in {out_dir}"
-    )
+    print0(f"done: {iteration} iterations, best val_loss {saver.best_val_loss:.4f}, in {out_dir}")
 else:
     sys.exit(f"error: the last iterations were not finite: {last} is an older one")
 if not saved:

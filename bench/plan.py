@@ -161,11 +161,11 @@ def main():
     settings = default_settings()
     of = ""
     if args.config:
-        settings |= read_file(args.config, ROOT)
+        settings |= read_file(args.config)
         of = f" with {args.config}"
     recipes = {
         "train.py's defaults" + of: settings,
-        BLIP3O + of: settings | read_file(BLIP3O, ROOT),
+        BLIP3O + of: settings | read_file(ROOT / BLIP3O),
     }
     for name, recipe in recipes.items():
         config = model_config(recipe, grid, T, C, D)

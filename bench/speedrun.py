@@ -426,7 +426,7 @@ def main():
     torch.set_float32_matmul_precision("medium")  # for all, as train.py does
     torch.empty(33_000_000, dtype=torch.uint8)  # so that glibc keeps freed memory, for all
     data = open_dataset(args.data)
-    ours = default_settings() | read_file(args.config, ROOT)
+    ours = default_settings() | read_file(args.config)
     theirs = ours | PLAIN | dict(batch_size=args.batch, gradient_accumulation_steps=1)
     if args.ours is None:
         variants = [("ours", ours, args.budget / part) for part in (1, 5, 10)]

@@ -50,10 +50,10 @@ def configure(namespace, argv=None, paths=None):
                 sys.exit(f"error: cannot read the argument {arg!r}: write --key=value")
             config[key] = check(key, text, defaults, arg, from_text=True)
         elif paths is None:
-            for key, value in read_file(arg, script.parent).items():
+            for key, value in read_file(arg).items():
                 config[key] = check(key, value, defaults, arg)
         else:
-            paths.append(os.path.expanduser(arg))
+            paths.append(arg)
     namespace.update(config)
     return config
 
@@ -83,18 +83,13 @@ def read_defaults(source):
     return defaults
 
 
-def read_file(path, script_dir):
-    """The public names that a config file assigns. Its path is relative to the working
-    directory or, failing that, to the script's folder."""
-    for file in (Path(path).expanduser(), script_dir / path):
-        if file.is_file():
-            break
-    else:
-        sys.exit(f"error: no config file {path!r} here or in {script_dir} (flags are --key=value)")
+def read_file(path):
+    """The public names that a config file assigns."""
     try:
-        values = runpy.run_path(file)
+        values = runpy.run_path(path)
     except Exception as e:  # the user's file may raise anything
-        sys.exit(f"error: config file {path!r} failed: {type(e).__name__}: {e}")
+        reason = f"{type(e).__name__}: {e}"
+        sys.exit(f"error: config file {path} failed: {reason} (settings are --key=value)")
     return {k: v for k, v in values.items() if k[0] != "_" and not hasattr(v, "__name__")}
 
 
@@ -122,7 +117,7 @@ def check(key, value, defaults, origin, from_text=False):
     return value
 
 
-def check_numbers(config, positive, any_sign):
+def check_numbers(config, positive, any_sign=""):
     """Exit with one line unless all numbers are finite, at most 1e10, and at least 0, or above 0 if
     `positive` names them, or of any sign if `any_sign` does (names with spaces between them)."""
     for name, value in config.items():

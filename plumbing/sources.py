@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.dataset import Joined
+from plumbing.dataset import KINDS, Joined
 from plumbing.unpickle import BFLOAT16, DataError, describe, dtype_name
 from plumbing.unpickle import load as load_pickle
 
@@ -40,7 +40,7 @@ def list_folder(folder):
         paths = sorted(folder.glob(f"*.{ending}"), key=natural_order)
         if paths:
             return [(path,) for path in paths]
-    names = {path.name for kind in ("cond", "target") for path in folder.glob(f"{kind}/*.npy")}
+    names = {path.name for kind in KINDS for path in folder.glob(f"{kind}/*.npy")}
     if not names:
         raise DataError(
             f"{folder}: no such file, and no folder of .pkl or .pt files, of .safetensors, "
@@ -150,7 +150,7 @@ class Rows:
         for drop in (0, drop_tokens or drop_cls):
             side = math.isqrt(abs(tokens - drop))
             expected = asked or (side, side)
-            if 0 < math.prod(expected) == tokens - drop <= tokens:
+            if len(expected) == 2 and 0 < math.prod(expected) == tokens - drop <= tokens:
                 grid, self.n_dropped = expected, drop
         tokens -= self.n_dropped
         self.pool = min(pool, tokens)  # embeddings of one token are pooled already

@@ -49,10 +49,6 @@ class DataError(ValueError):
     """What is wrong with the user's data, in one line."""
 
 
-class Tensor(np.ndarray):
-    """An array that the file holds as a torch tensor."""
-
-
 # ---------------------------------------------------------------- what a pickle may build
 
 
@@ -117,7 +113,7 @@ def make_tensor(storage, offset, size, stride, gradient, hooks, *negated):
         if count and max(count, last + 1) > len(values):
             raise DataError(f"a tensor larger than its storage: shape {tuple(size)}")
         strides = [step * values.itemsize for step in stride]
-        return Tensor(size, values.dtype, values, 0, strides)
+        return np.ndarray(size, values.dtype, values, 0, strides)
 
     array = Array()
     array.resolve = resolve
@@ -198,7 +194,7 @@ for line in TYPES.splitlines():
 OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
     BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
-    EMPTY_SET ADDITEMS FROZENSET NEWOBJ NEWOBJ_EX
+    EMPTY_SET ADDITEMS NEWOBJ
     MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"""
 OPCODES = {getattr(pickle, name) for name in OPCODES.split()}
 
@@ -274,14 +270,6 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
     def load_empty_set(self):
         self.append(Unknown("<builtins.set>"))  # hashing its items could take forever
 
-    def load_frozenset(self):
-        self.pop_mark()
-        self.load_empty_set()
-
-    def load_newobj_ex(self):
-        self.stack.pop()  # its keyword arguments
-        self.load_reduce()
-
     load_newobj = load_reduce
     load_bytearray8 = pickle._Unpickler.load_binbytes8
 
@@ -297,8 +285,7 @@ def dtype_name(array):
 def describe(value):
     """What a file holds under a key, in a few words."""
     if isinstance(value, np.ndarray):
-        kind = "tensor" if isinstance(value, Tensor) else "array"
-        return f"{kind} of shape {value.shape}, {dtype_name(value)}"
+        return f"array of shape {value.shape}, {dtype_name(value)}"
     if isinstance(value, Unknown):
         return value
     if hasattr(value, "__len__"):

@@ -255,7 +255,7 @@ def test_a_new_run_takes_nothing_from_one_without_a_checkpoint(dataset, tmp_path
     out.mkdir()
     (out / "config.py").write_text("n_kv_head = 1\n")
     train(dataset, out, "--init_from=auto", "--max_iters=1")
-    assert checkpoint(out)["config"]["n_kv_head"] == 2  # as many as heads
+    assert checkpoint(out)["model_args"]["n_kv_head"] == 2  # as many as heads
 
 
 def test_a_copy_of_a_run_goes_on_where_it_lies(tmp_path, trained):
@@ -276,7 +276,7 @@ def test_without_averages_a_run_goes_on_from_its_raw_weights(dataset, tmp_path, 
 def test_dry_run_and_evaluation_alone_write_nothing(dataset, tmp_path, trained):
     out = shutil.copytree(trained, tmp_path / "out")
     done = train(dataset, out, "--init_from=resume", "--dry_run=True")
-    assert "dry run: loss" in done.stdout
+    assert "dry run: peak memory" in done.stdout
     assert "done" not in done.stdout
     args = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}", "--init_from=resume"]
     words = refused(*args, "--eval_only=True", "--time_limit=0")
@@ -442,15 +442,10 @@ def test_resumes_from_the_checkpoint_that_is_named(dataset, tmp_path, trained):
     assert measured(out) == measured(trained)
 
 
-def test_learning_rates_that_may_surprise(dataset, tmp_path, trained):
+def test_a_warmup_that_takes_the_whole_run(dataset, tmp_path):
     assert "WARNING" not in train(dataset, tmp_path / "a").stdout
     done = train(dataset, tmp_path / "b", "--warmup_iters=6")
     assert "WARNING: the warmup, 6 iterations, takes the whole run of 6" in done.stdout
-    out = shutil.copytree(trained, tmp_path / "out")
-    done = train(dataset, out, "--init_from=resume", "--max_iters=12")
-    rates = [line["lr"] for line in log(out) if "lr" in line]
-    assert rates[6] > rates[5]
-    assert f"WARNING: the learning rate rises from 0 to {rates[6]:.2g}" in done.stdout
 
 
 def test_what_accompanies_a_run_cannot_end_it(dataset, tmp_path, trained):
@@ -497,12 +492,12 @@ def test_output_that_nobody_takes_ends_no_run(dataset, tmp_path, trained, kind):
 
 
 def test_data_that_is_cut_off_under_a_run(tmp_path):
-    """A word, at least."""
+    """It ends at once, by a signal that a shell or torchrun names: Bus error."""
     make_pickle(tmp_path / "data.pkl", n=400, grid=(4, 4))
     run("prepare.py", tmp_path / "data.pkl", f"--out={tmp_path / 'data'}")
     flags = [*TINY, f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}"]
     process = start("train.py", *flags, "--max_iters=100000", "--eval_interval=100000")
     wait_for(process, "iter 3 ")
     os.truncate(tmp_path / "data" / "train_cond.npy", 200)
-    assert "Bus error" in process.communicate(timeout=100)[0]
-    assert process.returncode != 0
+    process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGBUS

@@ -199,7 +199,7 @@ def test_epochs_subset_and_settings_of_the_flow(dataset, tmp_path):
     assert "12 samples, 8 per iteration, 3 iterations (2.0 epochs)" in done.stdout
     assert log(tmp_path / "out")[-1]["iter"] == 3
     assert checkpoint(tmp_path / "out")["flow"]["prediction"] == "x"
-    run("train.py", f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--max_iters=4")
+    run("train.py", f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--num_epochs=2.6")
     assert log(tmp_path / "out")[-1]["iter"] == 4
 
 
@@ -208,8 +208,6 @@ def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
     done = train(dataset, trained, "--init_from=resume", "--eval_only=True")
     for name in ("val_loss", "val_loss_raw_t3", "val_frechet"):
         assert f"{name}={last[name]:.4g}" in done.stdout
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("--")]  # settings
-    assert max(map(len, lines)) <= 110
     assert log(trained)[-1] == last  # nothing was written
     assert "peak memory" in train(dataset, tmp_path / "dry", "--dry_run=True").stdout
     assert not (tmp_path / "dry").exists()
@@ -217,18 +215,6 @@ def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
     assert log(tmp_path / "debug")[-1]["iter"] == 10
     settings = (tmp_path / "debug" / "config.py").read_text()
     assert "debug = False" in settings and "max_iters = 1000" in settings  # for a run that goes on
-
-
-def test_a_hint_where_threads_compete(dataset, tmp_path):
-    hint = "the machine is busy: try OMP_NUM_THREADS=1"
-    for threads, load in ((2, 99.0), (1, 99.0), (2, 0.1)):
-        patch = f"""
-import os, torch
-torch.set_num_threads({threads})
-os.getloadavg = lambda: ({load}, 0.0, 0.0)
-"""
-        done = train(dataset, tmp_path / f"{threads}-{load}", patch=patch)
-        assert (hint in done.stdout) == (threads > 1 and load > 1)
 
 
 def test_compile(dataset, tmp_path):
