@@ -102,6 +102,9 @@ def survey(shards, load):
                 )
         n = len(shard["cond"])
         counts[paths[0].parent] += n
+        promised = plain(shard["content"].get("total_samples", n))
+        if promised != n:
+            print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
         for item in items(shard["content"], n, paths[0]):
             if item["key"] is not None:
                 hashes.append(hash(repr(item["key"])))
@@ -219,11 +222,19 @@ def prepare(sources, config):
     config: all settings, for meta.json. Raises DataError.
     """
     folder = Path(out)
+    meta_path = folder / "meta.json"
     partial = folder / ".partial-dataset"
     names = (*FILES, "meta.json")
-    for name in names:
-        if (folder / name).exists() and not overwrite:
-            raise DataError(f"{out} holds {name}: choose another --out or pass --overwrite=True")
+    written = [(folder / name).resolve() for name in names]
+    is_ours = meta_path.is_file() and '"layout"' in meta_path.read_text()
+    if is_ours and not overwrite:
+        raise DataError(f"{out} holds a dataset: choose another --out or pass --overwrite=True")
+    if not is_ours and not partial.exists():
+        for path in written:
+            if path.exists():
+                raise DataError(
+                    f"{out} holds {path.name}, but no dataset of prepare.py: choose another --out"
+                )
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
     shards, arrays = find_files(sources)
@@ -234,6 +245,9 @@ def prepare(sources, config):
         )
     shards += zip(arrays[:half], arrays[half:])
     paths = [path for files in shards for path in files]
+    for path in paths:
+        if path.resolve() in written:
+            raise DataError(f"{path} is both a source and a file to be written")
 
     @functools.lru_cache(2)
     def load(paths):
@@ -264,7 +278,7 @@ def prepare(sources, config):
         )
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         # without meta.json there is no dataset, until all of the new one is in place
-        (folder / "meta.json").unlink(missing_ok=True)
+        meta_path.unlink(missing_ok=True)
         for name in names:
             os.replace(partial / name, folder / name)
     finally:

@@ -233,13 +233,14 @@ if resume:
     saver.best_val_loss = ckpt["best_val_loss"]
     config["init_from"] = given["init_from"]  # where the run began
 # they were made on the CPU, and are sharded before they move: no GPU ever holds a whole one
-for net in {raw_model, ema_model}:
+for net in dict.fromkeys([raw_model, ema_model]):
     if fsdp:
         distributed.shard_model(net, torch_dtype)
     net.to(device)
 opt = make_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 if resume:
     checkpoint.restore_optimizer(ckpt, opt)
+    last_lr = ckpt["optimizer"]["param_groups"][0]["lr"]
     del ckpt
 if all_reduce_sum(torch.tensor(iteration, device=device)) != WORLD_SIZE * iteration:
     raise ValueError(f"the processes see different files {newest}: out_dir must be shared by them")
@@ -387,6 +388,8 @@ print0(
 )
 if warmup_iters >= max_iters:
     print0(f"WARNING: the warmup, {warmup_iters} iterations, takes the whole run of {max_iters}")
+if iteration > warmup_iters and get_lr(iteration) > 1.1 * last_lr:
+    print0(f"WARNING: the learning rate rises from {last_lr:.2g} to {get_lr(iteration):.2g}")
 if eval_only:
     evaluate()
     distributed.exit_process()
@@ -426,6 +429,7 @@ while not stop:
     for group in opt.param_groups:
         group["lr"] = lr
     record = {"iter": iteration}
+    files, val_loss = [], None  # to be written
     done = iteration >= max_iters
 
     if done or iteration % eval_interval == 0:
@@ -437,12 +441,14 @@ while not stop:
         saver.wait()
         # never an untrained model
         if (iteration or parameters) and record["val_loss"] < saver.best_val_loss:
-            saver.start([best], state(), record["val_loss"])
+            files, val_loss = [best], record["val_loss"]
     start = time.perf_counter()
     # not while updates are skipped: the last good checkpoint is where to go on from
     is_sound = bad_in_a_row == 0 and math.isfinite(record.get("val_loss", 0.0))
     if is_sound and (done or iteration > 0 and iteration % save_interval == 0):
-        saver.start([last], state())
+        files.append(last)
+    if files:
+        saver.start(files, state(), val_loss)
     if done:
         write_log(record)
         break
@@ -482,6 +488,8 @@ while not stop:
             left = pace * (max_iters - iteration - 1)
             record |= dict(ms=1000 * pace, samples_per_s=rate, mfu=mfu, seconds_left=left)
             text += f" | {rate:.4g} samples/s | mfu {mfu:.0%} | {left / 60:.0f} min left"
+        if device_type == "cpu" and distributed.is_crowded():
+            text += " | the machine is busy: try OMP_NUM_THREADS=1"
         print0(text)
     if len(record) > 1:
         write_log(record)

@@ -36,6 +36,8 @@ class Saver:
         self.count = len(paths)
         self.new_best = self.best_val_loss if best_val_loss is None else best_val_loss
         state = gather(state | {"best_val_loss": self.new_best}, self.in_background)
+        if "cuda" in self.device:
+            torch.cuda.synchronize()  # until the copies are complete
         self.writing = ThreadPoolExecutor(1).submit(self.write, paths if RANK == 0 else [], state)
         if not self.in_background:
             self.wait()
@@ -71,7 +73,12 @@ def gather(state, copy):
         state = state.full_tensor()
     if RANK > 0:
         return None
-    return state.to("cpu", copy=copy) if torch.is_tensor(state) else state
+    if torch.is_tensor(state):
+        try:  # a non-blocking copy goes to pinned memory, which torch keeps for the next checkpoint
+            return state.to("cpu", non_blocking=copy, copy=copy)
+        except RuntimeError:  # there is not enough of it
+            return state.to("cpu", copy=copy)
+    return state
 
 
 def replace_file(path, write):

@@ -59,8 +59,11 @@ def open_dataset(data_dir):
     not go with the first.
     """
     folders = []
-    for pattern in str(data_dir).split(","):
+    for name in str(data_dir).split(","):
+        pattern = os.path.expanduser(name)
         folders += sorted(glob.glob(pattern)) or [pattern]
+    if os.path.isdir(data_dir):  # whatever characters are in its name
+        folders = [data_dir]
     parts = [open_folder(folder) for folder in folders]
     joined = parts[0] | {"folders": list(map(os.path.abspath, folders))}
     if len(parts) == 1:

@@ -194,7 +194,7 @@ for line in TYPES.splitlines():
 OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
     BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
-    EMPTY_SET ADDITEMS NEWOBJ
+    EMPTY_SET ADDITEMS FROZENSET NEWOBJ NEWOBJ_EX
     MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"""
 OPCODES = {getattr(pickle, name) for name in OPCODES.split()}
 
@@ -269,6 +269,14 @@ class Unpickler(pickle._Unpickler):  # the one in C would copy every byte string
 
     def load_empty_set(self):
         self.append(Unknown("<builtins.set>"))  # hashing its items could take forever
+
+    def load_frozenset(self):
+        self.pop_mark()
+        self.load_empty_set()
+
+    def load_newobj_ex(self):
+        self.stack.pop()  # its keyword arguments
+        self.load_reduce()
 
     load_newobj = load_reduce
     load_bytearray8 = pickle._Unpickler.load_binbytes8

@@ -174,3 +174,18 @@ def test_fuzzed_checkpoints_are_read_right_or_refused(tmp_path):
         ends[end.split(":")[0]] += count
     assert ends.keys() == {"weights", "refused"} and sum(ends.values()) == 100
     assert ends["weights"] >= 8 and ends["refused"] > 50
+
+
+def test_a_copy_without_pinned_memory(monkeypatch):
+    """Where the host has none left, a checkpoint is copied as any tensor is."""
+    to = torch.Tensor.to
+
+    def without(x, *args, non_blocking=False, **kwargs):
+        if non_blocking:
+            raise RuntimeError("CUDA error: out of memory")
+        return to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", without)
+    x = torch.arange(3.0)
+    copied = checkpoint.gather({"a": {"b": x}, "c": 1}, copy=True)
+    assert torch.equal(copied["a"]["b"], x) and copied["a"]["b"] is not x and copied["c"] == 1

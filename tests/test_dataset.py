@@ -160,11 +160,12 @@ def three(tmp_path_factory):
     return folder
 
 
-def test_several_folders_are_one(three):
+def test_several_folders_are_one(three, monkeypatch):
     """Arrays, statistics and the samples of each iteration, by commas or by a pattern."""
     parts = [open_dataset(three / f"part{i}") for i in range(3)]
     data = open_dataset(",".join(str(three / f"part{i}") for i in range(3)))
-    assert open_dataset(f"{three}/part*")["folders"] == data["folders"]
+    monkeypatch.setenv("HOME", str(three))
+    assert open_dataset("~/part*")["folders"] == data["folders"]
     for name in ARRAYS:
         whole = np.concatenate([part[name] for part in parts])
         assert data[name].shape == whole.shape and len(data[name]) == len(whole)
@@ -202,7 +203,8 @@ def test_folders_that_do_not_go_together(three, tmp_path):
     assert f"{tmp_path / 'wide'} does not go with {three / 'part0'}" in words
     words = refused("train.py", f"--data_dir={three / 'part0'},{tmp_path / 'nowhere'}")
     assert "nowhere' does not exist" in words
-    old = shutil.copytree(three / "part1", tmp_path / "old")
+    old = shutil.copytree(three / "part1", tmp_path / "old[1],a")
+    assert len(open_dataset(old)["train_cond"]) == 27  # a name, not a pattern
     with np.load(old / "stats.npz") as stats:
         np.savez(old / "stats.npz", **{k: v for k, v in stats.items() if "moments" not in k})
     assert len(open_dataset(old)["train_cond"]) == 27  # of an earlier version, but alone

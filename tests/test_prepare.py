@@ -160,11 +160,22 @@ def test_a_dataset_is_overwritten_only_on_demand(tmp_path):
     convert(tmp_path / "b.pkl", out, "--overwrite=True")
     assert load(out)[1]["val"][0]["key"].startswith("key 2.")
     assert (out / "notes.txt").read_text() == "mine"
-    (out / "meta.json").unlink()  # what is left may be anything
+    pair = out / "train_cond.npy", out / "train_target.npy"
+    line = refused(
+        "prepare.py", *pair, f"--out={tmp_path}/../{tmp_path.name}/out", "--overwrite=True"
+    )
+    assert "train_cond.npy is both a source and a file to be written" in line
+    (out / "meta.json").rename(tmp_path / "meta.json")
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    with pytest.raises(DataError, match="out holds train_cond.npy: choose another --out"):
-        prepare_here([out / "train_cond.npy", out / "train_target.npy"], out)
+    (tmp_path / "link.npy").symlink_to(out / "train_target.npy")
+    for pair in ((out / "train_cond.npy", out / "train_target.npy"),
+                 (tmp_path / "link.npy", tmp_path / "link.npy")):  # fmt: skip
+        for flags in ({}, {"overwrite": True}):  # what is not ours is never overwritten
+            with pytest.raises(DataError, match="holds train_cond.npy, but no dataset of"):
+                prepare_here(pair, out, **flags)
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    (tmp_path / "meta.json").rename(out / "meta.json")
+    assert load(out)[1]["val"][0]["key"].startswith("key 2.")
 
 
 @pytest.mark.parametrize("kind", ["full disk", "closed pipe"])
@@ -329,6 +340,16 @@ def test_bad_samples_are_left_out_on_demand(tmp_path, capsys):
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(content))
     line = refused_here(pair[:1], tmp_path / "none", skip_bad=True)
     assert "in 12 of 12 samples" in line
+
+
+def test_a_pickle_that_promises_another_number(tmp_path, capsys):
+    make_pickle(tmp_path / "e.pkl", n=12, total_samples=999)
+    prepare_here([tmp_path / "e.pkl"], tmp_path / "out")
+    line = "e.pkl: its total_samples is 999, but it holds 12\n"
+    assert line in capsys.readouterr().out
+    make_pickle(tmp_path / "e.pkl", n=12, total_samples=np.ones(300))
+    prepare_here([tmp_path / "e.pkl"], tmp_path / "array")
+    assert "total_samples is array of shape (300,), float64" in capsys.readouterr().out
 
 
 def test_a_config_that_json_lacks(tmp_path):

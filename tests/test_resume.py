@@ -442,10 +442,15 @@ def test_resumes_from_the_checkpoint_that_is_named(dataset, tmp_path, trained):
     assert measured(out) == measured(trained)
 
 
-def test_a_warmup_that_takes_the_whole_run(dataset, tmp_path):
+def test_learning_rates_that_may_surprise(dataset, tmp_path, trained):
     assert "WARNING" not in train(dataset, tmp_path / "a").stdout
     done = train(dataset, tmp_path / "b", "--warmup_iters=6")
     assert "WARNING: the warmup, 6 iterations, takes the whole run of 6" in done.stdout
+    out = shutil.copytree(trained, tmp_path / "out")
+    done = train(dataset, out, "--init_from=resume", "--max_iters=12")
+    rates = [line["lr"] for line in log(out) if "lr" in line]
+    assert rates[6] > rates[5]
+    assert f"WARNING: the learning rate rises from 0 to {rates[6]:.2g}" in done.stdout
 
 
 def test_what_accompanies_a_run_cannot_end_it(dataset, tmp_path, trained):

@@ -331,6 +331,25 @@ def test_harmless_objects_leave_their_names(tmp_path, named, protocol):
             sources.Rows(sources.load_pickle(tmp_path / "e.pkl"), "x", tmp_path / "e.pkl")
 
 
+class Keyword:
+    """Pickles to NEWOBJ_EX from protocol 4 on."""
+
+    def __new__(cls, *, size):
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self):
+        return (), {"size": 3}
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_an_object_made_with_keywords_leaves_its_name(tmp_path, protocol):
+    data = pickle.dumps({"x": FLOATS, "beside": Keyword(size=3)}, protocol)
+    assert pickle.NEWOBJ_EX in data
+    (tmp_path / "e.pkl").write_bytes(data)
+    read = check(tmp_path / "e.pkl", {"x": FLOATS, "beside": ANY})
+    assert sources.describe(read["beside"]) == "<test_unpickle.Keyword>"
+
+
 def test_other_objects_of_a_config(tmp_path):
     """What can be kept is kept; JSON has neither NaN nor keys that are no strings."""
     config = {
@@ -551,12 +570,12 @@ BOMBS = {
     "out-of-band buffer": (entry(b"\x97"), "opcode"),
     "INST": (entry(b"(ios\nsystem\n"), "opcode"),
     "a set of tuples of tuples": (entry(b"\x8f(" + tuples[:1000] + b"\x90"), "read"),
-    "a frozenset": (entry(b"(" + tuples[:1000] + b"\x91"), "opcode"),
+    "a frozenset of them": (entry(b"(" + tuples[:1000] + b"\x91"), "read"),
     "an object of much": (entry(b"cx\ny\n(" + b"N" * 65 + b"t\x81"), "arguments"),
     "a name without end": (entry(b"X" + struct.pack("<I", 10**6) + b"a" * 10**6 + text("b")
                                  + b"\x93"), "read"),
     "a command as an object": (entry(b"cposix\nsystem\n)\x81"), "posix.system"),
-    "an object with keywords": (entry(b"cx\ny\n)}\x92"), "opcode"),
+    "a command with keywords": (entry(b"cposix\nsystem\n)}\x92"), "posix.system"),
     "void": (entry(b"cnumpy.core.numeric\n_frombuffer\n(" + push(b"a") + b"cnumpy\ndtype\n"
                    + text("V0") + b"\x85R\x8a\x07" + (10**15).to_bytes(7, "little") + b"\x85"
                    + text("C") + b"tR"), "read"),
