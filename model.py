@@ -232,20 +232,22 @@ class Prior(nn.Module):
         super().__init__()
         self.grid = grid
         T = math.prod(grid)
-        self.register_buffer("weight", torch.zeros(1 + cond_dim, target_dim))
+        self.register_buffer("weight", torch.zeros(1 + 2 * cond_dim, target_dim))
         self.register_buffer("places", torch.eye(T))
         self.register_buffer("channels", torch.eye(target_dim))
         self.register_buffer("variance", torch.ones(T, target_dim))
 
     def inputs(self, cond):
-        """(B, S, C) -> (B, T, 1 + C) of the linear regression: 1, and the mean of the condition's
-        3x3 tokens around a token's place; where they are no such grid, of all its tokens."""
-        T = math.prod(self.grid)
+        """(B, S, C) -> (B, T, 1 + 2 * C) of the linear regression: 1, the condition's token at a
+        token's place, and the mean of the 3x3 tokens around that. Where the condition is on no such
+        grid, the mean of all its tokens stands for each."""
+        T = len(self.places)
         if cond.shape[1] != T:
             cond = cond.mean(1, keepdim=True).expand(-1, T, -1)
         image = cond.mT.unflatten(2, self.grid)  # (B, C, H, W)
         around = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
-        return F.pad(around.flatten(2).mT, (1, 0), value=1.0)
+        x = torch.cat([cond, around.flatten(2).mT], -1)
+        return F.pad(x, (1, 0), value=1.0)
 
     def mean(self, cond):
         """(B, S, C) -> (B, T, D)"""
@@ -266,20 +268,20 @@ class Prior(nn.Module):
     def fit(self, read, n, noise=True):
         """To n training samples: read(rows) -> their targets (B, T, D) and conditions (B, S, C).
 
-        The mean is a ridge regression. Every tenth batch is held out: these choose its penalty, and
+        The mean is a ridge regression. Every fifth batch is held out: these choose its penalty, and
         the noise is fitted to what it leaves of them. Sums are in float64, which not every device
         has. noise=False leaves the noise as it is.
         """
         K, D = self.weight.shape
-        rows = torch.arange(0, n, math.ceil(n / 4096))  # of up to 4,096 samples
+        rows = torch.arange(0, n, math.ceil(n / 2048))  # of at most 2,048 samples, evenly spaced
         batches = rows.split(min(32, math.ceil(n / 10)))
         # x^T x and x^T y of the inputs and targets
         held_out, fitted = torch.zeros(2, K, K + D, dtype=torch.float64)
         for i, rows in enumerate(batches):
-            target, cond = (array.cpu() for array in read(rows))
+            target, cond = (array.cpu() for array in read(rows.numpy()))
             x = self.inputs(cond).flatten(0, 1).double()  # (B * T, K)
             y = target.flatten(0, 1).double()  # (B * T, D)
-            sums = fitted if i % 10 else held_out
+            sums = fitted if i % 5 else held_out
             sums += x.T @ torch.cat([x, y], 1)
         xx, xy = fitted.split([K, D], 1)
         held_out_xx, held_out_xy = held_out.split([K, D], 1)
@@ -296,8 +298,8 @@ class Prior(nn.Module):
         if not noise:
             return
         rest = []
-        for rows in batches[::10]:
-            target, cond = (array.cpu() for array in read(rows))
+        for rows in batches[::5]:
+            target, cond = (array.cpu() for array in read(rows.numpy()))
             rest.append(target - self.mean(cond))
         rest = torch.cat(rest)  # (n, T, D)
         for axis, components in ((2, self.places), (1, self.channels)):

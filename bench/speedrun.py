@@ -1,28 +1,28 @@
 """
-How soon does train.py's default recipe reach the loss at which BLIP3-o's DiT, trained as BLIP3-o
-trains it, ends?
+How soon are the samples of train.py's default recipe as good as those of BLIP3-o's DiT, trained as
+BLIP3-o trains it, at the end of its training?
 
     python bench/speedrun.py FOLDER data/digits --budget 100     # FOLDER gets the results
     python bench/speedrun.py FOLDER data/real --config config/train_real.py --budget 120
-    python bench/speedrun.py FOLDER data/digits --budget 40 --goal 0.35 \
+    python bench/speedrun.py FOLDER data/digits --budget 40 \
         --rates --ours "" conv=False prior=True                  # variants of our recipe
-    python bench/speedrun.py FOLDER --picture                    # curves of all races in FOLDER
+    python bench/speedrun.py FOLDER --picture                    # of all races in FOLDER
 
 Reference: BLIP3-o's model of the same dim, layers and heads, made of diffusers' parts; velocity,
-uniform t, AdamW with cosine decay. The first seed tries all learning rates of --rates; the best one
-races with the other seeds too. Ours: the defaults of train.py with what --config sets, for the
-whole budget, a fifth and a tenth of it. Or, for the whole budget, each of --ours: settings that
-differ from those.
+uniform t, AdamW with cosine decay. The first seed tries all of --rates with all of --batches; the
+one with the lowest validation loss races with the other seeds too. Ours: the defaults of train.py
+with what --config sets, in several runs, each complete: for the whole budget, a half, a third, a
+fifth, a tenth and a twentieth of it. Or, for the whole budget, each of --ours: settings that differ
+from those.
 
 All get the same samples, normalized by channel, warmup over a twentieth of their budget, averaged
 weights, threads and precision of products. They train in one process, in turn, a twelfth of the
 budget at a time. The clock of a run counts its iterations and the fitting of the prior, not
 imports, construction and evaluations.
 
-"loss" is that of the velocity on all validation samples, with noise and t that are the same for all
-runs; of the weights or of their average, whichever is lower. Samples take 10 steps of ab2.
-"shuffled" is the token cosine of samples and the truth of other conditions, which a model that uses
-its condition must beat. "numbers" counts parameters and buffers.
+Judged are two draws of 10 steps of ab2 for each of --samples validation conditions, by the metrics
+of report/score.py, and the loss of the velocity on all of them, of the weights or of their average,
+whichever has the lower one. "numbers" counts parameters and buffers.
 """
 
 import argparse
@@ -52,9 +52,9 @@ from report import score
 
 ROOT = Path(__file__).parents[1]
 SLICES = 12  # of the budget
-METRICS = ("token_cosine", "frechet")
-COLUMNS = ("seed", "budget", "loss", "to goal", "cosine", "shuffled", "Frechet")
-COLUMNS += ("samples/s", "numbers")
+SHARES = (1, 2, 3, 5, 10, 20)  # our runs take the whole budget, half of it, a third ...
+METRICS = ("frechet_patch", "frechet", "variogram_score", "mean_token_cosine")  # of the race
+COLUMNS = (*METRICS, "neighbours", "spread_ratio", "loss", "seconds", "iterations")
 # what --ours may set; train.py's other settings have no part in a race, or are the same for all
 OURS = {*NextDiTConfig.__dataclass_fields__, *FlowConfig.__dataclass_fields__}
 OURS -= {"path", "sigma_min", "sigma_max"}
@@ -149,13 +149,11 @@ class Run:
         self.model = Reference(config) if reference else NextDiT(config)
         start = time.perf_counter()
         if not reference and config.prior:
-            count = min(self.loader.n_train, math.ceil(65536 / T))
-            rows = np.linspace(0, self.loader.n_train - 1, count).astype(int)
-            target, _ = self.encode(*self.loader.read("train", rows))
-            self.model.prior.fit(target.flatten(0, 1))
+            self.model.prior.fit(
+                lambda rows: self.encode(*self.loader.read("train", rows)), self.loader.n_train
+            )
         self.seconds = time.perf_counter() - start
         self.iterations = 0
-        self.curve = []  # [seconds, loss]
         self.ema_model = copy.deepcopy(self.model).requires_grad_(False)
         self.params = list(self.model.parameters())
         self.ema_params = list(self.ema_model.parameters())
@@ -198,171 +196,125 @@ class Run:
             self.iterations += 1
             self.seconds += time.perf_counter() - start
 
-    def val_batches(self):
-        """(rows, x_1, cond) of all validation samples."""
-        n = self.loader.n_val
+    def val_batches(self, n):
+        """(rows, x_1, cond) of the first n validation samples."""
         for rows in np.array_split(np.arange(n), math.ceil(n / 64)):
             yield rows, *self.encode(*self.loader.read("val", rows))
 
     @torch.no_grad()
     def val_loss(self, model):
         parts = []
-        for rows, x_1, cond in self.val_batches():
+        for rows, x_1, cond in self.val_batches(self.loader.n_val):
             x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0)
             t = torch.from_numpy((rows + 0.5) * 0.6180339887498949 % 1).float()  # as in train.py
             losses, _ = flow.loss(model, x_1, cond, self.eval_flow, x_0=x_0, t=t)
             parts.append(losses)
         return torch.cat(parts).mean().item()
 
-    def evaluate(self):
-        losses = {model: self.val_loss(model) for model in (self.model, self.ema_model)}
-        self.best_model = min(losses, key=losses.get)
-        self.curve.append([self.seconds, losses[self.best_model]])
-
     @torch.no_grad()
-    def result(self):
+    def result(self, n):
+        """What the run has come to, judged by n validation samples."""
+        losses = {model: self.val_loss(model) for model in (self.model, self.ema_model)}
+        model = min(losses, key=losses.get)
+        n = min(n, self.loader.n_val)
         samples, truth = [], []
-        for rows, x_1, cond in self.val_batches():
-            velocity = flow.guided_velocity(self.best_model, cond, self.eval_flow)
-            x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0, draw=1)
-            samples.append(flow.integrate(velocity, self.flow.sigma_max * x_0, steps=10))
-            truth.append(x_1)
-        samples = torch.cat(samples)
-        truth = torch.cat(truth)
-        scores = score.metrics(samples, truth, self.grid)
-        return {
+        for rows, x_1, cond in self.val_batches(n):
+            velocity = flow.guided_velocity(model, cond, self.eval_flow)
+            draws = []
+            for draw in (1, 2):
+                x_0 = flow.sample_noise(rows, x_1.shape[1:], seed=0, draw=draw)
+                draws.append(flow.integrate(velocity, self.flow.sigma_max * x_0, steps=10))
+            samples.append(torch.stack(draws, 1))
+            truth.append(x_1[:, None])
+        predicted = {"generated": torch.cat(samples), "truth": torch.cat(truth)}
+        readers = {name: x.__getitem__ for name, x in predicted.items()}
+        sums = score.add_up(n, readers, self.grid)
+        return score.figures(sums["generated"], sums["truth"]) | {
             "name": self.name,
+            "is_reference": isinstance(self.model, Reference),
             "seed": self.seed,
             "budget": self.budget,
-            "loss": self.curve[-1][1],
-            **{name: scores[name] for name in METRICS},
-            "shuffled": score.cosine(samples, truth.roll(1, 0)).mean().item(),
+            "loss": losses[model],
             "numbers": self.numbers,
             "rate": self.rate,
             "iterations": self.iterations,
-            "samples_per_s": self.iterations * self.batch_size / self.seconds,
-            "curve": self.curve,
+            "seconds": self.seconds,
         }
 
 
-def race(runs, slice_seconds, goal=None):
+def race(runs, slice_seconds, n):
     """Train the runs in turn until all budgets are spent; returns their results."""
-    for run in runs:
-        run.evaluate()
-    waiting = runs
-    while waiting:
-        for run in waiting:
+    results = []
+    while runs:
+        for run in runs:
             run.train(min(slice_seconds, run.budget / 5))
-            run.evaluate()
-        waiting = [run for run in waiting if run.seconds < run.budget]
-    results = [run.result() for run in runs]
-    for result in results:
-        print(line(result, goal), flush=True)
+        for run in runs:
+            if run.seconds >= run.budget:
+                results.append(run.result(n))
+                print(line(results[-1]), flush=True)
+        runs = [run for run in runs if run.seconds < run.budget]
     return results
 
 
-def line(r, goal=None):
+def line(r):
     """A row of the table."""
-    figures = [str(r["seed"]), f"{r['budget']:g} s", f"{r['loss']:.4f}"]
-    if goal is not None:
-        seconds = reached(r["curve"], goal)
-        figures.append("-" if seconds is None else f"{seconds:.1f} s")
-    figures += [f"{r['token_cosine']:.4f}", f"{r['shuffled']:.4f}", f"{r['frechet']:.3f}"]
-    figures += [f"{r['samples_per_s']:.1f}", f"{r['numbers'] / 1e6:.2f}M"]
-    return f"{r['name']:40}" + "".join(f"{figure:>10}" for figure in figures)
-
-
-def reached(curve, loss):
-    """Seconds at which a curve first is at or below a loss, interpolated; None if never."""
-    s0, l0 = curve[0]
-    for s1, l1 in curve:
-        if l1 <= loss:
-            if l0 <= loss:  # the first point
-                return s1
-            return s0 + (s1 - s0) * (l0 - loss) / (l0 - l1)
-        s0, l0 = s1, l1
-    return None
-
-
-def is_reference(result):
-    return result["name"].startswith("reference")
+    text = f"{r['name']:40}  seed {r['seed']}"
+    for name in COLUMNS:
+        text += f"  {r[name]:{len(name)}.4g}"
+    return text
 
 
 def best_reference(results):
-    return min(filter(is_reference, results), key=lambda r: r["loss"])
+    return min((r for r in results if r["is_reference"]), key=lambda r: r["loss"])
 
 
-def is_better(name, ours, theirs):
-    """Whether a metric is better in one result than in another."""
-    if name == "frechet":
-        return ours[name] < theirs[name]
-    return ours[name] > theirs[name]
+def is_as_good(name, ours, theirs):
+    """Whether a metric is at least as good in one result as in another."""
+    if name == "mean_token_cosine":
+        return ours[name] >= theirs[name]
+    return ours[name] <= theirs[name]
 
 
 def verdict(results):
-    """Lines that compare ours with the best reference, seed by seed: the seconds of the run of ours
-    that first has the reference's final loss."""
-    lines, ratios = [], []
+    """Lines that say for each metric which share of the reference's seconds our shortest run took
+    that was as good, by seed; of the worst metric, and its median over the seeds."""
+    lines, worst = [], []
     for seed in sorted({r["seed"] for r in results}):
         of_seed = [r for r in results if r["seed"] == seed]
         theirs = best_reference(of_seed)
-        ours = [r for r in of_seed if not is_reference(r)]
-        reference = f"{theirs['loss']:.4f}, the loss of {theirs['name']}"
-        times = []
-        for r in ours:
-            seconds = reached(r["curve"], theirs["loss"])
-            if seconds is not None:
-                times.append((seconds, r["budget"]))
-        if not times:
-            lines.append(f"seed {seed}: ours never reaches {reference}")
-            ratios.append(0.0)
-            continue
-        seconds, budget = min(times)
-        ratio = theirs["budget"] / max(seconds, 1e-9)
-        ratios.append(ratio)
-        longest = max(ours, key=lambda r: r["budget"])
-        better = [name for name in METRICS if is_better(name, longest, theirs)]
-        lines.append(
-            f"seed {seed}: {reference} at {theirs['budget']:g} s, after {seconds:.1f} s of a run "
-            f"of {budget:g} s: 1/{ratio:.1f}. "
-            f"At equal time better in {', '.join(better) or 'nothing'}"
-        )
-    if ratios:
-        lines.append(f"ratio, median of {len(ratios)} seeds: 1/{statistics.median(ratios):.1f}")
+        shares = {}
+        for name in METRICS:
+            good = [r["seconds"] for r in of_seed
+                    if not r["is_reference"] and is_as_good(name, r, theirs)]  # fmt: skip
+            shares[name] = min(good, default=math.inf) / theirs["seconds"]
+        worst.append(max(shares.values()))
+        text = ", ".join(f"{name} 1/{1 / share:.1f}" for name, share in shares.items())
+        lines.append(f"seed {seed}, as good as {theirs['name']}: {text}")
+    lines.append(f"of the worst metric, median of the seeds: 1/{1 / statistics.median(worst):.1f}")
     return lines
 
 
 def draw_race(axes, race):
-    """The curves of a race, a line per run."""
-    results = race["results"]
-    best = best_reference(results)
-    shades = {1.0: "#1d4e89", 0.2: "#4a90d9"}  # of ours, by the share of the budget
-    losses = []
-    for r in results:
-        style = dict(color="#b3541e", alpha=1.0, label=f"BLIP3-o's, AdamW {best['rate']:g}")
-        if not is_reference(r):
-            share = round(r["budget"] / best["budget"], 2)
-            style.update(color=shades.get(share, "#9cc9ee"), label=f"ours, {r['budget']:g} s")
-        elif r["rate"] != best["rate"]:
-            style.update(alpha=0.25, label="BLIP3-o's, other rates")
-        seconds, curve = zip(*r["curve"])
-        axes.plot(seconds, curve, lw=1.4, **style)
-        if style["alpha"] == 1:
-            losses += curve
-    axes.axhline(best["loss"], color="#b3541e", lw=0.8, ls=":")
-    axes.set(title=race["data"], xlabel="training seconds", ylabel="validation loss", yscale="log")
-    axes.set_ylim(min(losses) * 0.97, min(max(losses), 2.1))
-    handles, labels = axes.get_legend_handles_labels()
-    by_label = dict(zip(labels, handles))  # each once
-    legend = dict(fontsize=8, framealpha=0.8, edgecolor="none")
-    axes.legend(by_label.values(), by_label.keys(), **legend)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:.2g}")
-    axes.spines[["top", "right"]].set_visible(False)
+    """A metric in each of the axes, over the seconds of training."""
+    ours = [r for r in race["results"] if not r["is_reference"]]
+    for ax, name in zip(axes, METRICS):
+        for seed in sorted({r["seed"] for r in race["results"]}):
+            of_seed = [r for r in race["results"] if r["seed"] == seed]
+            points = sorted((r["seconds"], r[name]) for r in ours if r["seed"] == seed)
+            ax.plot(*zip(*points), "o-", color="#1d4e89", lw=1, ms=4, label="ours")
+            theirs = best_reference(of_seed)
+            ax.plot(theirs["seconds"], theirs[name], "s", color="#b3541e", label="BLIP3-o's")
+            ax.axhline(theirs[name], color="#b3541e", lw=0.8, ls=":")
+        ax.set(title=f"{race['data']}: {name}", xlabel="training seconds", xscale="log")
+        handles, labels = ax.get_legend_handles_labels()
+        by_label = dict(zip(labels, handles))  # each once
+        ax.legend(by_label.values(), by_label.keys(), fontsize=8)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.spines[["top", "right"]].set_visible(False)
 
 
 def picture(folder):
-    """speedrun.png, the curves of all races in a folder."""
+    """speedrun.png, all races in a folder."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -371,11 +323,13 @@ def picture(folder):
     races = [json.loads(path.read_text()) for path in sorted(folder.glob("race-*.json"))]
     if not races:
         raise ValueError(f"{folder} has no race-*.json")
-    size = (6.4 * len(races), 4.2)
-    figure, axes = plt.subplots(1, len(races), figsize=size, squeeze=False, layout="constrained")
-    for ax, race in zip(axes[0], races):
-        draw_race(ax, race)
-    figure.savefig(folder / "speedrun.png", dpi=110)
+    size = (14, 3.4 * len(races))
+    figure, axes = plt.subplots(
+        len(races), len(METRICS), figsize=size, squeeze=False, layout="constrained"
+    )
+    for row, race in zip(axes, races):
+        draw_race(row, race)
+    figure.savefig(folder / "speedrun.png", dpi=100)
     print(f"wrote {folder / 'speedrun.png'}")
 
 
@@ -384,7 +338,7 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    rates = [3e-4, 1e-3, 3e-3, 1e-2]
     variants = 'each a text of settings KEY=VALUE, "" for none'
     option("folder", type=Path, help="for results and picture")
     option("data", nargs="?", help="a dataset that prepare.py made")
@@ -392,9 +346,9 @@ def parse_args():
     option("--budget", type=float, default=100, help="training seconds per run")
     option("--seeds", type=int, default=3)
     option("--rates", type=float, nargs="*", default=rates, help="of the reference")
-    option("--batch", type=int, default=32, help="of the reference")
+    option("--batches", type=int, nargs="*", default=[8, 32], help="of the reference")
+    option("--samples", type=int, default=256, help="validation samples that judge")
     option("--ours", nargs="*", metavar="SETTINGS", help=variants)
-    option("--goal", type=float, metavar="LOSS", help="print when each run first had it")
     option("--threads", type=int, default=torch.get_num_threads())
     option("--picture", action="store_true")
     args = parser.parse_args()
@@ -427,28 +381,28 @@ def main():
     torch.empty(33_000_000, dtype=torch.uint8)  # so that glibc keeps freed memory, for all
     data = open_dataset(args.data)
     ours = default_settings() | read_file(args.config)
-    theirs = ours | PLAIN | dict(batch_size=args.batch, gradient_accumulation_steps=1)
+    theirs = ours | PLAIN | dict(gradient_accumulation_steps=1)
     if args.ours is None:
-        variants = [("ours", ours, args.budget / part) for part in (1, 5, 10)]
+        variants = [("ours", ours, args.budget / share) for share in SHARES]
     else:
         variants = [(f"ours {s}".strip(), override(ours, s), args.budget) for s in args.ours]
 
     print(f"{args.data}, {args.config}, {args.threads} threads, torch {torch.__version__}")
-    columns = [column for column in COLUMNS if column != "to goal" or args.goal is not None]
-    print(" " * 40 + "".join(f"{column:>10}" for column in columns), flush=True)
+    print(" " * 48 + "".join(f"  {name}" for name in COLUMNS), flush=True)
     results = []
-    rates = args.rates
+    tried = [(rate, batch) for rate in args.rates for batch in args.batches]
     for seed in range(args.seeds):
         runs = []
-        for rate in rates:
-            settings = theirs | {"learning_rate": rate}
-            name = f"reference {rate:g}"
+        for rate, batch in tried:
+            settings = theirs | {"learning_rate": rate, "batch_size": batch}
+            name = f"reference, {rate:g}, batch {batch}"
             runs.append(Run(name, data, settings, args.budget, seed, reference=True))
         for name, settings, budget in variants:
             runs.append(Run(name, data, settings, budget, seed))
-        results += race(runs, args.budget / SLICES, args.goal)
-        if rates:
-            rates = [best_reference(results)["rate"]]
+        results += race(runs, args.budget / SLICES, args.samples)
+        if tried:
+            best = best_reference(results)["name"]
+            tried = [pair for pair in tried if best == f"reference, {pair[0]:g}, batch {pair[1]}"]
         data_name = Path(args.data).name
         # a race of one recipe against the reference, or trials of variants
         kind = "race" if args.ours is None else "trials"

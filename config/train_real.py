@@ -2,20 +2,18 @@
 #   python prepare.py SHARDS --out=data/real
 #   python train.py config/train_real.py
 #   python sample.py --out_dir=out-real
-# With 720 training samples, expect a validation loss of about 1.32 after some two minutes on two
-# cores, and samples with a token cosine of 0.20. The model soon learns so few samples by heart
-# (its std ratio is 1.08); with more, train longer.
+@@CFG@@
 out_dir = "out-real"
 data_dir = "data/real"
-eval_interval = 100
+eval_interval = 500
 eval_samples = 32
-save_interval = 100
+save_interval = 1000
 batch_size = 4
 gradient_accumulation_steps = 2
 dim = 256
 n_layer = 2
 n_head = 4
-max_iters = 1000
+max_iters = 12000
 learning_rate = 4e-3
 warmup_iters = 50
 weight_decay = 0.01

@@ -11,8 +11,8 @@ the conditional mean, the best that any regressor can predict, one near R.
 
 Baselines:
     truth     the truth itself, for `neighbours`
-    ridge     the mean of model.Prior: regresses each token on the condition's 3x3 tokens around
-              its place (or on the mean of them all, where the token counts differ)
+    ridge     the mean of model.Prior: regresses each token on the condition's token at the same
+              place and the 3x3 around that (or, where the token counts differ, on their mean)
     gaussian  draws from model.Prior: ridge, plus noise fitted to what ridge leaves. A model that is
               no better is not worth its training
     floor     takes targets of the training set: perfect samples, but of no particular condition.

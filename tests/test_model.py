@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import flow
-from model import NextDiT, NextDiTConfig, attend, flops_per_sample, rope_2d, rotate
+from model import NextDiT, NextDiTConfig, Prior, attend, flops_per_sample, rope_2d, rotate
 
 SMALL = dict(grid=(2, 3), target_dim=5, cond_dim=7, dim=32, n_layer=2, n_head=4, multiple_of=8)
 
@@ -90,51 +91,119 @@ def test_attention_is_sdpa():
     assert attend(*(x.to("meta") for x in (q, k, v)), head_dim=8).shape == (2, 5, 6, 8)
 
 
-def gaussian_tokens(n=4000, D=5):
-    """Tokens (n, D) of the given mean and covariance, exactly."""
+def linear_gaussian(grid=(2, 3), D=5, C=7):
+    """A prior whose every part matters, in float64."""
     g = torch.Generator().manual_seed(2)
-    x, mix, mean = (
-        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n, D), (D, D), (D,))
-    )
-    x -= x.mean(0)
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / n).T)
-    return x @ mix + mean, mean, mix.T @ mix
+    prior = Prior(grid, D, C).double()
+    T = grid[0] * grid[1]
+    prior.weight.copy_(torch.randn(1 + 2 * C, D, generator=g, dtype=torch.float64))
+    prior.places.copy_(torch.linalg.qr(torch.randn(T, T, generator=g, dtype=torch.float64))[0])
+    prior.channels.copy_(torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64))[0])
+    prior.variance.copy_(4 * torch.rand(T, D, generator=g, dtype=torch.float64) ** 2 + 0.05)
+    return prior
+
+
+def covariance_of(prior):
+    """Of the noise on the whole grid, (T * D, T * D)."""
+    basis = torch.kron(prior.places, prior.channels)
+    return basis @ prior.variance.flatten().diag() @ basis.T
 
 
 def test_the_prior_is_the_best_linear_denoiser():
-    """A new model's velocity is E[v | x_t] of Gaussian tokens; its flow yields their covariance."""
-    tokens, mean, covariance = gaussian_tokens()
+    """A new model's velocity is E[v | x_t] of Gaussian grids; its flow yields their covariance."""
     torch.manual_seed(0)
     model = NextDiT(configuration(**OURS)).double()
-    model.prior.fit(tokens)
+    model.prior.load_state_dict(linear_gaussian().state_dict())
     x, _, cond = (v.double() for v in inputs())
+    image = cond.mT.unflatten(2, (2, 3))
+    around = [image[:, :, :, :2], image, image[:, :, :, 1:]]  # of columns 0, 1, 2: both rows
+    features = torch.stack([part.mean((2, 3)) for part in around], 1).repeat(1, 2, 1)
+    features = torch.cat([cond, features], 2)
+    mean = features @ model.prior.weight[1:] + model.prior.weight[0]
+    assert torch.allclose(model.prior.mean(cond), mean)
+    covariance, one = covariance_of(model.prior), torch.eye(30, dtype=torch.float64)
     for t in (0.0, 0.3, 0.9, 1.0):
-        gain = (t * covariance - (1 - t) * torch.eye(5)) @ torch.linalg.inv(
-            t**2 * covariance + (1 - t) ** 2 * torch.eye(5)
+        gain = (t * covariance - (1 - t) * one) @ torch.linalg.inv(
+            t**2 * covariance + (1 - t) ** 2 * one
         )
-        expected = mean + (x - t * mean) @ gain.T
+        expected = mean + ((x - t * mean).flatten(1) @ gain.T).view_as(x)
         assert torch.allclose(model(x, torch.full((3,), t), cond), expected, atol=1e-5)
-    noise = torch.randn(2000, 6, 5, dtype=torch.float64)
-    velocity = flow.guided_velocity(model, cond[:1].expand(2000, 6, 7), flow.FlowConfig())
-    made = flow.integrate(velocity, noise, 20).flatten(0, 1)
-    assert (made.T.cov() - covariance).norm() < 0.05 * covariance.norm() and (
-        made.mean(0) - mean
-    ).norm() < 0.1
+    noise = torch.randn(4000, 6, 5, dtype=torch.float64)
+    velocity = flow.guided_velocity(model, cond[:1].expand(4000, 6, 7), flow.FlowConfig())
+    made = flow.integrate(velocity, noise, 20)
+    drawn = model.prior.draw(mean[:1], noise)
+    for grids in (made, drawn):
+        error = grids.flatten(1).T.cov() - covariance
+        assert error.norm() < 0.12 * covariance.norm()
+        assert (grids.mean(0) - mean[0]).abs().max() < 0.1
+
+
+def test_the_prior_is_fitted():
+    """To conditions and targets of a known linear-Gaussian model, also where a single token or
+    another number of them is the condition."""
+    world = linear_gaussian()
+    g = torch.Generator().manual_seed(0)
+    for S in (6, 1, 4):
+        cond = torch.randn(3000, S, 7, generator=g, dtype=torch.float64)
+        noise = torch.randn(3000, 6, 5, generator=g, dtype=torch.float64)
+        target = world.draw(world.mean(cond), noise)
+        prior = Prior((2, 3), 5, 7).double()
+        prior.fit(lambda rows: (target[rows], cond[rows]), 3000)
+        error = prior.mean(cond) - world.mean(cond)
+        assert error.square().mean() < 0.01 * world.variance.mean()
+        # which has no basis of places and channels in common with other variances
+        for axis, ours in ((1, prior), (0, prior)):
+            a, b = (p.variance.mean(axis).sort().values for p in (ours, world))
+            assert torch.allclose(a, b, rtol=0.25)
+    prior = Prior((2, 3), 5, 7)
+    prior.fit(lambda rows: (target[rows].float(), cond[rows].float()), 1)  # nothing to learn from
+    assert all(value.isfinite().all() for value in prior.state_dict().values())
 
 
 def test_the_prior_starts_at_its_known_loss():
     """The velocity's mean squared error for variances s^2, over uniform t, is pi / 2 mean(s)."""
-    tokens, mean, covariance = gaussian_tokens(24000)
-    model = NextDiT(configuration(**OURS))
-    model.prior.fit(tokens.float())
-    x_1, cond = tokens.float().view(-1, 6, 5), torch.zeros(4000, 6, 7)
+    model = NextDiT(configuration(**OURS)).double()
+    prior = linear_gaussian()
+    model.prior.load_state_dict(prior.state_dict())
     g, config = torch.Generator().manual_seed(0), flow.FlowConfig(cond_dropout=0)
+    cond = torch.randn(4000, 6, 7, generator=g, dtype=torch.float64)
+    noise = torch.randn(4000, 6, 5, generator=g, dtype=torch.float64)
+    x_1 = prior.draw(prior.mean(cond), noise)
+    t = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     with torch.no_grad():
-        losses, _ = flow.loss(
-            model, x_1, cond, config, generator=g, t=(torch.arange(4000) + 0.5) / 4000
-        )
-    expected = math.pi / 2 * torch.linalg.eigvalsh(covariance).sqrt().mean()
+        losses, _ = flow.loss(model, x_1, cond, config, generator=g, t=t)
+    expected = math.pi / 2 * prior.variance.sqrt().mean()
     assert losses.mean().item() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("tokens", [4, 3])
+def test_the_priors_mean_equals_scikit_learns_ridge(tokens):
+    from sklearn.linear_model import Ridge
+
+    g = np.random.default_rng(0)
+    cond = g.standard_normal((60, tokens, 8))
+    target = g.standard_normal((60, 4, 5)) + (cond @ g.standard_normal((8, 5)))[:, :1]
+    data = [torch.from_numpy(x).float() for x in (target, cond)]
+    prior = Prior((4, 1), 5, 8)
+    prior.fit(lambda rows: [x[rows] for x in data], 60, noise=False)
+    assert (prior.variance == 1).all()
+    features = around = cond.mean(1, keepdims=True).repeat(4, 1)
+    if tokens == 4:  # in a column: those above and below
+        windows = cond[:, :2], cond[:, :3], cond[:, 1:], cond[:, 2:]
+        features, around = cond, np.stack([window.mean(1) for window in windows], 1)
+    x = np.concatenate([np.ones((60, 4, 1)), features, around], -1)
+    is_held_out = np.arange(60) // 6 % 5 == 0  # every fifth of ten batches
+    held_out, rest = np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)
+    top = np.linalg.eigvalsh(x[rest].reshape(-1, 17).T @ x[rest].reshape(-1, 17))[-1]
+    fits = [
+        Ridge(alpha=penalty, fit_intercept=False).fit(
+            x[rest].reshape(-1, 17), target[rest].reshape(-1, 5)
+        )
+        for penalty in np.logspace(-6, 1, 15) * top
+    ]
+    predictions = [fit.predict(x.reshape(-1, 17)).reshape(60, 4, 5) for fit in fits]
+    best = min(predictions, key=lambda y: np.square(y - target)[held_out].mean())
+    assert np.allclose(prior.mean(data[1]).numpy(), best, atol=1e-4)
 
 
 def test_aligned_conditions():

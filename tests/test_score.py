@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import make_pickle, refused, run, train
+from model import Prior
 from plumbing.dataset import ARRAYS, open_dataset
 from report import score
 
@@ -72,41 +73,6 @@ def test_an_exact_draw_has_cosine_r2_and_the_mean_r():
     assert metrics(draw, truth)["token_cosine"] == pytest.approx(R**2, abs=0.01)
     assert metrics(R * explained, truth)["token_cosine"] == pytest.approx(R, abs=0.01)
     assert metrics(draw, truth)["std_ratio"] == pytest.approx(1, abs=0.01)
-
-
-@pytest.mark.parametrize("tokens", [4, 3])
-def test_ridge_equals_scikit_learns(tokens):
-    from sklearn.linear_model import Ridge
-
-    g = np.random.default_rng(0)
-    cond = g.standard_normal((60, tokens, 8)).astype(np.float32)
-    target = g.standard_normal((60, 4, 5)).astype(np.float32) + (cond @ g.standard_normal((8, 5)))[
-        :, :1
-    ].astype(np.float32)
-    ours = score.fit_ridge(
-        torch.from_numpy(cond).__getitem__, torch.from_numpy(target).__getitem__, 60
-    )
-    features = cond if tokens == 4 else cond.mean(1, keepdims=True).repeat(4, 1)
-    held_out = np.arange(0, 60, 10)
-    fit = np.setdiff1d(np.arange(60), held_out)
-    x = np.concatenate([features, np.ones((60, 4, 1), np.float32)], -1)
-    top = np.linalg.eigvalsh(x[fit].reshape(-1, 9).T.astype(float) @ x[fit].reshape(-1, 9))[-1]
-    errors, penalties = [], np.logspace(-6, 1, 15) * top
-    for penalty in penalties:
-        model = Ridge(alpha=penalty, fit_intercept=False).fit(
-            x[fit].reshape(-1, 9), target[fit].reshape(-1, 5)
-        )
-        errors.append(
-            ((model.predict(x.reshape(-1, 9)).reshape(60, 4, 5) - target)[held_out] ** 2).mean()
-        )
-    best = Ridge(alpha=penalties[np.argmin(errors)], fit_intercept=False).fit(
-        x.reshape(-1, 9), target.reshape(-1, 5)
-    )
-    assert np.allclose(
-        ours(torch.from_numpy(cond)).numpy(),
-        best.predict(x.reshape(-1, 9)).reshape(60, 4, 5),
-        atol=1e-3,
-    )
 
 
 def test_metrics_equal_other_peoples():
@@ -471,9 +437,16 @@ def test_ridge_of_many_channels(monkeypatch):
     g = torch.Generator().manual_seed(2)
     target = cond @ weight / D**0.5 + 0.1 * torch.randn(1200, 4, 5, generator=g)
     new = wide(200, 2)
-    expected = score.fit_ridge(cond.__getitem__, target.__getitem__, 1200)(new)
+
+    def ridge():
+        few = score.narrow(cond)
+        prior = Prior((2, 2), 5, few.shape[2])
+        prior.fit(lambda rows: (target[rows], few[rows]), 1200, noise=False)
+        return prior.mean(score.narrow(new))
+
+    expected = ridge()
     monkeypatch.setattr(score, "WIDE", 400)
-    ours = score.fit_ridge(cond.__getitem__, target.__getitem__, 1200)(new)
+    ours = ridge()
     error = (ours - expected).square().mean() / expected.square().mean()
     assert 0 < error < 0.15
 
