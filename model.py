@@ -253,16 +253,16 @@ class Prior(nn.Module):
         """(B, S, C) -> (B, T, D)"""
         return self.inputs(cond) @ self.weight
 
-    def draw(self, mean, noise):
-        """Targets of this mean, from standard Gaussian noise, both (..., T, D)."""
-        return mean + self.places @ (self.variance.sqrt() * noise) @ self.channels.T
+    def add(self, mean, z):
+        """mean (..., T, D) + what has these coordinates (..., T, D) in the principal components. Of
+        z = variance.sqrt() * standard Gaussian noise, that is a target."""
+        return mean + self.places @ z @ self.channels.T
 
     def forward(self, x_t, t, mean):
         """The velocity (B, T, D) at the state x_t (B, T, D) and t (B, 1, 1)."""
         z = self.places.T @ (x_t - t * mean) @ self.channels
         power = self.variance * t**2 + (1 - t) ** 2  # the mean square of z
-        linear = (self.variance * t - (1 - t)) / power * z
-        return mean + self.places @ linear @ self.channels.T
+        return self.add(mean, (self.variance * t - (1 - t)) / power * z)
 
     @torch.no_grad()
     def fit(self, read, n, noise=True):
@@ -274,34 +274,31 @@ class Prior(nn.Module):
         """
         K, D = self.weight.shape
         rows = torch.arange(0, n, math.ceil(n / 2048))  # of at most 2,048 samples, evenly spaced
-        batches = rows.split(min(32, math.ceil(n / 10)))
-        # x^T x and x^T y of the inputs and targets
-        held_out, fitted = torch.zeros(2, K, K + D, dtype=torch.float64)
-        for i, rows in enumerate(batches):
-            target, cond = (array.cpu() for array in read(rows.numpy()))
-            x = self.inputs(cond).flatten(0, 1).double()  # (B * T, K)
-            y = target.flatten(0, 1).double()  # (B * T, D)
-            sums = fitted if i % 5 else held_out
-            sums += x.T @ torch.cat([x, y], 1)
-        xx, xy = fitted.split([K, D], 1)
-        held_out_xx, held_out_xy = held_out.split([K, D], 1)
+        held_out = []
+        xx = torch.zeros(K, K, dtype=torch.float64)
+        xy = torch.zeros(K, D, dtype=torch.float64)
+        for i, batch in enumerate(rows.split(min(32, math.ceil(n / 10)))):
+            target, cond = (array.cpu() for array in read(batch.numpy()))
+            x = self.inputs(cond)
+            if i % 5 == 0:
+                held_out.append((x, target))
+                continue
+            x = x.flatten(0, 1).double()
+            xx += x.T @ x
+            xy += x.T @ target.flatten(0, 1).double()
+        x, y = map(torch.cat, zip(*held_out))  # (n, T, K), (n, T, D)
         largest = torch.linalg.eigvalsh(xx)[-1] + 1e-6
         least = math.inf
-        for exponent in range(-12, 3):
-            penalty = largest * 10 ** (exponent / 2)
-            weight = torch.linalg.solve(xx + penalty * torch.eye(K), xy)
-            # |x weight - y|^2 without |y|^2
-            error = (weight * (held_out_xx @ weight - 2 * held_out_xy)).sum()
+        for exponent in range(-6, 2):
+            penalty = largest * 10.0**exponent
+            weight = torch.linalg.solve(xx + penalty * torch.eye(K), xy).type_as(x)
+            error = (x @ weight - y).square().sum()
             if error < least:
                 least = error
                 self.weight.copy_(weight)
         if not noise:
             return
-        rest = []
-        for rows in batches[::5]:
-            target, cond = (array.cpu() for array in read(rows.numpy()))
-            rest.append(target - self.mean(cond))
-        rest = torch.cat(rest)  # (n, T, D)
+        rest = y - x @ self.weight  # (n, T, D)
         for axis, components in ((2, self.places), (1, self.channels)):
             moments = torch.tensordot(rest, rest, ([0, axis], [0, axis]))
             components.copy_(torch.linalg.eigh(moments.double())[1])

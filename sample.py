@@ -301,6 +301,14 @@ def main():
     if not save and not interpolate:
         metrics_path = Path(out_dir, f"metrics{suffix}.json")
         picture_path = Path(out_dir, f"samples{suffix}.png")
+    for path in (target, Path(save_pickle or target)):  # before hours of sampling
+        is_other = path.exists() and not path.is_file()  # a folder, or a device
+        if is_other or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written: is its folder there, and writable?")
+    if plot:
+        from report.plot import draw_samples, new_figure
+
+        new_figure(1)  # needs matplotlib
     partial_folder = Path(f"{target}.partial")
     states_path = target.with_name(f"{target.stem}_trajectory.npy")
     draws_path = partial_folder / "draws.npy"
@@ -373,8 +381,6 @@ def main():
         replace_file(save_pickle, lambda f: pickle.dump(results, f, protocol=5))
         print(f"wrote {save_pickle}")
     if plot:
-        from report.plot import draw_samples  # needs matplotlib
-
         stats = data["stats"] if data else loaded.stats
         draw_samples(
             picture_path, conditions, truth, samples, loaded.model.config.grid, stats,

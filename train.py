@@ -253,7 +253,8 @@ if compile or compile is None and device_type == "cuda":
         block.compile(dynamic=False)
 model = raw_model
 if LAUNCHED and not fsdp:
-    model = DDP(model, gradient_as_bucket_view=True, bucket_cap_mb=100)
+    # the buffers are the prior's, which never change
+    model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100)
 
 # ---------------------------------------------------------------- steps, evaluations, checkpoints
 micro_steps = gradient_accumulation_steps // WORLD_SIZE  # of this process

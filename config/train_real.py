@@ -2,7 +2,7 @@
 #   python prepare.py SHARDS --out=data/real
 #   python train.py config/train_real.py
 #   python sample.py --out_dir=out-real
-@@CFG@@
+# @@CFG@@
 out_dir = "out-real"
 data_dir = "data/real"
 eval_interval = 500

@@ -370,7 +370,7 @@ def predictions(draws, data, split):
         generators = [torch.Generator().manual_seed(int(row)) for row in rows]
         shape = M, *prior.variance.shape
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        return prior.draw(ridge(rows), noise)
+        return prior.add(ridge(rows), prior.variance.sqrt() * noise)
 
     result = {
         "truth": lambda rows: truth(rows)[:, None],

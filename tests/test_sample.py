@@ -841,15 +841,15 @@ def test_the_dataset_is_found_from_elsewhere(tmp_path):
     assert "frechet" in run(*args, cwd=tmp_path).stdout
 
 
-def test_what_cannot_be_written_at_the_end_costs_no_samples(run_dir, tmp_path):
-    """The same command with another name takes those that are there."""
+def test_what_will_be_written_is_checked_before_the_first_sample(run_dir, tmp_path):
     args = ["sample.py", f"--out_dir={run_dir}", "--steps=1", "--draws=1"]
-    assert "No such file" in refused(*args, f"--save_pickle={tmp_path}/no/a.pkl")
+    for name in (tmp_path, f"{tmp_path}/no/a.pkl", "/dev/null"):
+        flag = f"--save_pickle={name}"
+        assert "cannot be written" in refused(*args, flag)
+        assert not (run_dir / "generated.npy").exists()
     missing = "import sys; sys.modules['matplotlib'] = None\n"
     assert "pictures need matplotlib" in refused(*args, "--plot=True", patch=missing)
-    done = run(*args, f"--save_pickle={tmp_path}/a.pkl", "--plot=True")
-    assert "1 of 1 batches were there" in done.stdout
-    assert (run_dir / "samples.png").exists() and (tmp_path / "a.pkl").exists()
+    assert not (run_dir / "generated.npy").exists()
 
 
 def test_what_belongs_to_samples_lies_beside_them(run_dir, tmp_path):
