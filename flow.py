@@ -63,7 +63,8 @@ class FlowConfig:
 def draw_noise(shape, generator=None, device=None):
     """x_0 of shape (..., T, D), T the rows of the grid one after the other: the one place that
     decides what noise is, in training, validation and sampling. Give each value mean 0, variance 1.
-    The grid is not known here; where it is a square, math.isqrt(T) is its side.
+    The grid is not known here; where it is a square, math.isqrt(T) is its side. model.Prior takes
+    the values to be independent.
     """
     return torch.randn(shape, generator=generator, device=device)
 

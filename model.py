@@ -220,12 +220,12 @@ class Block(nn.Module):
 class Prior(nn.Module):
     """A linear-Gaussian model of the targets of a condition, and the velocity that follows from it.
 
-    A target is mean(cond) plus Gaussian noise on the whole grid. The principal components of this
-    noise are those of places times those of channels, each product with its own variance. On the
+    A target is mean(cond) plus Gaussian noise on the whole grid. A principal component of this
+    noise is a pattern over places times one over channels, with a variance of its own. On the
     linear path the velocity is then known (Bishop 2006, equation 2.116), and it is most of what a
     denoiser learns (Wang and Vastola 2024, arXiv 2412.09726). NextDiT's blocks add the rest: so
-    tokens wider than the model need not pass through it whole, and the noise of neighbours is
-    alike from the start.
+    tokens wider than the model need not pass through it whole, and neighbours share noise from the
+    start.
     """
 
     def __init__(self, grid, target_dim, cond_dim):
@@ -254,8 +254,8 @@ class Prior(nn.Module):
         return self.inputs(cond) @ self.weight
 
     def add(self, mean, z):
-        """mean (..., T, D) + what has these coordinates (..., T, D) in the principal components. Of
-        z = variance.sqrt() * standard Gaussian noise, that is a target."""
+        """mean (..., T, D) plus the deviation whose coordinates in the principal components are z
+        (..., T, D). With z = variance.sqrt() * noise that draws a target."""
         return mean + self.places @ z @ self.channels.T
 
     def forward(self, x_t, t, mean):
@@ -268,12 +268,13 @@ class Prior(nn.Module):
     def fit(self, read, n, noise=True):
         """To n training samples: read(rows) -> their targets (B, T, D) and conditions (B, S, C).
 
-        The mean is a ridge regression. Every fifth batch is held out: these choose its penalty, and
-        the noise is fitted to what it leaves of them. Sums are in float64, which not every device
-        has. noise=False leaves the noise as it is.
+        Four fifths of the batches fit a ridge regression, the mean. The others choose its penalty,
+        and the noise is fitted to what the mean leaves of them. Sums are in float64, which not
+        every device has. noise=False leaves the noise as it is.
         """
         K, D = self.weight.shape
-        rows = torch.arange(0, n, math.ceil(n / 2048))  # of at most 2,048 samples, evenly spaced
+        # of at most 131,072 tokens, evenly spaced
+        rows = torch.arange(0, n, math.ceil(n * len(self.places) / 131072))
         held_out = []
         xx = torch.zeros(K, K, dtype=torch.float64)
         xy = torch.zeros(K, D, dtype=torch.float64)

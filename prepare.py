@@ -26,6 +26,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -237,6 +238,8 @@ def prepare(sources, config):
                 )
     if dtype not in ("source", "float16", "float32"):
         raise DataError(f"--dtype={dtype} is not source, float16 or float32")
+    if not re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", grid):
+        raise DataError(f"--grid={grid} is not ROWSxCOLUMNS")
     shards, arrays = find_files(sources)
     half, odd = divmod(len(arrays), 2)
     if odd:

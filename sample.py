@@ -184,7 +184,7 @@ def generate_batches(
 
     for cond, x_0 in made_ahead(starmap(read, batches)):
         x_0 = loaded.flow.sigma_max * x_0.to(loaded.device)  # (B, T, D)
-        cond = loaded.cond.encode(cond.to(loaded.device))
+        cond = loaded.cond.encode(cond)
         with autocast:
             velocity = flow.guided_velocity(
                 loaded.model, cond, loaded.flow, guidance, guidance_interval
@@ -317,12 +317,17 @@ def main():
     files = {target: (n, *shape), draws_path: (n_with_draws, n_draws, *shape)}
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
-    read += [*loaded.files, *ROOT.glob("*.py")]
+    read += loaded.files
+    read += [ROOT / name for name in ("model.py", "flow.py", "sample.py")]
     modified = {os.path.realpath(path): os.path.getmtime(path) for path in read}
-    if not modified.keys().isdisjoint(map(os.path.realpath, [*files, save_pickle])):
-        raise ValueError(f"{save=}, {save_pickle=}: this would overwrite what is read")
+    paths = [*map(os.path.realpath, [*files, save_pickle]), *modified]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{save=}, {save_pickle=}: this is read, or written twice")
     # with another of these the samples would be others, but not with another picture or pickle
-    made_with = config | dict(batch_size=size, plot=None, save_pickle=None, read=modified)
+    made_with = config | dict(
+        batch_size=size, device=own_device, dtype=loaded.dtype, plot=None, save_pickle=None,
+        read=modified,
+    )  # fmt: skip
     output = Output(partial_folder, files, made_with)
 
     # ---- samples
@@ -384,7 +389,7 @@ def main():
         stats = data["stats"] if data else loaded.stats
         draw_samples(
             picture_path, conditions, truth, samples, loaded.model.config.grid, stats,
-            folder, references,
+            data and data["folders"][0], references,
         )  # fmt: skip
         print(f"wrote {picture_path}")
     output.finish()

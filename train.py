@@ -71,7 +71,7 @@ conditioning = "auto"  # aligned (token by token) | cross (attention) | auto: by
 cond_projection = False  # two layers make dim channels of each condition token first
 conv = True  # a depthwise 3x3 convolution before each block
 rope = "grid"  # RoPE frequencies: grid (for some ten rows and columns) | lumina (as for text)
-prior: bool | None = None  # add a linear-Gaussian model's velocity; None: if D is above dim
+prior: bool | None = None  # add a linear-Gaussian model's velocity; None: if data is wider than dim
 gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, slower
 # ---- flow
 path = "linear"  # linear | cosine
@@ -156,8 +156,7 @@ if fsdp and (not LAUNCHED or dtype == "float16" or optimizer == "adafactor"):
     raise ValueError("fsdp=True needs torchrun, float32 or bfloat16, and adamw")
 if gradient_accumulation_steps % WORLD_SIZE:
     raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {WORLD_SIZE} processes")
-if LAUNCHED:
-    device = distributed.init_distributed(device, dist_timeout)
+device = distributed.init_distributed(device, dist_timeout)
 interrupts = distributed.Interrupts(time_limit, device)
 # TF32 on cuda. On a CPU it chooses oneDNN, up to twice as fast as MKL; it computes in float32 as
 # well, except on processors with AMX, where it uses bfloat16.
@@ -206,6 +205,7 @@ if learning_rate is None:
 config |= dict(
     batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
     conditioning=conditioning, t_shift=t_shift, prior=prior, learning_rate=learning_rate,
+    max_iters=max_iters, num_epochs=None,
     overwrite=False, time_limit=None, debug=False,  # these belong to this start, not to the run
 )  # fmt: skip
 flow_config = FlowConfig(**{name: config[name] for name in FlowConfig.__dataclass_fields__})
@@ -253,8 +253,7 @@ if compile or compile is None and device_type == "cuda":
         block.compile(dynamic=False)
 model = raw_model
 if LAUNCHED and not fsdp:
-    # the buffers are the prior's, which never change
-    model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100)
+    model = DDP(model, gradient_as_bucket_view=True, bucket_cap_mb=100)
 
 # ---------------------------------------------------------------- steps, evaluations, checkpoints
 micro_steps = gradient_accumulation_steps // WORLD_SIZE  # of this process
@@ -346,7 +345,7 @@ def evaluate():
         truth = data["val_target"][:eval_samples]  # (n, T, D), raw, as the samples
         samples = map_rows(samples_of_rows, len(truth), eval_batch_size, interrupts)
         metrics = score.metrics(standardize(samples), standardize(truth), model_config.grid)
-        results |= {f"val_{name}": float(metrics[name]) for name in SAMPLED}
+        results |= {f"val_{name}": metrics[name] for name in SAMPLED}
     text = " ".join(f"{name}={value:.4g}" for name, value in results.items())
     print0(f"iter {iteration} | {text}")
     return results
@@ -455,7 +454,7 @@ while not stop:
         break
 
     sums = sum(map(forward_backward, micros))  # (2,), loss and output norm
-    sums = torch.stack([*sums, clip_gradients(), interrupts.flag()])
+    sums = torch.stack([*sums, clip_gradients().to(device), interrupts.flag()])
     # the only time in an iteration that this process waits for the device
     means = all_reduce_sum(sums) / WORLD_SIZE
     loss, output_norm, grad_norm, stop = means.tolist()

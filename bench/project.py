@@ -25,7 +25,7 @@ from report import score
 def components(tokens, n, count):
     """(D, count): the leading principal components of tokens(rows) -> (B, T, D), n samples."""
     moments = sum(score.moments(tokens(rows)) for rows in score.chunks(np.arange(n)))
-    _, covariance = score.gaussian(moments)
+    _, covariance = score.mean_and_covariance(moments)
     _, vectors = torch.linalg.eigh(covariance[1:, 1:])  # without the constant
     return vectors.flip(1)[:, :count].float()
 

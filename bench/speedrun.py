@@ -17,12 +17,12 @@ from those.
 
 All get the same samples, normalized by channel, warmup over a twentieth of their budget, averaged
 weights, threads and precision of products. They train in one process, in turn, a twelfth of the
-budget at a time. The clock of a run counts its iterations and the fitting of the prior, not
-imports, construction and evaluations.
+budget at a time (short runs a fifth of their own). The clock of a run counts its iterations and the
+fitting of the prior, not imports, construction and evaluations.
 
 Judged are two draws of 10 steps of ab2 for each of --samples validation conditions, by the metrics
 of report/score.py, and the loss of the velocity on all of them, of the weights or of their average,
-whichever has the lower one. "numbers" counts parameters and buffers.
+whichever has the lower one.
 """
 
 import argparse
@@ -275,6 +275,10 @@ def is_as_good(name, ours, theirs):
     return ours[name] <= theirs[name]
 
 
+def fraction(share):
+    return "never" if math.isinf(share) else f"1/{1 / share:.1f}"
+
+
 def verdict(results):
     """Lines that say for each metric which share of the reference's seconds our shortest run took
     that was as good, by seed; of the worst metric, and its median over the seeds."""
@@ -288,9 +292,10 @@ def verdict(results):
                     if not r["is_reference"] and is_as_good(name, r, theirs)]  # fmt: skip
             shares[name] = min(good, default=math.inf) / theirs["seconds"]
         worst.append(max(shares.values()))
-        text = ", ".join(f"{name} 1/{1 / share:.1f}" for name, share in shares.items())
+        text = ", ".join(f"{name} {fraction(share)}" for name, share in shares.items())
         lines.append(f"seed {seed}, as good as {theirs['name']}: {text}")
-    lines.append(f"of the worst metric, median of the seeds: 1/{1 / statistics.median(worst):.1f}")
+    median = fraction(statistics.median(worst))
+    lines.append(f"of the worst metric, median of the seeds: {median}")
     return lines
 
 
@@ -405,7 +410,7 @@ def main():
             tried = [pair for pair in tried if best == f"reference, {pair[0]:g}, batch {pair[1]}"]
         data_name = Path(args.data).name
         # a race of one recipe against the reference, or trials of variants
-        kind = "race" if args.ours is None else "trials"
+        kind = "race" if args.ours is None and args.rates else "trials"
         names = {"data": data_name, "config": args.config, "threads": args.threads}
         text = json.dumps(names | {"results": results}, indent=1)
         (args.folder / f"{kind}-{data_name}.json").write_text(text)

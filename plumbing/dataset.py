@@ -69,9 +69,11 @@ def open_dataset(data_dir):
     if len(parts) == 1:
         return joined
     layouts = [part["meta"]["layout"] for part in parts]
-    for folder, layout in zip(folders, layouts):
+    for folder, layout, part in zip(folders, layouts, parts):
         if layout != layouts[0]:
             raise ValueError(f"{folder} does not go with {folders[0]}: {layout}, not {layouts[0]}")
+        if part["moments"]["cond"] is None:
+            raise ValueError(f"{folder} was prepared by an older version: prepare it anew")
     for name in ARRAYS:
         joined[name] = Joined([part[name] for part in parts])
     moments = {kind: sum(part["moments"][kind] for part in parts) for kind in KINDS}

@@ -150,7 +150,7 @@ class Rows:
         for drop in (0, drop_tokens or drop_cls):
             side = math.isqrt(abs(tokens - drop))
             expected = asked or (side, side)
-            if len(expected) == 2 and 0 < math.prod(expected) == tokens - drop <= tokens:
+            if 0 < math.prod(expected) == tokens - drop <= tokens:
                 grid, self.n_dropped = expected, drop
         tokens -= self.n_dropped
         self.pool = min(pool, tokens)  # embeddings of one token are pooled already

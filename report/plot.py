@@ -10,8 +10,10 @@ digits do), and with three principal components of the tokens as red, green and 
 and, of targets, further ones.
 """
 
+import contextlib
 import math
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -40,13 +42,26 @@ split = "val"  # for samples: val | train
 
 def new_figure(height):
     """A figure of 12 inches by `height`. It is drawn without pyplot, and so without a backend."""
-    # In the shells of a notebook this can name a backend that is not installed here
-    os.environ.pop("MPLBACKEND", None)
     try:
+        import_matplotlib()
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    except ImportError as e:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from e
     return Figure(figsize=(12, height), layout="constrained")
+
+
+def import_matplotlib():
+    """Import it even if $MPLBACKEND names what is not installed here, as it does in the shells that
+    a notebook opens. A backend that is installed stays the one that pyplot will take."""
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):  # it is not installed
+            matplotlib.rcParams["backend"] = backend
 
 
 def principal_colours(arrays, encode, first):

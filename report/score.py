@@ -107,18 +107,13 @@ def narrow(x):
     return x[..., evenly(D, NARROW)] * math.sqrt(D / NARROW)
 
 
-def with_constant(x):
-    """(..., d) -> (..., 1 + d): 1 and the channels."""
-    return F.pad(x, (1, 0), value=1.0)
-
-
 def moments(x):
     """(1 + d, 1 + d) for vectors (..., d): their number, sum, and sum of outer products."""
-    x = with_constant(x).flatten(0, -2).double()
+    x = F.pad(x, (1, 0), value=1.0).flatten(0, -2).double()
     return x.T @ x
 
 
-def gaussian(moments):
+def mean_and_covariance(moments):
     """Mean (1 + d,) and covariance (1 + d, 1 + d) of the vectors with these moments. They include
     the constant, which varies by 0 and changes no figure."""
     n = moments[0, 0]
@@ -279,8 +274,8 @@ def figures(groups, true_groups, left_out=None):
     n = sums.pop("samples")
     values = {name: value / n for name, value in sums.items()}
     for name in ("frechet_patch", "frechet_pooled", "frechet"):
-        mean, cov = gaussian(sums[name])
-        true_mean, true_cov = gaussian(true_sums[name])
+        mean, cov = mean_and_covariance(sums[name])
+        true_mean, true_cov = mean_and_covariance(true_sums[name])
         values[name] = frechet_distance(mean, cov, true_mean, true_cov)
     ratio = cov.trace() / true_cov.trace()  # of tokens, the last ones
     values["std_ratio"] = ratio.sqrt()

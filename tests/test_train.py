@@ -204,7 +204,7 @@ def test_epochs_subset_and_settings_of_the_flow(dataset, tmp_path):
     assert "12 samples, 8 per iteration, 3 iterations (2.0 epochs)" in done.stdout
     assert log(tmp_path / "out")[-1]["iter"] == 3
     assert checkpoint(tmp_path / "out")["flow"]["prediction"] == "x"
-    run("train.py", f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--num_epochs=2.6")
+    run("train.py", f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--max_iters=4")
     assert log(tmp_path / "out")[-1]["iter"] == 4
 
 
