@@ -103,7 +103,8 @@ def rotate(x, rope):
     cos, sin = rope  # each (T, 1, head_dim)
     heads = x.float().unflatten(-1, (-1, cos.shape[-1]))  # (B, T, n, head_dim)
     # pairs exchanged by roll: of slices, inductor would make a backward pass several times slower
-    other = heads.unflatten(-1, (-1, 2)).roll(1, -1).flatten(3)
+    pairs = heads.unflatten(-1, (-1, 2))
+    other = pairs.roll(1, -1).flatten(3)
     return (heads * cos + other * sin).flatten(2).type_as(x)
 
 
@@ -243,7 +244,8 @@ class Prior(nn.Module):
         grid, the mean of all its tokens stands for each."""
         T = len(self.places)
         if cond.shape[1] != T:
-            cond = cond.mean(1, keepdim=True).expand(-1, T, -1)
+            cond = cond.mean(1, keepdim=True)
+            cond = cond.expand(-1, T, -1)
         image = cond.mT.unflatten(2, self.grid)  # (B, C, H, W)
         around = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
         x = torch.cat([cond, around.flatten(2).mT], -1)
@@ -262,7 +264,8 @@ class Prior(nn.Module):
         """The velocity (B, T, D) at the state x_t (B, T, D) and t (B, 1, 1)."""
         z = self.places.T @ (x_t - t * mean) @ self.channels
         power = self.variance * t**2 + (1 - t) ** 2  # the mean square of z
-        return self.add(mean, (self.variance * t - (1 - t)) / power * z)
+        linear = (self.variance * t - (1 - t)) / power * z
+        return self.add(mean, linear)
 
     @torch.no_grad()
     def fit(self, read, n, noise=True):
@@ -272,27 +275,34 @@ class Prior(nn.Module):
         and the noise is fitted to what the mean leaves of them. Sums are in float64, which not
         every device has. noise=False leaves the noise as it is.
         """
-        K, D = self.weight.shape
-        # of at most 131,072 tokens, evenly spaced
-        rows = torch.arange(0, n, math.ceil(n * len(self.places) / 131072))
-        held_out = []
+        T, D = self.variance.shape
+        K = len(self.weight)
+        step = math.ceil(n * T / 131072)
+        rows = torch.arange(0, n, step)  # of at most so many tokens
         xx = torch.zeros(K, K, dtype=torch.float64)
         xy = torch.zeros(K, D, dtype=torch.float64)
-        for i, batch in enumerate(rows.split(min(32, math.ceil(n / 10)))):
-            target, cond = (array.cpu() for array in read(batch.numpy()))
-            x = self.inputs(cond)
+        held_out_x, held_out_y = [], []
+        size = min(32, math.ceil(n / 10))
+        for i, batch in enumerate(rows.split(size)):
+            target, cond = read(batch.numpy())
+            x = self.inputs(cond.cpu())  # (B, T, K)
+            y = target.cpu()  # (B, T, D)
             if i % 5 == 0:
-                held_out.append((x, target))
+                held_out_x.append(x)
+                held_out_y.append(y)
                 continue
             x = x.flatten(0, 1).double()
+            y = y.flatten(0, 1).double()
             xx += x.T @ x
-            xy += x.T @ target.flatten(0, 1).double()
-        x, y = map(torch.cat, zip(*held_out))  # (n, T, K), (n, T, D)
+            xy += x.T @ y
+        x = torch.cat(held_out_x)  # (n, T, K)
+        y = torch.cat(held_out_y)  # (n, T, D)
         largest = torch.linalg.eigvalsh(xx)[-1] + 1e-6
         least = math.inf
         for exponent in range(-6, 2):
             penalty = largest * 10.0**exponent
-            weight = torch.linalg.solve(xx + penalty * torch.eye(K), xy).type_as(x)
+            weight = torch.linalg.solve(xx + penalty * torch.eye(K), xy)
+            weight = weight.type_as(x)
             error = (x @ weight - y).square().sum()
             if error < least:
                 least = error
@@ -300,11 +310,17 @@ class Prior(nn.Module):
         if not noise:
             return
         rest = y - x @ self.weight  # (n, T, D)
-        for axis, components in ((2, self.places), (1, self.channels)):
-            moments = torch.tensordot(rest, rest, ([0, axis], [0, axis]))
-            components.copy_(torch.linalg.eigh(moments.double())[1])
-        variance = (self.places.T @ rest @ self.channels).square().mean(0)  # (T, D)
-        self.variance.copy_(variance.clamp(min=1e-4 * variance.mean()))
+        for components, others in (
+            (self.places, [0, 2]),
+            (self.channels, [0, 1]),
+        ):
+            moments = torch.tensordot(rest, rest, (others, others))
+            _, vectors = torch.linalg.eigh(moments.double())
+            components.copy_(vectors)
+        z = self.places.T @ rest @ self.channels
+        variance = z.square().mean(0)  # (T, D)
+        least = 1e-4 * variance.mean()
+        self.variance.copy_(variance.clamp(min=least))
 
 
 class NextDiT(nn.Module):
@@ -378,7 +394,8 @@ class NextDiT(nn.Module):
                 f"{cond.shape[1]} tokens of condition are not on the grid {self.config.grid}: "
                 'train with conditioning="cross"'
             )
-        return self.cond_embed(cond.mean(1)), added, [tokens] * len(self.layers), mean
+        cond_emb = self.cond_embed(cond.mean(1))  # (B, emb_dim)
+        return cond_emb, added, [tokens] * len(self.layers), mean
 
     def context(self, cond):
         """What depends on cond (B, S, C) alone, for forward(): computed once per trajectory. The
@@ -421,7 +438,8 @@ class NextDiT(nn.Module):
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale)
         out = self.final(x)  # (B, T, D)
         if self.prior:
-            out = out + self.prior(x_t, t[:, None, None], mean)
+            v = self.prior(x_t, t[:, None, None], mean)
+            out = out + v
         return out
 
 
