@@ -77,7 +77,8 @@ class NextDiTConfig:
         self.emb_dim = min(self.dim, 1024)  # of the embedding of time and pooled condition
         self.cond_width = self.dim if self.cond_projection else self.cond_dim  # in the model
         if self.ffn_dim is None:  # SwiGLU has three matrices: 2/3 of the usual 4 * dim
-            hidden = max(1, int((self.ffn_dim_multiplier or 1) * (8 * self.dim // 3)))
+            scale = self.ffn_dim_multiplier or 1
+            hidden = max(1, int(scale * (8 * self.dim // 3)))
             self.ffn_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
@@ -105,7 +106,8 @@ def rotate(x, rope):
     # pairs exchanged by roll: of slices, inductor would make a backward pass several times slower
     pairs = heads.unflatten(-1, (-1, 2))
     other = pairs.roll(1, -1).flatten(3)
-    return (heads * cos + other * sin).flatten(2).type_as(x)
+    turned = heads * cos + other * sin
+    return turned.flatten(2).type_as(x)
 
 
 def timestep_embedding(t):
