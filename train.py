@@ -179,6 +179,7 @@ target_normalizer = Normalizer(normalize, stats["target_mean"], stats["target_st
 samples_per_iter = batch_size * gradient_accumulation_steps
 if num_epochs is not None:
     max_iters = math.ceil(num_epochs * loader.n_train / samples_per_iter)
+    config |= {"max_iters": max_iters, "num_epochs": None}
 
 
 def encode(target, cond):
@@ -205,7 +206,6 @@ if learning_rate is None:
 config |= dict(
     batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
     conditioning=conditioning, t_shift=t_shift, prior=prior, learning_rate=learning_rate,
-    max_iters=max_iters, num_epochs=None,
     overwrite=False, time_limit=None, debug=False,  # these belong to this start, not to the run
 )  # fmt: skip
 flow_config = FlowConfig(**{name: config[name] for name in FlowConfig.__dataclass_fields__})
