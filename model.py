@@ -270,17 +270,19 @@ class Prior(nn.Module):
         return self.add(mean, linear)
 
     @torch.no_grad()
-    def fit(self, read, n, noise=True):
+    def fit(self, read, n, tokens=524288, noise=True):
         """To n training samples: read(rows) -> their targets (B, T, D) and conditions (B, S, C).
 
-        Four fifths of the batches fit a ridge regression, the mean. The others choose its penalty,
-        and the noise is fitted to what the mean leaves of them. Sums are in float64, which not
-        every device has. noise=False leaves the noise as it is.
+        The mean is a ridge regression. Every fifth batch, up to 16 of them, is held out to choose
+        its penalty, and the noise is fitted to what the mean leaves of these. Sums are in float64,
+        which not every device has.
+        tokens: at most so many are used, of samples evenly spaced. With too few the mean, and then
+            the model, is over-fitted to them
+        noise: False leaves the noise as it is
         """
         T, D = self.variance.shape
         K = len(self.weight)
-        step = math.ceil(n * T / 131072)
-        rows = torch.arange(0, n, step)  # of at most so many tokens
+        rows = torch.arange(0, n, math.ceil(n * T / tokens))
         xx = torch.zeros(K, K, dtype=torch.float64)
         xy = torch.zeros(K, D, dtype=torch.float64)
         held_out_x, held_out_y = [], []
@@ -289,7 +291,7 @@ class Prior(nn.Module):
             target, cond = read(batch.numpy())
             x = self.inputs(cond.cpu())  # (B, T, K)
             y = target.cpu()  # (B, T, D)
-            if i % 5 == 0:
+            if i % 5 == 0 and len(held_out_x) < 16:
                 held_out_x.append(x)
                 held_out_y.append(y)
                 continue

@@ -354,7 +354,9 @@ def predictions(draws, data, split):
     n_train = len(data["train_cond"])
     is_narrow = draws.shape[3] <= WIDE  # else the noise would take minutes
     prior = Prior(data["meta"]["grid"], draws.shape[3], narrow(cond([0])).shape[2])
-    prior.fit(lambda rows: (train_target(rows), narrow(train_cond(rows))), n_train, is_narrow)
+    prior.fit(
+        lambda rows: (train_target(rows), narrow(train_cond(rows))), n_train, 131072, is_narrow
+    )
 
     def ridge(rows):
         """(B, 1, T, D)"""

@@ -237,7 +237,7 @@ def test_gaussian_is_exact_where_the_world_is():
     rows = score.report(draws, data)[0]["baselines"]
     ours, floor, ridge = rows["gaussian"], rows["floor"], rows["ridge"]
     for name in ("frechet", "frechet_patch", "frechet_pooled"):
-        assert ours[name] < 3 * floor[name] and ours[name] < 0.1 * ridge[name]
+        assert ours[name] < 3 * floor[name] and ours[name] < 0.15 * ridge[name]
     assert ours["neighbours"] == pytest.approx(rows["truth"]["neighbours"], abs=0.03)
     assert ours["neighbours_of_draws"] == pytest.approx(ours["neighbours_of_truth"], abs=0.04)
     for name in ("spread_ratio", "spread_0", "spread_1", "spread_2"):
