@@ -302,10 +302,12 @@ class Prior(nn.Module):
         x = torch.cat(held_out_x)  # (n, T, K)
         y = torch.cat(held_out_y)  # (n, T, D)
         largest = torch.linalg.eigvalsh(xx)[-1] + 1e-6
+        ridge = torch.eye(K, dtype=torch.float64)
+        ridge[0, 0] = 1e-9  # the constant is not shrunk
         least = math.inf
         for exponent in range(-6, 2):
             penalty = largest * 10.0**exponent
-            weight = torch.linalg.solve(xx + penalty * torch.eye(K), xy)
+            weight = torch.linalg.solve(xx + penalty * ridge, xy)
             weight = weight.type_as(x)
             error = (x @ weight - y).square().sum()
             if error < least:

@@ -38,6 +38,7 @@ from plumbing.checkpoint import load_weights, replace_file, same_statistics
 from plumbing.configurator import check_numbers, configure, describe, set_up_console
 from plumbing.dataset import made_ahead, open_dataset, split_arrays
 from plumbing.distributed import (
+    LAUNCHED,
     RANK,
     WORLD_SIZE,
     exit_process,
@@ -238,8 +239,10 @@ def main():
     check_numbers(config, "subset_size draws steps shift batch_size", any_sign="guidance")
     print0(describe(config, __file__))
     torch.set_float32_matmul_precision("medium")  # as in train.py
-    # minutes: the processes that are ready wait for the slowest at the end
-    own_device = init_distributed(pick_device(device), timeout=10_000)
+    own_device = pick_device(device)
+    if LAUNCHED:
+        # minutes: the processes that are ready wait for the slowest at the end
+        own_device = init_distributed(own_device, timeout=10_000)
 
     # ---- model, conditions and truth
     data = open_dataset(data_dir) if data_dir else None

@@ -156,7 +156,8 @@ if fsdp and (not LAUNCHED or dtype == "float16" or optimizer == "adafactor"):
     raise ValueError("fsdp=True needs torchrun, float32 or bfloat16, and adamw")
 if gradient_accumulation_steps % WORLD_SIZE:
     raise ValueError(f"{gradient_accumulation_steps=} is no multiple of {WORLD_SIZE} processes")
-device = distributed.init_distributed(device, dist_timeout)
+if LAUNCHED:
+    device = distributed.init_distributed(device, dist_timeout)
 interrupts = distributed.Interrupts(time_limit, device)
 # TF32 on cuda. On a CPU it chooses oneDNN, up to twice as fast as MKL; it computes in float32 as
 # well, except on processors with AMX, where it uses bfloat16.

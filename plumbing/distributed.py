@@ -51,13 +51,11 @@ def pick_dtype(name, device):
 
 
 def init_distributed(device, timeout):
-    """Join the other processes, if torchrun has started some; returns the device of this one.
+    """Join the other processes that torchrun has started; returns the device of this one.
 
     timeout: minutes after which a process that waits for another gives up
     Raises ValueError where a variable of torchrun's is missing.
     """
-    if not LAUNCHED:
-        return device
     backend, device_id = "gloo", None
     if "cuda" in device:
         backend = "nccl"

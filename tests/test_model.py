@@ -200,12 +200,10 @@ def test_the_priors_mean_equals_scikit_learns_ridge(tokens):
     held_out, rest = np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)
     top = np.linalg.eigvalsh(x[rest].reshape(-1, 17).T @ x[rest].reshape(-1, 17))[-1]
     fits = [
-        Ridge(alpha=penalty, fit_intercept=False).fit(
-            x[rest].reshape(-1, 17), target[rest].reshape(-1, 5)
-        )
+        Ridge(alpha=penalty).fit(x[rest, :, 1:].reshape(-1, 16), target[rest].reshape(-1, 5))
         for penalty in np.logspace(-6, 1, 8) * top
     ]
-    predictions = [fit.predict(x.reshape(-1, 17)).reshape(60, 4, 5) for fit in fits]
+    predictions = [fit.predict(x[:, :, 1:].reshape(-1, 16)).reshape(60, 4, 5) for fit in fits]
     best = min(predictions, key=lambda y: np.square(y - target)[held_out].mean())
     assert np.allclose(prior.mean(data[1]).numpy(), best, atol=1e-4)
 
