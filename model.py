@@ -282,12 +282,14 @@ class Prior(nn.Module):
         """
         T, D = self.variance.shape
         K = len(self.weight)
-        rows = torch.arange(0, n, math.ceil(n * T / tokens))
+        step = math.ceil(n * T / tokens)
+        rows = torch.arange(0, n, step)
         xx = torch.zeros(K, K, dtype=torch.float64)
         xy = torch.zeros(K, D, dtype=torch.float64)
         held_out_x, held_out_y = [], []
         size = min(32, math.ceil(n / 10))
-        for i, batch in enumerate(rows.split(size)):
+        batches = rows.split(size)
+        for i, batch in enumerate(batches):
             target, cond = read(batch.numpy())
             x = self.inputs(cond.cpu())  # (B, T, K)
             y = target.cpu()  # (B, T, D)
@@ -301,7 +303,8 @@ class Prior(nn.Module):
             xy += x.T @ y
         x = torch.cat(held_out_x)  # (n, T, K)
         y = torch.cat(held_out_y)  # (n, T, D)
-        largest = torch.linalg.eigvalsh(xx)[-1] + 1e-6
+        eigenvalues = torch.linalg.eigvalsh(xx)
+        largest = eigenvalues[-1] + 1e-6
         ridge = torch.eye(K, dtype=torch.float64)
         ridge[0, 0] = 1e-9  # the constant is not shrunk
         least = math.inf
