@@ -168,7 +168,8 @@ def token_cosines(predicted, n):
     rows = np.arange(n)
     shown = {name: predict(rows) for name, predict in predicted.items()}
     truth = shown.pop("truth")[:, 0]
-    shown.pop("floor", None)  # it is like `shuffled`
+    for name in ("mean", "floor"):  # 0 for `mean`, and `floor` is like `shuffled`
+        shown.pop(name, None)
     M = shown["generated"].shape[1]
     if M > 1:
         shown[f"mean of {M}"] = shown["generated"].mean(1, keepdim=True)

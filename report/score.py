@@ -11,6 +11,7 @@ the conditional mean, the best that any regressor can predict, one near R.
 
 Baselines:
     truth     the truth itself, for `neighbours`
+    mean      predicts the mean of the training set
     ridge     the mean of model.Prior: regresses each token on the condition's token at the same
               place and the 3x3 around that (or, where the token counts differ, on their mean)
     gaussian  draws from model.Prior: ridge, plus noise fitted to what ridge leaves. A model that is
@@ -372,6 +373,7 @@ def predictions(draws, data, split):
     result = {
         "truth": lambda rows: truth(rows)[:, None],
         "generated": samples,
+        "mean": lambda rows: torch.zeros_like(truth(rows))[:, None],
         "ridge": ridge,
     }
     if is_narrow:

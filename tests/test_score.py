@@ -13,7 +13,7 @@ from model import Prior
 from plumbing.dataset import ARRAYS, open_dataset
 from report import score
 
-BASELINES = {"truth", "ridge", "gaussian", "floor", "shuffled"}
+BASELINES = {"truth", "mean", "ridge", "gaussian", "floor", "shuffled"}
 
 
 def square(x):
