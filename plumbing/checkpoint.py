@@ -123,7 +123,7 @@ def check_tensors(name, value):
 
 
 def read_checkpoint(path):
-    """What save() wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
+    """What a Saver wrote, its tensors on the CPU as views of a memory map. Raises ValueError."""
     try:
         if RANK == 0:
             check_file(path)

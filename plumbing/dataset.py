@@ -111,6 +111,8 @@ def open_folder(data_dir):
             expected = meta["shapes"][name]
             if shape != expected:
                 raise ValueError(f"{name}.npy has shape {shape}, meta.json says {expected}")
+        for name in FILES:
+            (folder / name).stat()  # raises OSError if it is missing
     except Exception as e:  # a damaged file can raise anything
         state = f"is incomplete or damaged: {e}" if folder.is_dir() else "does not exist"
         raise ValueError(

@@ -113,7 +113,8 @@ class Interrupts:
             if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is, under nohup
                 self.handlers[number] = signal.signal(number, self.note)
         if time_limit is not None:
-            signal.setitimer(signal.ITIMER_REAL, 60 * time_limit or 1e-6)  # 0 would be never
+            seconds = min(60 * time_limit, 1e9)  # more than that the system does not take
+            signal.setitimer(signal.ITIMER_REAL, seconds or 1e-6)  # 0 would be never
 
     def note(self, number, frame):
         self.reason = signal.Signals(number).name if number != signal.SIGALRM else "the time limit"

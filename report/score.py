@@ -313,7 +313,7 @@ def confidence(groups, true_groups):
 
 def metrics(generated, target, grid):
     """METRICS, as floats, of two standardized float tensors (N, T, D), their tokens on a grid
-    (H, W); NaN if the generated ones are not finite."""
+    (H, W); not finite where the generated ones are not."""
     predicted = {
         "truth": target[:, None].__getitem__,
         "generated": generated[:, None].__getitem__,

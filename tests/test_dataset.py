@@ -84,6 +84,7 @@ def test_reading_leaves_memory_flat(tmp_path):
     [
         (lambda folder: (folder / "meta.json").unlink(), "is incomplete or damaged: .*meta.json"),
         (lambda folder: (folder / "stats.npz").unlink(), "No such file.*stats.npz"),
+        (lambda folder: (folder / "val_items.jsonl").unlink(), "No such file.*val_items.jsonl"),
         (lambda folder: np.save(folder / "val_cond.npy", np.ones((3, 4, 6))), "has shape"),
     ],
 )
