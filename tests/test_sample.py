@@ -99,7 +99,7 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
     assert metrics["draws"] == 3
     assert metrics["confidence"].keys() == {*score.METRICS, *spread}
     baselines = metrics["baselines"]
-    assert baselines.keys() == {"truth", "ridge", "gaussian", "floor", "shuffled"}
+    assert baselines.keys() == {"truth", "mean", "ridge", "gaussian", "floor", "shuffled"}
     assert baselines.pop("gaussian").keys() == {*score.METRICS, *spread}
     for row in baselines.values():
         assert row.keys() == set(score.METRICS)
@@ -115,7 +115,7 @@ def test_command_line_scores_and_saves_a_split(run_dir, dataset):
         ]
     )
     assert metrics["token_cosine"] == pytest.approx(cosine, abs=1e-5)
-    for row in ("generated", "truth", "ridge", "gaussian", "floor", "shuffled"):
+    for row in ("generated", "truth", "mean", "ridge", "gaussian", "floor", "shuffled"):
         assert any(line.startswith(row + " ") for line in done.stdout.splitlines())
     assert (run_dir / "samples.png").read_bytes()[:4] == b"\x89PNG"
     results = pickle.loads((run_dir / "results.pkl").read_bytes())
