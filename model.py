@@ -282,43 +282,35 @@ class Prior(nn.Module):
         """
         T, D = self.variance.shape
         K = len(self.weight)
-        step = math.ceil(n * T / tokens)
-        rows = torch.arange(0, n, step)
-        xx = torch.zeros(K, K, dtype=torch.float64)
-        xy = torch.zeros(K, D, dtype=torch.float64)
-        held_out_x, held_out_y = [], []
-        size = min(32, math.ceil(n / 10))
-        batches = rows.split(size)
+        rows = torch.arange(0, n, math.ceil(n * T / tokens))
+        # sums over the batches that the mean is fitted to, and over those held out
+        xx = torch.zeros(2, K, K, dtype=torch.float64)
+        xy = torch.zeros(2, K, D, dtype=torch.float64)
+        held_out = []
+        batches = rows.split(min(32, math.ceil(n / 10)))
         for i, batch in enumerate(batches):
             target, cond = read(batch.numpy())
             x = self.inputs(cond.cpu())  # (B, T, K)
             y = target.cpu()  # (B, T, D)
-            if i % 5 == 0 and len(held_out_x) < 16:
-                held_out_x.append(x)
-                held_out_y.append(y)
-                continue
-            x = x.flatten(0, 1).double()
-            y = y.flatten(0, 1).double()
-            xx += x.T @ x
-            xy += x.T @ y
-        x = torch.cat(held_out_x)  # (n, T, K)
-        y = torch.cat(held_out_y)  # (n, T, D)
-        eigenvalues = torch.linalg.eigvalsh(xx)
-        largest = eigenvalues[-1] + 1e-6
-        ridge = torch.eye(K, dtype=torch.float64)
-        ridge[0, 0] = 1e-9  # the constant is not shrunk
+            part = 0
+            if i % 5 == 0 and len(held_out) < 16:
+                held_out.append((x, y))
+                part = 1
+            x = x.flatten(0, 1)
+            xx[part] += x.T @ x
+            xy[part] += x.T @ y.flatten(0, 1)
+        penalty = (xx[0].trace() + 1e-6) * torch.eye(K)
+        penalty[0, 0] *= 1e-9  # the constant is not shrunk
         least = math.inf
-        for exponent in range(-6, 2):
-            penalty = largest * 10.0**exponent
-            weight = torch.linalg.solve(xx + penalty * ridge, xy)
-            weight = weight.type_as(x)
-            error = (x @ weight - y).square().sum()
+        for exponent in range(-6, 1):
+            weight = torch.linalg.solve(xx[0] + 10.0**exponent * penalty, xy[0])
+            error = (weight * (xx[1] @ weight - 2 * xy[1])).sum()  # less the square of y
             if error < least:
                 least = error
                 self.weight.copy_(weight)
         if not noise:
             return
-        rest = y - x @ self.weight  # (n, T, D)
+        rest = torch.cat([y - x @ self.weight for x, y in held_out])  # (n, T, D)
         for components, others in (
             (self.places, [0, 2]),
             (self.channels, [0, 1]),

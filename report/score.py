@@ -325,11 +325,16 @@ def metrics(generated, target, grid):
 def standardizer(mean, std):
     """Function from raw (..., D) arrays, or tensors on the CPU, to standardized float32 tensors.
     What is wrong in a constant channel counts in units of the channel that varies most."""
-    mean = np.asarray(mean, np.float32)
-    std = np.array(std, np.float32)
+    def tensor(x):
+        x = np.asarray(x)
+        native = x.astype(x.dtype.newbyteorder("="))  # byte order
+        return torch.from_numpy(native).float()  # much faster than numpy's
+
+    mean = tensor(mean)
+    std = tensor(std)
     largest = std.max() or 1
     std[std <= 1e-6 * largest] = largest
-    return lambda x: torch.from_numpy((np.asarray(x, np.float32) - mean) / std)
+    return lambda x: (tensor(x) - mean) / std
 
 
 def standardized(array, stats, kind):
