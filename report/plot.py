@@ -10,10 +10,8 @@ digits do), and with three principal components of the tokens as red, green and 
 and, of targets, further ones.
 """
 
-import contextlib
 import math
 import os
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from plumbing.configurator import configure_paths, set_up_console
 from plumbing.run_folder import read_log
 from report import score
 
-COMPARED = 500  # samples in the histogram of cosines, the first ones
 # options of imshow
 PIXELS = dict(
     cmap="gray",
@@ -42,26 +39,13 @@ split = "val"  # for samples: val | train
 
 def new_figure(height):
     """A figure of 12 inches by `height`. It is drawn without pyplot, and so without a backend."""
+    # in the shells of a notebook it names a backend that may not be installed here
+    os.environ.pop("MPLBACKEND", None)
     try:
-        import_matplotlib()
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from e
     return Figure(figsize=(12, height), layout="constrained")
-
-
-def import_matplotlib():
-    """Import it even if $MPLBACKEND names what is not installed here, as it does in the shells that
-    a notebook opens. A backend that is installed stays the one that pyplot will take."""
-    if "matplotlib" in sys.modules:
-        return
-    backend = os.environ.pop("MPLBACKEND", None)
-    import matplotlib
-
-    if backend:
-        os.environ["MPLBACKEND"] = backend
-        with contextlib.suppress(ValueError):  # it is not installed
-            matplotlib.rcParams["backend"] = backend
 
 
 def principal_colours(arrays, encode, first):
@@ -87,12 +71,12 @@ def grid_height(tokens, grid):
 
 def draw_samples(path, cond, truth, samples, grid, stats, folder=None, references=None):
     """Write a PNG. For some samples, a column each: the condition, the truth, draws and their mean,
-    and the cosine of the first draw and the truth, token by token. Below, for all samples: which
-    truth they are nearest to, and how near they are beside the baselines.
+    a draw of the baseline `gaussian`, and the cosine of the first draw and the truth, token by
+    token.
 
     cond (N, S, C), truth (N, T, D) or None, samples (N, draws, T, D), all raw; grid (H, W) of T
     stats: cond_mean and so on; folder: of the dataset, for its decoder.npz
-    references: score.predictions for the samples; needed where there is a truth
+    references: score.predictions for the samples, or None
     """
     N, M, _, D = samples.shape
     columns = score.evenly(N, min(12, N))
@@ -108,14 +92,14 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         gaussian = references["gaussian"](columns)[:, 0]  # standardized
         targets["gaussian"] = gaussian.numpy() * stats["target_std"] + stats["target_mean"]
     # {kind: {label: tokens (n, T, D)}}
-    shown = {"cond": {"condition": cond[columns]}, "target": targets}
+    embeddings = {"cond": {"condition": cond[columns]}, "target": targets}
 
     images = []  # (label, pictures (n, T) or (n, T, 3), options of imshow)
     decoder = Path(folder or "", "decoder.npz")
     if decoder.is_file():
-        for kind in shown:
+        for kind in embeddings:
             *weights, bias = np.load(decoder)[kind]  # (D + 1,)
-            for label, x in shown[kind].items():
+            for label, x in embeddings[kind].items():
                 x = x[..., : len(weights)]  # further channels are none of its images
                 images.append((label, x @ weights + bias, PIXELS))
         for label in ("sample 2", "sample 3"):  # their pixels are enough
@@ -123,7 +107,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
     few = ("truth", "sample 1", "gaussian")  # whose further components are enough
     further = {label: x for label, x in targets.items() if label in few}
     for kind, tokens, first in (
-        ("cond", shown["cond"], 0),
+        ("cond", embeddings["cond"], 0),
         ("target", targets, 0),
         ("target", further, min(33, D // 2)),
     ):
@@ -132,66 +116,20 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         for label, pictures in zip(tokens, colours):
             images.append((f"{label}\n{first + 1} to {first + 3}", pictures, {}))
 
-    height = 0.95 * len(images)
-    if truth is None:
-        fig = new_figure(height)
-        draw_images(fig, images, grid)
-    else:
-        # `encode` is now that of the targets. Not all samples need be among the references
+    if truth is not None:  # `encode` is that of the targets now
         cosines = score.cosine(encode(targets["sample 1"]), encode(targets["truth"]))
         images.append(("cosine", cosines.numpy(), COSINES))
-        height += 0.95
-        fig = new_figure(height + 4)
-        top, bottom = fig.subfigures(2, 1, height_ratios=[height, 4])
-        last = draw_images(top, images, grid)
-        top.colorbar(last, ax=top.axes, shrink=0.2, anchor=(0, 0), pad=0.01)
-        draw_scores(bottom, references, min(COMPARED, N))
-    fig.savefig(path)
-
-
-def draw_images(fig, images, grid):
-    """A row for each (label, images (n, T) or (n, T, 3), options of imshow). Returns the last
-    picture."""
-    axes = fig.subplots(len(images), len(images[0][1]), squeeze=False)
+    fig = new_figure(0.95 * len(images))
+    axes = fig.subplots(len(images), len(columns), squeeze=False)
     for row, (label, pictures, options) in zip(axes, images):
         row[0].set_ylabel(label)
         for ax, picture in zip(row, pictures):
             height = grid_height(len(picture), grid)
-            last = ax.imshow(np.split(picture, height), **options)
+            shown = ax.imshow(np.split(picture, height), **options)
             ax.set(xticks=[], yticks=[], frame_on=False)
-    return last
-
-
-def token_cosines(predicted, n):
-    """{name: (n,)}: the mean token cosine with the truth of the first n samples, of the mean of
-    their draws, and of baselines. predicted: from score.predictions"""
-    rows = np.arange(n)
-    shown = {name: predict(rows) for name, predict in predicted.items()}
-    truth = shown.pop("truth")[:, 0]
-    for name in ("mean", "floor"):  # 0 for `mean`, and `floor` is like `shuffled`
-        shown.pop(name, None)
-    M = shown["generated"].shape[1]
-    if M > 1:
-        shown[f"mean of {M}"] = shown["generated"].mean(1, keepdim=True)
-    return {name: score.cosine(x[:, 0], truth).mean(1).numpy() for name, x in shown.items()}
-
-
-def draw_scores(fig, references, n):
-    """The pooled cosines of the first samples with all their truths, and the histogram of token
-    cosines of n samples beside the baselines. references: from score.predictions"""
-    left, right = fig.subplots(1, 2, width_ratios=[1, 2])
-    rows = np.arange(min(n, 40))
-    pooled = references["generated"](rows)[:, 0].mean(1)  # (n, D)
-    true_pooled = references["truth"](rows)[:, 0].mean(1)
-    matrix = score.cosine(pooled[:, None], true_pooled)
-    fig.colorbar(left.imshow(matrix), ax=left)
-    left.set(title="pooled cosine", xlabel="truth", ylabel="sample")
-
-    cosines = token_cosines(references, n)
-    labels = [f"{name} ({values.mean():.3f})" for name, values in cosines.items()]
-    right.hist(list(cosines.values()), 40, histtype="step", label=labels)
-    right.set(title=f"token cosine of {n} samples with their truth (mean)", yticks=[])
-    right.legend(reverse=True)
+    if truth is not None:  # of the last row
+        fig.colorbar(shown, ax=axes, shrink=0.2, anchor=(0, 0), pad=0.01)
+    fig.savefig(path)
 
 
 def read_curves(out_dir):

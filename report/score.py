@@ -325,6 +325,7 @@ def metrics(generated, target, grid):
 def standardizer(mean, std):
     """Function from raw (..., D) arrays, or tensors on the CPU, to standardized float32 tensors.
     What is wrong in a constant channel counts in units of the channel that varies most."""
+
     def tensor(x):
         x = np.asarray(x)
         native = x.astype(x.dtype.newbyteorder("="))  # byte order

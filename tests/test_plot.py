@@ -8,7 +8,7 @@ import torch
 from conftest import refused, run
 from plumbing.dataset import open_dataset
 from report import plot, score
-from report.plot import draw_samples, new_figure, principal_colours, read_curves, token_cosines
+from report.plot import draw_samples, new_figure, principal_colours, read_curves
 
 
 def test_curves(tmp_path, trained):
@@ -68,8 +68,8 @@ def image_of(*args):
 
 
 def test_samples(tmp_path, dataset):
-    """Perfect samples, three draws of them: grids, cosines and histogram; in the order of the
-    split, beside their file."""
+    """Perfect samples, three draws of them: grids and cosines, in the order of the split, beside
+    their file."""
     truth = np.load(dataset / "val_target.npy")
     np.save(tmp_path / "a.npy", truth)
     np.save(tmp_path / "b.npy", truth[:, None].repeat(3, 1)[:5])
@@ -81,37 +81,13 @@ def test_samples(tmp_path, dataset):
         blue = np.array([59, 76, 192]) / 255  # the map's colour for a cosine of 1
         assert image.shape[1] == 1200
         assert (np.abs(image - blue).max(-1) < 0.02).mean() > 0.01
-        yellow = np.array([253, 231, 37]) / 255  # the largest pooled cosines: the diagonal
-        assert (np.abs(image - yellow).max(-1) < 0.02).mean() > 0.001
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > 500
-    grids = slice(0, three.shape[0] - 400)
     other = image_of(tmp_path / "c.npy", f"--data_dir={dataset}")
-    moved = np.flatnonzero(np.abs(other - three)[grids].max((1, 2)) > 0.02)
+    moved = np.flatnonzero(np.abs(other - three).max((1, 2)) > 0.02)
     assert 0 < len(moved) < 0.5 * three.shape[0]  # sample 2 and the mean
     np.save(tmp_path / "wide.npy", truth[..., :3])
     wide = ["-m", "report.plot", "samples", tmp_path / "wide.npy", f"--data_dir={dataset}"]
     assert "(10, 4, 3); the targets are (10, 4, 5)" in refused(*wide)
-
-
-def test_cosines_of_the_histogram(dataset):
-    """The truth of other samples is that of the table's row."""
-    data = open_dataset(dataset)
-    stats = data["stats"]
-    encode = score.standardizer(stats["target_mean"], stats["target_std"])
-    samples = np.random.default_rng(0).standard_normal((10, 3, 4, 5)).astype(np.float32)
-    references = score.predictions(samples, data, "val")
-    ours = token_cosines(references, 10)
-    x, y = encode(samples), encode(data["val_target"])
-    by_hand = {"generated": x[:, 0], "mean of 3": x.mean(1), "shuffled": x[:, 0].roll(-1, 0)}
-    assert ours.keys() == by_hand.keys() | {"ridge", "gaussian"}
-    for name, z in by_hand.items():
-        expected = torch.cosine_similarity(z, y, -1).mean(1).numpy()
-        assert ours[name] == pytest.approx(expected, abs=1e-5)
-        first = token_cosines(references, 8)[name]
-        assert first == pytest.approx(expected[:8], abs=1e-5)
-    table, _, _ = score.report(samples, data)
-    for name in ("ridge", "gaussian", "shuffled"):
-        assert ours[name].mean() == pytest.approx(table["baselines"][name]["token_cosine"])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
@@ -122,7 +98,7 @@ def test_colours_of_few_channels(channels):
 
 
 def test_more_samples_than_are_scored(tmp_path, dataset):
-    """Columns of all of them; below, those that the references know."""
+    """The columns are spread over all of them."""
     data = open_dataset(dataset)
     samples = data["val_target"][:, None].repeat(600, 0)
     cond, truth = (data[f"val_{kind}"].repeat(600, 0) for kind in ("cond", "target"))
