@@ -88,8 +88,7 @@ def split(n, val_fraction, seed):
 def survey(shards, load):
     """Compare the shards with each other; no embedding is read.
 
-    Returns the first shard, a Counter of the samples in each folder, and the set of hash(repr(key))
-    of repeated keys: of strings, since integers can be chosen to have the same hash.
+    Returns the first shard and a Counter of the samples in each folder.
     """
     first = load(shards[0])
     counts, hashes = Counter(), array.array("q")  # 8 bytes per sample
@@ -108,12 +107,11 @@ def survey(shards, load):
             print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
         for item in items(shard["content"], n, paths[0]):
             if item["key"] is not None:
-                hashes.append(hash(repr(item["key"])))
-    hashes = np.sort(hashes)
-    repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+                hashes.append(hash(item["key"]))
+    repeated = len(hashes) - len(np.unique(hashes))
     if repeated:
-        print(f"WARNING: {len(repeated)} keys occur repeatedly: the sample's number follows a #")
-    return first, counts, repeated
+        print(f"WARNING: {repeated} samples have the key of another one")
+    return first, counts
 
 
 def check_manifests(sources, counts):
@@ -176,7 +174,7 @@ def write_headers(files, layout, counts):
     return shapes
 
 
-def write_arrays(shards, load, is_val, repeated, files):
+def write_arrays(shards, load, is_val, files):
     """Write all samples and items, in order, each to its split.
 
     Returns the moments {"cond": (3, C), "target": (3, D)} of the training split, and the number of
@@ -194,9 +192,6 @@ def write_arrays(shards, load, is_val, repeated, files):
                 print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
             totals.update(sums)
             for good, item, cond, target in zip(is_good, rows, *samples.values()):
-                key = item["key"]
-                if hash(repr(key)) in repeated:
-                    item["key"] = f"{key}#{i}"
                 if good:
                     which = "val" if is_val[i] else "train"
                     counts[which] += 1
@@ -204,7 +199,7 @@ def write_arrays(shards, load, is_val, repeated, files):
                     files[f"{which}_target.npy"].write(target)
                     files[f"{which}_items.jsonl"].write(f"{json.dumps(item)}\n".encode())
                 else:
-                    left_out.append(f"sample {i} (key {key!r:.80})")
+                    left_out.append(f"sample {i} (key {item['key']!r:.80})")
                 i += 1
     if left_out:
         line = f"NaN, Inf or too large values in {len(left_out)} of {i} samples"
@@ -256,7 +251,7 @@ def prepare(sources, config):
     def load(paths):
         return load_shard(paths, **config)
 
-    shard, counts, repeated = survey(shards, load)
+    shard, counts = survey(shards, load)
     check_manifests(sources, counts)
     layout = {kind: shard[kind].layout for kind in KINDS}
     _, val = split(counts.total(), val_fraction, seed)
@@ -267,7 +262,7 @@ def prepare(sources, config):
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(partial / name, "wb")) for name in FILES}
             write_headers(files, layout, Counter())
-            totals, counts = write_arrays(shards, load, is_val, repeated, files)
+            totals, counts = write_arrays(shards, load, is_val, files)
             shapes = write_headers(files, layout, counts)
         sums = dict(cond_moments=totals["cond"], target_moments=totals["target"])
         np.savez(partial / "stats.npz", **statistics(totals), **sums)

@@ -489,8 +489,6 @@ while not stop:
             left = pace * (max_iters - iteration - 1)
             record |= dict(ms=1000 * pace, samples_per_s=rate, mfu=mfu, seconds_left=left)
             text += f" | {rate:.4g} samples/s | mfu {mfu:.0%} | {left / 60:.0f} min left"
-        if device_type == "cpu" and distributed.is_crowded():
-            text += " | the machine is busy: try OMP_NUM_THREADS=1"
         print0(text)
     if len(record) > 1:
         write_log(record)

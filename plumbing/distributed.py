@@ -149,12 +149,6 @@ def shard_model(model, dtype):
     fsdp.register_fsdp_forward_method(model, "context")
 
 
-def is_crowded():
-    """Whether more threads want to run than there are processors: those of this process, if it has
-    several, then spend their time waiting for each other."""
-    return torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.25 * os.cpu_count()
-
-
 def matmul_rate(device, dtype):
     """Floating point operations per second of a product of two large matrices on a device, in a
     torch dtype."""

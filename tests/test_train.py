@@ -222,18 +222,6 @@ def test_eval_only_dry_run_and_debug(dataset, tmp_path, trained):
     assert "debug = False" in settings and "max_iters = 1000" in settings  # for a run that goes on
 
 
-def test_a_hint_where_threads_compete(dataset, tmp_path):
-    hint = "the machine is busy: try OMP_NUM_THREADS=1"
-    for threads, load in ((2, 99.0), (1, 99.0), (2, 0.1)):
-        patch = f"""
-import os, torch
-torch.set_num_threads({threads})
-os.getloadavg = lambda: ({load}, 0.0, 0.0)
-"""
-        done = train(dataset, tmp_path / f"{threads}-{load}", patch=patch)
-        assert (hint in done.stdout) == (threads > 1 and load > 1)
-
-
 def test_compile(dataset, tmp_path):
     """The same losses and gradients, over an update; a checkpoint with the same names."""
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
