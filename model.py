@@ -198,7 +198,14 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.conv = None
         if config.conv:
-            self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+            self.conv = nn.Conv2d(
+                dim,
+                dim,
+                kernel_size=3,
+                padding=1,
+                groups=dim,
+                bias=False,
+            )
         self.ffn = FeedForward(config)
 
     def context(self, cond):
@@ -270,7 +277,7 @@ class Prior(nn.Module):
         return self.add(mean, linear)
 
     @torch.no_grad()
-    def fit(self, read, n, tokens=524288, noise=True):
+    def fit(self, read, n, tokens=524288):
         """To n training samples: read(rows) -> their targets (B, T, D) and conditions (B, S, C).
 
         The mean is a ridge regression. Every fifth batch, up to 16 of them, is held out to choose
@@ -278,17 +285,17 @@ class Prior(nn.Module):
         which not every device has.
         tokens: at most so many are used, of samples evenly spaced. With too few the mean, and then
             the model, is over-fitted to them
-        noise: False leaves the noise as it is
         """
         T, D = self.variance.shape
         K = len(self.weight)
-        rows = torch.arange(0, n, math.ceil(n * T / tokens))
+        step = math.ceil(n * T / tokens)
+        rows = torch.arange(0, n, step)
         # sums over the batches that the mean is fitted to, and over those held out
         xx = torch.zeros(2, K, K, dtype=torch.float64)
         xy = torch.zeros(2, K, D, dtype=torch.float64)
         held_out = []
-        batches = rows.split(min(32, math.ceil(n / 10)))
-        for i, batch in enumerate(batches):
+        size = min(32, math.ceil(n / 10))
+        for i, batch in enumerate(rows.split(size)):
             target, cond = read(batch.numpy())
             x = self.inputs(cond.cpu())  # (B, T, K)
             y = target.cpu()  # (B, T, D)
@@ -304,12 +311,11 @@ class Prior(nn.Module):
         least = math.inf
         for exponent in range(-6, 1):
             weight = torch.linalg.solve(xx[0] + 10.0**exponent * penalty, xy[0])
-            error = (weight * (xx[1] @ weight - 2 * xy[1])).sum()  # less the square of y
+            difference = xx[1] @ weight - 2 * xy[1]
+            error = (weight * difference).sum()  # squared, less the square of y
             if error < least:
                 least = error
                 self.weight.copy_(weight)
-        if not noise:
-            return
         rest = torch.cat([y - x @ self.weight for x, y in held_out])  # (n, T, D)
         for components, others in (
             (self.places, [0, 2]),
@@ -436,8 +442,8 @@ class NextDiT(nn.Module):
             else:
                 x = block(x, emb, rope, condition)
         scale = self.final_ada(emb)[:, None]  # (B, 1, dim)
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale)
-        out = self.final(x)  # (B, T, D)
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        out = self.final(x * (1 + scale))  # (B, T, D)
         if self.prior:
             v = self.prior(x_t, t[:, None, None], mean)
             out = out + v

@@ -44,15 +44,17 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     for kind in ("cond", "target"):
         arrays = [data[f"{name}_{kind}"] for name in ("train", "val")]
-        parts = [score.standardized(array, data["stats"], kind) for array in arrays]
-        basis = components(parts[0], len(arrays[0]), vars(args)[kind])  # (D, channels)
+        stats = data["stats"]
+        encode = score.standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
+        n = len(arrays[0])
+        basis = components(lambda rows: encode(arrays[0][rows]), n, vars(args)[kind])
         n = sum(map(len, arrays))
         shape = n, arrays[0].shape[1], basis.shape[1]
         path = args.out / f"{kind}.npy"
         made = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        for part, places in zip(parts, split(n, settings["val_fraction"], settings["seed"])):
+        for array, places in zip(arrays, split(n, settings["val_fraction"], settings["seed"])):
             for rows in score.chunks(np.arange(len(places))):
-                made[places[rows]] = (part(rows) @ basis).numpy()
+                made[places[rows]] = (encode(array[rows]) @ basis).numpy()
         print(f"wrote {path} {shape}")
 
 

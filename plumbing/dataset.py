@@ -69,11 +69,9 @@ def open_dataset(data_dir):
     if len(parts) == 1:
         return joined
     layouts = [part["meta"]["layout"] for part in parts]
-    for folder, layout, part in zip(folders, layouts, parts):
+    for folder, layout in zip(folders, layouts):
         if layout != layouts[0]:
             raise ValueError(f"{folder} does not go with {folders[0]}: {layout}, not {layouts[0]}")
-        if part["moments"]["cond"] is None:
-            raise ValueError(f"{folder} was prepared by an older version: prepare it anew")
     for name in ARRAYS:
         joined[name] = Joined([part[name] for part in parts])
     moments = {kind: sum(part["moments"][kind] for part in parts) for kind in KINDS}
@@ -103,7 +101,7 @@ def open_folder(data_dir):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         stats = dict(np.load(folder / "stats.npz"))
-        moments = {kind: stats.pop(f"{kind}_moments", None) for kind in KINDS}
+        moments = {kind: stats.pop(f"{kind}_moments") for kind in KINDS}
         data = {"meta": meta, "moments": moments, "stats": stats}
         for name in ARRAYS:
             data[name] = np.load(folder / f"{name}.npy", mmap_mode="r")

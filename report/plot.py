@@ -88,7 +88,7 @@ def draw_samples(path, cond, truth, samples, grid, stats, folder=None, reference
         targets[f"sample {i + 1}"] = draws[:, i]
     if M > 1:
         targets[f"mean of {M}"] = draws.mean(1)
-    if references and "gaussian" in references:
+    if references and D <= score.WIDE:
         gaussian = references["gaussian"](columns)[:, 0]  # standardized
         targets["gaussian"] = gaussian.numpy() * stats["target_std"] + stats["target_mean"]
     # {kind: {label: tokens (n, T, D)}}

@@ -58,8 +58,8 @@ SPREAD = (  # of several draws per condition
 )
 LIMIT = 5000  # at most so many samples are scored, the first ones
 GROUPS = 20  # of samples; the jackknife leaves out one at a time
-WIDE = 2048  # channels: of more than these,
-NARROW = 384  # the covariances are of so many, see narrow()
+WIDE = 2048  # channels: of more than these
+NARROW = 384  # so many are scored, see narrow()
 LEADING = 128  # principal components of patches and of pooled tokens
 
 # ---- settings of python -m report.score FILE, a .npy of raw (N, T, D) or (N, draws, T, D)
@@ -100,12 +100,10 @@ def evenly(total, n):
 
 
 def narrow(x):
-    """(..., D) itself or, if D is more than WIDE, NARROW of the channels, evenly spaced, and scaled
-    to stand for all: squared lengths stay about the same."""
+    """(..., D) itself or, if D is more than WIDE, NARROW of the channels, evenly spaced: the
+    covariances of all would take minutes."""
     D = x.shape[-1]
-    if D <= WIDE:
-        return x
-    return x[..., evenly(D, NARROW)] * math.sqrt(D / NARROW)
+    return x[..., evenly(D, NARROW)] if D > WIDE else x
 
 
 def moments(x):
@@ -212,10 +210,9 @@ def measure(draws, y, patch_basis, pooled_basis):
     truth's patches and pooled tokens
     """
     x = draws[:, 0]
-    tokens = narrow(x)
     means = {
         "token_cosine": cosine(x, y).mean(),
-        "neighbours": neighbours(cosine, tokens),
+        "neighbours": neighbours(cosine, x),
         "power": y.square().mean(),
         "error": (x - y).square().mean(),
     }
@@ -223,8 +220,8 @@ def measure(draws, y, patch_basis, pooled_basis):
         means |= spread(draws, y)
     sums = {name: len(x) * mean.double() for name, mean in means.items()}
     sums["samples"] = len(x)
-    sums["frechet"] = moments(tokens)
-    sums["frechet_patch"] = moments(patches(tokens) @ patch_basis)
+    sums["frechet"] = moments(x)
+    sums["frechet_patch"] = moments(patches(x) @ patch_basis)
     pooled = x.mean((1, 2))  # (B, D)
     sums["frechet_pooled"] = moments(pooled @ pooled_basis)
     return sums
@@ -241,7 +238,7 @@ def add_up(n, predicted, grid):
         return targets.unflatten(1, grid)  # (B, H, W, D)
 
     rows = evenly(n, min(n, 100))
-    patch_basis = leading(patches(narrow(truth(rows))))
+    patch_basis = leading(patches(truth(rows)))
     pooled = [truth(rows).mean((1, 2)) for rows in chunks(np.arange(n))]
     pooled_basis = leading(torch.cat(pooled))
     groups = np.array_split(np.arange(n), min(GROUPS, n))
@@ -315,8 +312,8 @@ def metrics(generated, target, grid):
     """METRICS, as floats, of two standardized float tensors (N, T, D), their tokens on a grid
     (H, W); not finite where the generated ones are not."""
     predicted = {
-        "truth": target[:, None].__getitem__,
-        "generated": generated[:, None].__getitem__,
+        "truth": narrow(target)[:, None].__getitem__,
+        "generated": narrow(generated)[:, None].__getitem__,
     }
     sums = add_up(len(target), predicted, grid)
     return figures(sums["generated"], sums["truth"])
@@ -339,9 +336,10 @@ def standardizer(mean, std):
 
 
 def standardized(array, stats, kind):
-    """Function of rows -> standardized samples of a raw array; kind: cond or target."""
-    encode = standardizer(stats[f"{kind}_mean"], stats[f"{kind}_std"])
-    return lambda rows: encode(array[rows])
+    """Function of rows -> standardized samples of a raw array, see narrow(); kind: cond or
+    target."""
+    encode = standardizer(narrow(stats[f"{kind}_mean"]), narrow(stats[f"{kind}_std"]))
+    return lambda rows: encode(narrow(array[rows]))
 
 
 def predictions(draws, data, split):
@@ -359,15 +357,12 @@ def predictions(draws, data, split):
     train_cond = standardized(data["train_cond"], stats, "cond")
     train_target = standardized(data["train_target"], stats, "target")
     n_train = len(data["train_cond"])
-    is_narrow = draws.shape[3] <= WIDE  # else the noise would take minutes
-    prior = Prior(data["meta"]["grid"], draws.shape[3], narrow(cond([0])).shape[2])
-    prior.fit(
-        lambda rows: (train_target(rows), narrow(train_cond(rows))), n_train, 131072, is_narrow
-    )
+    prior = Prior(data["meta"]["grid"], truth([0]).shape[2], cond([0]).shape[2])
+    prior.fit(lambda rows: (train_target(rows), train_cond(rows)), n_train, tokens=131072)
 
     def ridge(rows):
         """(B, 1, T, D)"""
-        return prior.mean(narrow(cond(rows)))[:, None]
+        return prior.mean(cond(rows))[:, None]
 
     def gaussian(rows):
         """(B, M, T, D), functions of the row"""
@@ -381,9 +376,8 @@ def predictions(draws, data, split):
         "generated": samples,
         "mean": lambda rows: torch.zeros_like(truth(rows))[:, None],
         "ridge": ridge,
+        "gaussian": gaussian,
     }
-    if is_narrow:
-        result["gaussian"] = gaussian
     first = n if split == "train" else 0  # after the samples themselves
     if n_train > first:
         drawn = first + evenly(n_train - first, n)
@@ -411,8 +405,7 @@ def report(draws, data, split="val"):
     rows = {"generated": scores, "+- (95%)": widths} | baselines
     text = table(METRICS, rows)
     if D > WIDE:
-        text += f"\nestimates, from {NARROW} of the channels: "
-        text += "frechet, frechet_patch, neighbours, std_ratio"
+        text += f"\nof {NARROW} of the {D} channels"
     if M > 1:
         text += f"\n\n{M} draws per condition\n{table(SPREAD, rows)}\n"
         text += "spread_ratio by frequency, from the mean of the grid on:"
