@@ -281,8 +281,8 @@ class Prior(nn.Module):
         """To n training samples: read(rows) -> their targets (B, T, D) and conditions (B, S, C).
 
         The mean is a ridge regression. Every fifth batch, up to 16 of them, is held out to choose
-        its penalty, and the noise is fitted to what the mean leaves of these. Sums are in float64,
-        which not every device has.
+        its penalty, and the noise is fitted to what the mean leaves of these. Sums over batches
+        are in float64, on the CPU, since not every device has that.
         tokens: at most so many are used, of samples evenly spaced. With too few the mean, and then
             the model, is over-fitted to them
         """
@@ -309,7 +309,7 @@ class Prior(nn.Module):
         penalty = (xx[0].trace() + 1e-6) * torch.eye(K)
         penalty[0, 0] *= 1e-9  # the constant is not shrunk
         least = math.inf
-        for exponent in range(-6, 1):
+        for exponent in range(-8, 1):
             weight = torch.linalg.solve(xx[0] + 10.0**exponent * penalty, xy[0])
             difference = xx[1] @ weight - 2 * xy[1]
             error = (weight * difference).sum()  # squared, less the square of y

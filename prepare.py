@@ -107,10 +107,11 @@ def survey(shards, load):
             print(f"WARNING: {paths[0]}: its total_samples is {promised}, but it holds {n}")
         for item in items(shard["content"], n, paths[0]):
             if item["key"] is not None:
-                hashes.append(hash(item["key"]))
-    repeated = len(hashes) - len(np.unique(hashes))
+                hashes.append(hash(repr(item["key"])))
+    hashes = np.sort(hashes)
+    repeated = (hashes[1:] == hashes[:-1]).sum()
     if repeated:
-        print(f"WARNING: {repeated} samples have the key of another one")
+        print(f"WARNING: {repeated} samples have the key of an earlier one")
     return first, counts
 
 

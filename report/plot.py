@@ -39,7 +39,7 @@ split = "val"  # for samples: val | train
 
 def new_figure(height):
     """A figure of 12 inches by `height`. It is drawn without pyplot, and so without a backend."""
-    # in the shells of a notebook it names a backend that may not be installed here
+    # in the shells of a notebook it names a backend that may not be installed, and none is needed
     os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure
@@ -71,12 +71,12 @@ def grid_height(tokens, grid):
 
 def draw_samples(path, cond, truth, samples, grid, stats, folder=None, references=None):
     """Write a PNG. For some samples, a column each: the condition, the truth, draws and their mean,
-    a draw of the baseline `gaussian`, and the cosine of the first draw and the truth, token by
-    token.
+    a draw of the baseline `gaussian` (up to score.WIDE channels), and the cosine of the first draw
+    and the truth, token by token.
 
     cond (N, S, C), truth (N, T, D) or None, samples (N, draws, T, D), all raw; grid (H, W) of T
     stats: cond_mean and so on; folder: of the dataset, for its decoder.npz
-    references: score.predictions for the samples, or None
+    references: score.predictions for the samples; None: without `gaussian`
     """
     N, M, _, D = samples.shape
     columns = score.evenly(N, min(12, N))

@@ -310,7 +310,7 @@ def confidence(groups, true_groups):
 
 def metrics(generated, target, grid):
     """METRICS, as floats, of two standardized float tensors (N, T, D), their tokens on a grid
-    (H, W); not finite where the generated ones are not."""
+    (H, W), see narrow(); not finite where the generated ones are not."""
     predicted = {
         "truth": narrow(target)[:, None].__getitem__,
         "generated": narrow(generated)[:, None].__getitem__,
@@ -325,8 +325,8 @@ def standardizer(mean, std):
 
     def tensor(x):
         x = np.asarray(x)
-        native = x.astype(x.dtype.newbyteorder("="))  # byte order
-        return torch.from_numpy(native).float()  # much faster than numpy's
+        native = x.astype(x.dtype.newbyteorder("="))  # a copy, in the byte order of this machine
+        return torch.from_numpy(native).float()  # several times as fast as numpy's conversion
 
     mean = tensor(mean)
     std = tensor(std)
@@ -344,7 +344,7 @@ def standardized(array, stats, kind):
 
 def predictions(draws, data, split):
     """What to score on the first N samples of a split: {name: function of rows -> standardized
-    (B, draws, T, D)} of their truth, of the samples (`generated`) and of the baselines.
+    (B, draws, T, D), see narrow()} of their truth, the samples (`generated`) and the baselines.
 
     draws: raw (N, M, T, D), M for each condition; data: from open_dataset
     In the training split, `ridge` and `gaussian` have seen the samples; the others have not.

@@ -200,7 +200,7 @@ def test_the_priors_mean_equals_scikit_learns_ridge(tokens):
     power = np.square(x[rest]).sum()
     fits = [
         Ridge(alpha=penalty).fit(x[rest, :, 1:].reshape(-1, 16), target[rest].reshape(-1, 5))
-        for penalty in np.logspace(-6, 0, 7) * power
+        for penalty in np.logspace(-8, 0, 9) * power
     ]
     predictions = [fit.predict(x[:, :, 1:].reshape(-1, 16)).reshape(60, 4, 5) for fit in fits]
     best = min(predictions, key=lambda y: np.square(y - target)[held_out].mean())

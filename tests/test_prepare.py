@@ -298,7 +298,7 @@ def test_a_warning_of_repeated_keys(tmp_path, capsys):
     for path, named in zip(paths, keys):
         make_pickle(path, n=3, keys=named)
     prepare_here(paths, tmp_path / "out")
-    assert "WARNING: 3 samples have the key of another one" in capsys.readouterr().out
+    assert "WARNING: 3 samples have the key of an earlier one" in capsys.readouterr().out
     prepare_here(paths[:1], tmp_path / "one")
     assert "WARNING" not in capsys.readouterr().out
 
