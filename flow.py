@@ -174,27 +174,29 @@ def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0)):
     if not 0 <= low < high <= 1:
         raise ValueError(f"guidance's interval {low} to {high} must lie within 0 to 1")
     context = model.context(cond)
-    if guidance != 1:
-        if not cfg.cond_dropout:
-            raise ValueError(
-                f"guidance={guidance} needs a model trained with cond_dropout > 0, unlike this one"
-            )
-        null = model.null_cond.expand(len(cond), 1, -1)  # (B, 1, C): one token stands for all
-        null_context = model.context(null)
 
-    def velocity_given(context, x, t):
-        out = model(x, t, context=context).float()
-        return to_velocity(out, x, t, cfg)
-
-    def velocity(x, t):
+    def velocity(x, t, context=context):
         times = x.new_full((len(x),), t)  # (B,)
-        v = velocity_given(context, x, times)
-        if guidance == 1 or not low <= t <= high:
+        out = model(x, times, context=context).float()
+        return to_velocity(out, x, times, cfg)
+
+    if guidance == 1:
+        return velocity
+    if not cfg.cond_dropout:
+        raise ValueError(
+            f"guidance={guidance} needs a model trained with cond_dropout > 0, unlike this one"
+        )
+    null = model.null_cond.expand(len(cond), 1, -1)  # (B, 1, C): one token stands for all
+    null_context = model.context(null)
+
+    def guided(x, t):
+        v = velocity(x, t)
+        if not low <= t <= high:
             return v
-        v_null = velocity_given(null_context, x, times)
+        v_null = velocity(x, t, null_context)
         return v_null + guidance * (v - v_null)
 
-    return velocity
+    return guided
 
 
 METHODS = ("euler", "heun", "ab2")
@@ -223,10 +225,10 @@ def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
     v_before = h_before = None
     for t, t_next in pairwise(times):
         h = t_next - t
-        v = velocity(x, t).type_as(x)
+        v = velocity(x, t)
         slope = v  # Euler's, which is also the first of ab2
         if method == "heun":
-            v_end = velocity(x + h * v, t_next).type_as(x)
+            v_end = velocity(x + h * v, t_next)
             slope = (v + v_end) / 2
         if method == "ab2" and v_before is not None:
             slope = v + h / (2 * h_before) * (v - v_before)
@@ -273,6 +275,8 @@ class Normalizer:
         if mode not in ("channel", "l2", "none"):
             raise ValueError(f"normalize={mode!r} is unknown; it is one of channel, l2, none")
         self.mode = mode
+        if mode == "none":
+            mean, std = 0.0, 1.0
         self.mean = torch.as_tensor(mean).to(device, torch.float32)
         std = torch.as_tensor(std).to(device, torch.float32)
         varies = std > 1e-6 * std.max()
@@ -282,16 +286,11 @@ class Normalizer:
 
     def encode(self, x):
         x = x.to(self.mean.device, non_blocking=True).float()  # as it is stored: fewer bytes move
-        if self.mode == "channel":
-            return (x - self.mean) / self.scale
         if self.mode == "l2":
-            mean_square = x.square().mean(-1, keepdim=True)  # (..., 1)
-            return x * mean_square.clamp(min=1e-37).rsqrt()  # a zero token stays zero
-        return x
+            return torch.rms_norm(x, x.shape[-1:], eps=1e-37)  # a zero token stays zero
+        return (x - self.mean) / self.scale
 
     def decode(self, x):
-        if self.mode == "channel":
-            return x * self.std + self.mean
         if self.mode == "l2":
             return x * self.rms
-        return x
+        return x * self.std + self.mean

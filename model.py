@@ -143,7 +143,7 @@ class Attention(nn.Module):
         self.qkvq = LinearNoBias(dim, sum(self.sizes))
         if self.cross:
             self.gate = nn.Parameter(torch.empty(config.n_head))
-            self.cond_norm = nn.RMSNorm(config.cond_width, config.norm_eps)
+            self.cond_norm = nn.RMSNorm(config.cond_width)
             self.cond_kv = LinearNoBias(config.cond_width, 2 * kv_dim)
             self.cond_q_norm = norm(dim)
             self.cond_k_norm = norm(kv_dim)
@@ -253,8 +253,7 @@ class Prior(nn.Module):
         grid, the mean of all its tokens stands for each."""
         T = len(self.places)
         if cond.shape[1] != T:
-            cond = cond.mean(1, keepdim=True)
-            cond = cond.expand(-1, T, -1)
+            cond = cond.mean(1, keepdim=True).expand(-1, T, -1)
         image = cond.mT.unflatten(2, self.grid)  # (B, C, H, W)
         around = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
         x = torch.cat([cond, around.flatten(2).mT], -1)
@@ -290,38 +289,36 @@ class Prior(nn.Module):
         K = len(self.weight)
         step = math.ceil(n * T / tokens)
         rows = torch.arange(0, n, step)
-        # sums over the batches that the mean is fitted to, and over those held out
-        xx = torch.zeros(2, K, K, dtype=torch.float64)
-        xy = torch.zeros(2, K, D, dtype=torch.float64)
+        xx = torch.zeros(K, K, dtype=torch.float64)
+        xy = torch.zeros(K, D, dtype=torch.float64)
         held_out = []
         size = min(32, math.ceil(n / 10))
         for i, batch in enumerate(rows.split(size)):
             target, cond = read(batch.numpy())
             x = self.inputs(cond.cpu())  # (B, T, K)
             y = target.cpu()  # (B, T, D)
-            part = 0
-            if i % 5 == 0 and len(held_out) < 16:
+            if i in range(0, 80, 5):
                 held_out.append((x, y))
-                part = 1
-            x = x.flatten(0, 1)
-            xx[part] += x.T @ x
-            xy[part] += x.T @ y.flatten(0, 1)
-        penalty = (xx[0].trace() + 1e-6) * torch.eye(K)
+            else:
+                x = x.flatten(0, 1)
+                xx += x.T @ x
+                xy += x.T @ y.flatten(0, 1)
+        penalty = (xx.trace() + 1e-6) * torch.eye(K)
         penalty[0, 0] *= 1e-9  # the constant is not shrunk
-        least = math.inf
-        for exponent in range(-8, 1):
-            weight = torch.linalg.solve(xx[0] + 10.0**exponent * penalty, xy[0])
-            difference = xx[1] @ weight - 2 * xy[1]
-            error = (weight * difference).sum()  # squared, less the square of y
-            if error < least:
-                least = error
-                self.weight.copy_(weight)
-        rest = torch.cat([y - x @ self.weight for x, y in held_out])  # (n, T, D)
-        for components, others in (
-            (self.places, [0, 2]),
-            (self.channels, [0, 1]),
+
+        def residuals(exponent):
+            """What the mean leaves of the held-out targets, with this penalty."""
+            weight = torch.linalg.solve(xx + 10.0**exponent * penalty, xy)
+            self.weight.copy_(weight)
+            return torch.cat([y - x @ self.weight for x, y in held_out])  # (n, T, D)
+
+        best = min(range(-8, 1), key=lambda exponent: residuals(exponent).square().sum())
+        rest = residuals(best)
+        for components, equation in (
+            (self.places, "ntd,nsd->ts"),
+            (self.channels, "ntd,nte->de"),
         ):
-            moments = torch.tensordot(rest, rest, (others, others))
+            moments = torch.einsum(equation, rest, rest)
             _, vectors = torch.linalg.eigh(moments.double())
             components.copy_(vectors)
         z = self.places.T @ rest @ self.channels
@@ -385,15 +382,18 @@ class NextDiT(nn.Module):
             if name.endswith(silent):
                 nn.init.zeros_(p)
 
-    def embed_condition(self, cond):
+    def embed_condition(self, cond, keys_values=False):
         """cond (B, S, C) -> its part of adaLN's input (B, emb_dim); what is added to the target's
         tokens (B, S, dim) if aligned, else None; for each block its normalized tokens for
-        attention, else None; and the prior's mean (B, T, D), if there is a prior."""
+        attention, or its keys and values, or None if aligned; and the prior's mean (B, T, D), if
+        there is a prior."""
         mean = self.prior.mean(cond.detach()) if self.prior else None
         cond = self.cond_projection(cond)  # (B, S, C or dim)
-        added = tokens = None
+        added = None
+        conditions = [None] * len(self.layers)
         if self.cond_in is None:
-            tokens = F.rms_norm(cond, cond.shape[-1:], eps=self.config.norm_eps)
+            x = F.rms_norm(cond, cond.shape[-1:], eps=self.config.norm_eps)
+            conditions = [block.context(x) if keys_values else x for block in self.layers]
         elif cond.shape[1] in (1, self.config.n_tokens):
             added = self.cond_in(cond)
         else:
@@ -402,15 +402,12 @@ class NextDiT(nn.Module):
                 'train with conditioning="cross"'
             )
         cond_emb = self.cond_embed(cond.mean(1))  # (B, emb_dim)
-        return cond_emb, added, [tokens] * len(self.layers), mean
+        return cond_emb, added, conditions, mean
 
     def context(self, cond):
         """What depends on cond (B, S, C) alone, for forward(): computed once per trajectory. The
         null condition is one token, `null_cond.expand(B, 1, -1)`."""
-        cond_emb, added, conditions, mean = self.embed_condition(cond)
-        if added is None:
-            conditions = [block.context(x) for block, x in zip(self.layers, conditions)]
-        return cond_emb, added, conditions, mean
+        return self.embed_condition(cond, keys_values=True)
 
     def forward(self, x_t, t, cond=None, drop=None, context=None):
         """
@@ -445,8 +442,7 @@ class NextDiT(nn.Module):
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         out = self.final(x * (1 + scale))  # (B, T, D)
         if self.prior:
-            v = self.prior(x_t, t[:, None, None], mean)
-            out = out + v
+            out = out + self.prior(x_t, t[:, None, None], mean)
         return out
 
 

@@ -176,7 +176,7 @@ def generate_batches(
                 "would apply the --drop_tokens, --pool or --channels_first that prepare.py had "
                 "for it"
             )
-        cond = as_tensor(cond)
+        cond = score.as_tensor(cond)
         bad = (~cond.isfinite()).nonzero()  # (values, 3), in the order of the samples
         if len(bad):
             raise ValueError(f"NaN or Inf in condition number {first + bad[0, 0].item()}")
@@ -203,17 +203,10 @@ def interpolate_embeddings(loaded, cond_a, cond_b, n=8, **settings):
     return generate(loaded, line(cond_a, cond_b, n), same_noise=True, **settings)
 
 
-def as_tensor(x):
-    """An array or tensor of any real type as a float32 tensor on the CPU."""
-    if torch.is_tensor(x):
-        return x.cpu().float()
-    return torch.from_numpy(np.array(x, np.float32))
-
-
 def line(a, b, n):
     """n conditions (n, S, C) from a (S, C) to b (S, C)."""
     shares = torch.linspace(0, 1, n)[:, None, None]  # (n, 1, 1)
-    return torch.lerp(as_tensor(a), as_tensor(b), shares)
+    return torch.lerp(score.as_tensor(a), score.as_tensor(b), shares)
 
 
 # ---- the script

@@ -130,7 +130,7 @@ def make_array(data, dtype, shape, order, axes=None):
 def make_scalar(dtype, data):
     if len(data) > VIEW:
         raise DataError(f"a single value of {len(data)} bytes")
-    return np.frombuffer(data, dtype.dtype).tolist()[0]
+    return np.frombuffer(data, dtype.dtype).item()
 
 
 def make_bytes(text, encoding):

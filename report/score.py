@@ -28,6 +28,8 @@ spread by frequency. token_cosine, r2, frechet, std_ratio and spread_ratio do no
 import json
 import math
 from collections import Counter
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +71,7 @@ save = ""  # .json to write the scores to
 # ----
 
 
-def cosine(a, b):
-    """(..., D), (..., D) -> (...); 0 where a vector is 0."""
-    return F.cosine_similarity(a, b, dim=-1)
+cosine = partial(F.cosine_similarity, dim=-1)  # (..., D), (..., D) -> (...); 0 of a zero vector
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
@@ -90,8 +90,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
 
 def chunks(rows):
     """Parts of at most 24 rows, so that memory does not grow with the number of samples."""
-    n = math.ceil(len(rows) / 24)
-    return np.array_split(rows, n)
+    return np.array_split(rows, len(rows) // 24 + 1)
 
 
 def evenly(total, n):
@@ -234,8 +233,7 @@ def add_up(n, predicted, grid):
     """
 
     def truth(rows):
-        targets = predicted["truth"](rows)[:, 0]  # (B, T, D)
-        return targets.unflatten(1, grid)  # (B, H, W, D)
+        return predicted["truth"](rows)[:, 0].unflatten(1, grid)  # (B, H, W, D)
 
     rows = evenly(n, min(n, 100))
     patch_basis = leading(patches(truth(rows)))
@@ -255,20 +253,19 @@ def add_up(n, predicted, grid):
     return sums
 
 
-def total(groups, left_out=None):
-    """The sums over all groups, or over all but one."""
+def total(groups):
+    """The sums over all groups."""
     sums = Counter()
-    for i, group in enumerate(groups):
-        if i != left_out:
-            sums.update(group)
+    for group in groups:
+        sums.update(group)
     return sums
 
 
-def figures(groups, true_groups, left_out=None):
+def figures(groups, true_groups):
     """METRICS and, of several draws, SPREAD and the spread_ratio by frequency, spread_0 and so on,
-    as floats, from the groups of add_up() and those of the truth, all or all but one."""
-    sums = total(groups, left_out)
-    true_sums = total(true_groups, left_out)
+    as floats, from groups of add_up() and the same of the truth."""
+    sums = total(groups)
+    true_sums = total(true_groups)
     n = sums.pop("samples")
     values = {name: value / n for name, value in sums.items()}
     for name in ("frechet_patch", "frechet_pooled", "frechet"):
@@ -300,7 +297,9 @@ def confidence(groups, true_groups):
     n = len(groups)
     if n == 1:
         return {}
-    estimates = [figures(groups, true_groups, i) for i in range(n)]
+    others = combinations(groups, n - 1)  # all but the last one, and so on
+    true_others = combinations(true_groups, n - 1)
+    estimates = list(map(figures, others, true_others))
     widths = {}
     for name in estimates[0]:
         std = np.std([values[name] for values in estimates])
@@ -319,27 +318,21 @@ def metrics(generated, target, grid):
     return figures(sums["generated"], sums["truth"])
 
 
+def as_tensor(x):
+    """An array or tensor of any real type as a float32 tensor on the CPU."""
+    if torch.is_tensor(x):
+        return x.cpu().float()
+    return torch.from_numpy(np.array(x, np.float32))
+
+
 def standardizer(mean, std):
-    """Function from raw (..., D) arrays, or tensors on the CPU, to standardized float32 tensors.
-    What is wrong in a constant channel counts in units of the channel that varies most."""
-
-    def tensor(x):
-        x = np.asarray(x)
-        native = x.astype(x.dtype.newbyteorder("="))  # a copy, in the byte order of this machine
-        return torch.from_numpy(native).float()  # several times as fast as numpy's conversion
-
-    mean = tensor(mean)
-    std = tensor(std)
+    """Function from raw (..., D) arrays or tensors to standardized float32 tensors on the CPU. What
+    is wrong in a constant channel counts in units of the channel that varies most."""
+    mean = as_tensor(mean)
+    std = as_tensor(std)
     largest = std.max() or 1
-    std[std <= 1e-6 * largest] = largest
-    return lambda x: (tensor(x) - mean) / std
-
-
-def standardized(array, stats, kind):
-    """Function of rows -> standardized samples of a raw array, see narrow(); kind: cond or
-    target."""
-    encode = standardizer(narrow(stats[f"{kind}_mean"]), narrow(stats[f"{kind}_std"]))
-    return lambda rows: encode(narrow(array[rows]))
+    std = std.where(std > 1e-6 * largest, largest)
+    return lambda x: (as_tensor(x) - mean) / std
 
 
 def predictions(draws, data, split):
@@ -351,11 +344,17 @@ def predictions(draws, data, split):
     """
     n, M = draws.shape[:2]
     stats = data["stats"]
-    samples = standardized(draws, stats, "target")
-    cond = standardized(data[f"{split}_cond"], stats, "cond")
-    truth = standardized(data[f"{split}_target"], stats, "target")
-    train_cond = standardized(data["train_cond"], stats, "cond")
-    train_target = standardized(data["train_target"], stats, "target")
+
+    def standardized(array, kind):
+        """Function of rows -> standardized samples of a raw array; kind: cond or target."""
+        encode = standardizer(narrow(stats[f"{kind}_mean"]), narrow(stats[f"{kind}_std"]))
+        return lambda rows: encode(narrow(array[rows]))
+
+    samples = standardized(draws, "target")
+    cond = standardized(data[f"{split}_cond"], "cond")
+    truth = standardized(data[f"{split}_target"], "target")
+    train_cond = standardized(data["train_cond"], "cond")
+    train_target = standardized(data["train_target"], "target")
     n_train = len(data["train_cond"])
     prior = Prior(data["meta"]["grid"], truth([0]).shape[2], cond([0]).shape[2])
     prior.fit(lambda rows: (train_target(rows), train_cond(rows)), n_train, tokens=131072)
@@ -460,8 +459,7 @@ def main():
     data, draws = open_samples(paths, data_dir, split)
     result, text, _ = report(draws, data, split)
     if save:
-        scores = json.dumps(result, indent=1)
-        Path(save).write_text(scores)
+        Path(save).write_text(json.dumps(result, indent=1))
     print(text)
 
 
