@@ -25,7 +25,6 @@ import array
 import contextlib
 import functools
 import json
-import os
 import re
 import shutil
 import sys
@@ -109,7 +108,7 @@ def survey(shards, load):
             if item["key"] is not None:
                 hashes.append(hash(repr(item["key"])))
     hashes = np.sort(hashes)
-    repeated = (hashes[1:] == hashes[:-1]).sum()
+    repeated = (np.diff(hashes) == 0).sum()
     if repeated:
         print(f"WARNING: {repeated} samples have the key of an earlier one")
     return first, counts
@@ -188,11 +187,11 @@ def write_arrays(shards, load, is_val, files):
         n = len(shard["cond"])
         rows = items(shard["content"], n, paths[0])
         slices = made_ahead(convert(shard, is_val[i : i + n]))
-        for number, (samples, sums, is_good) in enumerate(slices):
-            if number % 128 == 0:
-                print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
+        for samples, sums, is_good in slices:
             totals.update(sums)
             for good, item, cond, target in zip(is_good, rows, *samples.values()):
+                if i % 1000 == 0:
+                    print(f"\r{i:,} of {len(is_val):,} samples", end="", file=sys.stderr)
                 if good:
                     which = "val" if is_val[i] else "train"
                     counts[which] += 1
@@ -255,8 +254,9 @@ def prepare(sources, config):
     shard, counts = survey(shards, load)
     check_manifests(sources, counts)
     layout = {kind: shard[kind].layout for kind in KINDS}
-    _, val = split(counts.total(), val_fraction, seed)
-    is_val = np.zeros(counts.total(), bool)
+    n = counts.total()
+    _, val = split(n, val_fraction, seed)
+    is_val = np.zeros(n, bool)
     is_val[val] = True
     partial.mkdir(parents=True, exist_ok=True)  # it is there where a run was killed
     try:
@@ -265,8 +265,12 @@ def prepare(sources, config):
             write_headers(files, layout, Counter())
             totals, counts = write_arrays(shards, load, is_val, files)
             shapes = write_headers(files, layout, counts)
-        sums = dict(cond_moments=totals["cond"], target_moments=totals["target"])
-        np.savez(partial / "stats.npz", **statistics(totals), **sums)
+        np.savez(
+            partial / "stats.npz",
+            cond_moments=totals["cond"],
+            target_moments=totals["target"],
+            **statistics(totals),
+        )
         meta = dict(
             shapes=shapes,
             grid=shard["target"].grid,
@@ -279,7 +283,7 @@ def prepare(sources, config):
         # without meta.json there is no dataset, until all of the new one is in place
         meta_path.unlink(missing_ok=True)
         for name in names:
-            os.replace(partial / name, folder / name)
+            (partial / name).replace(folder / name)
     finally:
         print(file=sys.stderr)  # ends the line that shows the progress
         shutil.rmtree(partial)

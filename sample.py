@@ -126,7 +126,7 @@ def load(path, device="auto", weights="ema", dtype="auto", grid=None):
         stats=stats,
         data_dir=ckpt.get("data_path", ckpt["config"]["data_dir"]),
         data_stats=ckpt.get("data_stats", stats),
-        data_meta=ckpt.get("data_meta", {}),
+        data_meta=ckpt.get("data_meta"),
         cond_tokens=ckpt["cond_tokens"],
         files=ckpt["files"],
         device=device,
@@ -156,7 +156,7 @@ def generate(loaded, cond, steps=10, first=0, batch_size=None, draw=0, **setting
 
 @torch.no_grad()
 def generate_batches(
-    loaded, batches, steps=10, guidance=1.0, guidance_interval=(0.0, 1.0), seed=0,
+    loaded, batches, steps, guidance=1.0, guidance_interval=(0.0, 1.0), seed=0,
     same_noise=False, **solver,
 ):  # fmt: skip
     """Yield what generate() returns, for an iterator of (cond, first, draw). While the device works
@@ -234,13 +234,12 @@ def main():
     torch.set_float32_matmul_precision("medium")  # as in train.py
     own_device = pick_device(device)
     if LAUNCHED:
-        # minutes: the processes that are ready wait for the slowest at the end
-        own_device = init_distributed(own_device, timeout=10_000)
+        own_device = init_distributed(own_device)
 
     # ---- model, conditions and truth
     data = open_dataset(data_dir) if data_dir else None
-    grid = data["meta"]["grid"] if data else None
-    loaded = load(Path(out_dir, checkpoint), own_device, weights, dtype, grid)
+    grid = data and data["meta"]["grid"]
+    loaded = load(f"{out_dir}/{checkpoint}", own_device, weights, dtype, grid)
     shape = loaded.shape  # (T, D)
     size = batch_size or loaded.batch_size
     folder = data_dir or loaded.data_dir
@@ -264,10 +263,8 @@ def main():
                 f"{folder} has changed since the model was trained, which may have seen samples of "
                 f"this {split} split; --data_dir={folder} scores them all the same"
             )
-        item_files, read = [], []
-        for part in map(Path, data["folders"]):
-            item_files.append(part / f"{split}_items.jsonl")
-            read += part.glob("*.npy")
+        read = [path for part in data["folders"] for path in Path(part).glob("*.npy")]
+        item_files = [f"{part}/{split}_items.jsonl" for part in data["folders"]]
         named = map(json.loads, fileinput.FileInput(item_files))
     if interpolate:
         i, j, n = (*interpolate, 8)[:3]
@@ -289,14 +286,14 @@ def main():
 
     # ---- files
     name = "interpolation" if interpolate else "generated"
-    target = Path(save or Path(out_dir, f"{name}{suffix}.npy"))
+    target = Path(save or f"{out_dir}/{name}{suffix}.npy")
     if target.suffix != ".npy":
         raise ValueError(f"save={save!r} must end in .npy")
     metrics_path = target.with_name(f"{target.stem}_metrics.json")
     picture_path = target.with_suffix(".png")
     if not save and not interpolate:
-        metrics_path = Path(out_dir, f"metrics{suffix}.json")
-        picture_path = Path(out_dir, f"samples{suffix}.png")
+        metrics_path = Path(f"{out_dir}/metrics{suffix}.json")
+        picture_path = Path(f"{out_dir}/samples{suffix}.png")
     for path in (target, Path(save_pickle or target)):  # before hours of sampling
         is_other = path.exists() and not path.is_file()  # a folder, or a device
         if is_other or not os.access(path.parent, os.W_OK):
@@ -314,7 +311,7 @@ def main():
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
     read += loaded.files
-    read += [ROOT / name for name in ("model.py", "flow.py", "sample.py")]
+    read += ROOT.glob("*.py")
     modified = {os.path.realpath(path): os.path.getmtime(path) for path in read}
     paths = [*map(os.path.realpath, [*files, save_pickle]), *modified]
     if len(set(paths)) < len(paths):
@@ -342,7 +339,7 @@ def main():
                 yield batch, i if interpolate else first, draw
 
     made = generate_batches(
-        loaded, inputs(), steps, guidance, guidance_interval, seed, bool(interpolate),
+        loaded, inputs(), steps, guidance, guidance_interval, seed, interpolate,
         method=method, shift=shift, trajectory=trajectory,
     )  # fmt: skip
     for first in tqdm(batches, unit="batch", disable=RANK > 0):

@@ -24,8 +24,8 @@ from flow import FlowConfig, Normalizer
 from model import NextDiT, NextDiTConfig, flops_per_sample
 from plumbing import checkpoint, distributed, exchange, run_folder
 from plumbing.configurator import check_numbers, configure, describe, set_up_console
-from plumbing.dataset import Loader, map_rows, open_dataset
-from plumbing.distributed import LAUNCHED, RANK, WORLD_SIZE, all_reduce_sum, print0
+from plumbing.dataset import Loader, open_dataset
+from plumbing.distributed import LAUNCHED, RANK, WORLD_SIZE, all_reduce_sum, map_rows, print0
 from plumbing.optim import make_optimizer, step_in_backward
 from report import score
 
@@ -111,7 +111,8 @@ seed = 0
 
 set_up_console()  # until the training loop
 config = configure(globals())
-last, best = Path(out_dir, "ckpt_last.pt"), Path(out_dir, "ckpt_best.pt")
+folder = Path(out_dir)
+last, best = folder / "ckpt_last.pt", folder / "ckpt_best.pt"
 newest = Path(init_from)  # it may name one of this run's own
 if init_from in ("resume", "auto"):
     newest = last if last.exists() else best
@@ -217,7 +218,7 @@ raw_model = NextDiT(model_config)
 if parameters:
     checkpoint.check_fixed(init_from, given, config | asdict(model_config))
     checkpoint.warn_of_distance(init_from, stats, data_stats)
-    checkpoint.load_weights(raw_model, parameters, torch.Tensor.float)
+    checkpoint.load_weights(raw_model, parameters)
 if prior and not ckpt:
     raw_model.prior.fit(lambda rows: encode(*loader.read("train", rows)), loader.n_train)
 # without dropout nothing trains the null condition, and DDP would wait for its gradient
@@ -321,12 +322,6 @@ def evaluate():
     Noise and t are functions of a sample's row, so that values compare between runs.
     """
 
-    def loss_of_rows(net, rows):
-        x_1, cond = encode(*loader.read("val", rows))
-        x_0 = flow.sample_noise(rows, (T, D), seed=0).to(device)
-        with autocast:
-            return flow.loss(net, x_1, cond, eval_flow, x_0=x_0, t=eval_t[rows].to(device))[0]
-
     def samples_of_rows(rows):
         _, cond = encode(*loader.read("val", rows))
         x_0 = flow.sample_noise(rows, (T, D), seed=0, draw=1).to(device)
@@ -338,7 +333,14 @@ def evaluate():
     results = {}
     bins = (eval_t * TIME_BINS).long()
     for name, net in evaluated.items():
-        losses = map_rows(lambda rows: loss_of_rows(net, rows), n_eval, eval_batch_size, interrupts)
+
+        def loss_of_rows(rows):
+            x_1, cond = encode(*loader.read("val", rows))
+            x_0 = flow.sample_noise(rows, (T, D), seed=0).to(device)
+            with autocast:
+                return flow.loss(net, x_1, cond, eval_flow, x_0=x_0, t=eval_t[rows].to(device))[0]
+
+        losses = map_rows(loss_of_rows, n_eval, eval_batch_size, interrupts)
         results[name] = losses.mean().item()
         for i in range(TIME_BINS):
             results[f"{name}_t{i}"] = losses[bins == i].mean().item()
@@ -373,7 +375,7 @@ def ask_wandb(function):
 
 def write_log(record):
     if RANK == 0:
-        run_folder.append_log(out_dir, record)
+        run_folder.append_log(folder, record)
         if wandb_log:
             ask_wandb(lambda: wandb.log(record, step=iteration))
 
@@ -381,11 +383,10 @@ def write_log(record):
 # ---------------------------------------------------------------- start
 print0(describe(config, __file__))
 n_params = sum(p.numel() for p in params)
-n_epochs = max_iters * samples_per_iter / loader.n_train
 print0(f"{n_params / 1e6:.2f}M parameters on {WORLD_SIZE} x {device}, {dtype}")
 print0(
     f"{loader.n_train} samples, {samples_per_iter} per iteration, "
-    f"{max_iters} iterations ({n_epochs:.1f} epochs)"
+    f"{max_iters} iterations ({max_iters * samples_per_iter / loader.n_train:.1f} epochs)"
 )
 if warmup_iters >= max_iters:
     print0(f"WARNING: the warmup, {warmup_iters} iterations, takes the whole run of {max_iters}")
@@ -403,19 +404,19 @@ if dry_run:
     print0(f"dry run: peak memory {peak / 1e9:.2f} GB")
     distributed.exit_process()
 version = run_folder.code_version()
-lock = run_folder.claim_folder(out_dir, resume or overwrite)  # as long as this is here
-if wandb_log and RANK == 0:
-    import wandb
-
-    init = functools.partial(
-        wandb.init, project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
-        config=config, dir=out_dir,
-    )  # fmt: skip
-    # offline where there is no network, no login or a wrong variable; it says how to send it later
-    run = ask_wandb(init) or init(mode="offline")
-    wandb_id = run.id
+lock = run_folder.claim_folder(folder, resume or overwrite)  # as long as this is here
 if RANK == 0:
-    run_folder.open_run(out_dir, config, version, iteration, resume)
+    if wandb_log:
+        import wandb
+
+        init = functools.partial(
+            wandb.init, project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
+            config=config, dir=out_dir,
+        )  # fmt: skip
+        # offline where there is no network, no login or a wrong variable; it says how to send it
+        run = ask_wandb(init) or init(mode="offline")
+        wandb_id = run.id
+    run_folder.open_run(folder, config, version, iteration, resume)
 
 # ---------------------------------------------------------------- training loop
 peak_flops = WORLD_SIZE * distributed.matmul_rate(device, torch_dtype)  # per second

@@ -176,7 +176,7 @@ class Bench:
         out = self.folder / name
         flags = [f"--device={self.device}", *flags, f"--out_dir={out}"]
         done = python(*launcher, ROOT / "train.py", *flags, threads=threads)
-        return done.stdout + done.stderr, run_folder.read_log(out)
+        return done.stdout + done.stderr, list(run_folder.read_log(out))
 
 
 def python(*args, check=True, threads=1):
@@ -458,7 +458,8 @@ def speed(bench):
         records = []
         while process.poll() is None and (not records or records[-1]["iter"] < iters):
             time.sleep(0.2)
-            records = run_folder.read_log(out) if (out / "log.jsonl").exists() else []
+            if (out / "log.jsonl").exists():
+                records = list(run_folder.read_log(out))
         process.kill()
     records = [record for record in records if "ms" in record]
     a, b = records[len(records) // 4], records[-1]

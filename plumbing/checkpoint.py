@@ -59,7 +59,7 @@ class Saver:
         if not self.writing:
             return True
         # that of the first process, since the others write none
-        written = all_reduce_sum(torch.tensor([self.writing.result()], device=self.device)).item()
+        written = all_reduce_sum(torch.tensor(self.writing.result(), device=self.device)).item()
         if written:
             self.best_val_loss = self.new_best
         return written == self.count
@@ -149,7 +149,7 @@ def read_weights(path, key):
     return ckpt, ckpt[key].items()
 
 
-def load_weights(model, parameters, cast):
+def load_weights(model, parameters, cast=torch.Tensor.float):
     """Put (name, tensor) pairs into a model, which keeps cast(tensor) of each, not a copy of that.
 
     Raises ValueError where they are not the model's.
@@ -200,7 +200,7 @@ def restore(path, ckpt, config, stats, models, scaler):
     if not same_statistics(ckpt.get("data_stats", ckpt["stats"]), stats):
         raise ValueError(f"{path} was trained on other data: its statistics differ")
     for key, model in models.items():
-        load_weights(model, ckpt[key].items(), torch.Tensor.float)
+        load_weights(model, ckpt[key].items())
     if ckpt["scaler"]:  # empty unless it was float16
         scaler.load_state_dict(ckpt["scaler"])
 

@@ -30,8 +30,7 @@ def configure(namespace, argv=None, paths=None):
     Returns {key: value} of every setting, in the order of the block.
     Exits with one line and code 1 on an unknown key, a wrong type or an unreadable file.
     """
-    script = Path(namespace["__file__"])
-    source = script.read_text()
+    source = Path(namespace["__file__"]).read_text()
     defaults = read_defaults(source)
     config = {key: value for key, (value, _) in defaults.items()}
     argv = sys.argv[1:] if argv is None else argv
@@ -66,7 +65,7 @@ def configure_paths(namespace):
 
 def settings_block(source):
     """The block of defaults in a script's source."""
-    return re.search(r"(?ms)^# ---- .*?(?=^# ----$)", source)[0].strip()
+    return re.search(r"(?ms)^# ---- .*?(?=\n# ----$)", source)[0]
 
 
 def read_defaults(source):
@@ -88,8 +87,9 @@ def read_file(path):
     try:
         values = runpy.run_path(path)
     except Exception as e:  # the user's file may raise anything
-        reason = f"{type(e).__name__}: {e}"
-        sys.exit(f"error: config file {path} failed: {reason} (settings are --key=value)")
+        sys.exit(
+            f"error: config file {path} failed: {type(e).__name__}: {e} (settings are --key=value)"
+        )
     return {k: v for k, v in values.items() if k[0] != "_" and not hasattr(v, "__name__")}
 
 

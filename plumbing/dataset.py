@@ -4,7 +4,6 @@ The prepared dataset: open it, and deal out raw batches of it.
     data = open_dataset("data/digits")    # memory-mapped arrays, statistics, meta.json
     loader = Loader(data, batch_size=32, micro_batches=8)
     for target, cond in loader.stream(iteration=0, micros=range(8)): ...    # never ends
-    losses = map_rows(loss_of_rows, loader.n_val, 64, interrupts)   # shared among the processes
 
 torch is imported where it is needed, because prepare.py starts ten times as fast without it.
 """
@@ -13,7 +12,6 @@ import functools
 import glob
 import itertools
 import json
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +30,9 @@ class Joined:
 
     def __init__(self, arrays):
         self.arrays = arrays
-        self.ends = np.cumsum([len(array) for array in arrays])
-        self.shape = (int(self.ends[-1]), *arrays[0].shape[1:])
+        lengths = [len(array) for array in arrays]
+        self.ends = np.cumsum(lengths)
+        self.shape = (sum(lengths), *arrays[0].shape[1:])
 
     def __len__(self):
         return self.shape[0]
@@ -177,12 +176,11 @@ class Loader:
 
     def stream(self, iteration, micros):
         """The micro-batches `micros` of an iteration and of all after it, read ahead."""
-        batches = (
+        return made_ahead(
             self.read("train", self.rows(i, micro))
             for i in itertools.count(iteration)
             for micro in micros
         )
-        return made_ahead(batches)
 
 
 def made_ahead(items):
@@ -192,28 +190,3 @@ def made_ahead(items):
         while (item := ahead.result()) is not None:
             ahead = thread.submit(next, items, None)
             yield item
-
-
-def map_rows(function, n, batch_size, interrupts):
-    """function(rows) -> (rows, ...) for rows 0 to n - 1, in batches shared among the processes.
-
-    Each process runs as many batches of one size, as FSDP needs: repeated rows fill them.
-    Returns (n, ...) on the CPU, in all processes. Raises InterruptedError if one should stop.
-    """
-    import torch
-
-    from plumbing.distributed import RANK, WORLD_SIZE, all_reduce_sum
-
-    count = math.ceil(n / WORLD_SIZE)  # rows of a process
-    size = min(batch_size, count)
-    batches = []
-    for first in range(RANK * count, (RANK + 1) * count, size):
-        if all_reduce_sum(interrupts.flag()):
-            raise InterruptedError("the evaluation was broken off")
-        rows = first + np.arange(size)
-        with torch.no_grad():
-            batches.append(function(rows % n))
-    values = torch.cat(batches)[:count]
-    results = values.new_zeros(WORLD_SIZE, *values.shape)
-    results[RANK] = values
-    return all_reduce_sum(results).flatten(0, 1)[:n]

@@ -3,15 +3,18 @@ Devices, and what the processes of a run do together: start, add up, stop, shard
 
     device = init_distributed(pick_device("auto"), timeout=10)    # under torchrun, "cuda:3" say
     total = all_reduce_sum(torch.stack([loss, interrupts.flag()]))
+    losses = map_rows(loss_of_rows, 2048, 64, interrupts)    # rows are shared among the processes
 """
 
 import datetime
+import math
 import os
 import signal
 import sys
 import timeit
 import warnings
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,7 +26,7 @@ LAUNCHED = "RANK" in os.environ or WORLD_SIZE > 1
 def print0(text):
     """Print in the first process only."""
     if RANK == 0:
-        print(text, flush=True)
+        print(text)
 
 
 def pick_device(name):
@@ -50,10 +53,11 @@ def pick_dtype(name, device):
     return name
 
 
-def init_distributed(device, timeout):
+def init_distributed(device, timeout=10_000):
     """Join the other processes that torchrun has started; returns the device of this one.
 
-    timeout: minutes after which a process that waits for another gives up
+    timeout: minutes after which a process that waits for another gives up. By default a week: those
+        that are ready wait for the slowest at the end
     Raises ValueError where a variable of torchrun's is missing.
     """
     backend, device_id = "gloo", None
@@ -64,8 +68,9 @@ def init_distributed(device, timeout):
         torch.cuda.set_device(device_id)
     # of DDP, about the few values of a depthwise convolution; of FSDP, about a view as output
     warnings.filterwarnings("ignore", "Grad strides|FSDP2-wrapped")
-    timeout = datetime.timedelta(minutes=timeout)
-    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    dist.init_process_group(
+        backend, timeout=datetime.timedelta(minutes=timeout), device_id=device_id
+    )
     # on Linux: SIGTERM for this process when torchrun dies, so that it stops and saves
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     barrier()  # nobody ends because of an error of its own before all have come
@@ -94,10 +99,6 @@ def all_reduce_sum(x):
     return x.cpu()
 
 
-# what terminals and schedulers send before they kill, and the time limit
-SIGNALS = "SIGINT SIGTERM SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGXCPU SIGALRM"
-
-
 class Interrupts:
     """Notes signals and the end of `time_limit` minutes (or None), for the loop to stop.
 
@@ -108,7 +109,8 @@ class Interrupts:
         self.device = device
         self.reason = None
         self.handlers = {}  # those before
-        for name in SIGNALS.split():
+        # what terminals and schedulers send before they kill, and the time limit
+        for name in "SIGINT SIGTERM SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGXCPU SIGALRM".split():
             number = getattr(signal, name)
             if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is, under nohup
                 self.handlers[number] = signal.signal(number, self.note)
@@ -129,6 +131,27 @@ class Interrupts:
     def flag(self):
         """1 if this process should stop, else 0, to be summed over the processes."""
         return torch.tensor(1.0 if self.reason else 0.0, device=self.device)
+
+
+@torch.no_grad()
+def map_rows(function, n, batch_size, interrupts):
+    """function(rows) -> (rows, ...) for rows 0 to n - 1, in batches shared among the processes.
+
+    Each process runs as many batches of one size, as FSDP needs: repeated rows fill them.
+    Returns (n, ...) on the CPU, in all processes. Raises InterruptedError if one should stop.
+    """
+    count = math.ceil(n / WORLD_SIZE)  # rows of a process
+    size = min(batch_size, count)
+    batches = []
+    for first in range(RANK * count, (RANK + 1) * count, size):
+        if all_reduce_sum(interrupts.flag()):
+            raise InterruptedError("the evaluation was broken off")
+        rows = first + np.arange(size)
+        batches.append(function(rows % n))
+    values = torch.cat(batches)[:count]
+    results = values.new_zeros(WORLD_SIZE, *values.shape)
+    results[RANK] = values
+    return all_reduce_sum(results).flatten(0, 1)[:n]
 
 
 def shard_model(model, dtype):

@@ -25,7 +25,7 @@ class Adafactor(torch.optim.Adafactor):
     def __init__(self, groups, lr, beta1):
         if beta1 > 0.95:
             raise ValueError(f"{beta1=} must be at most 0.95: adafactor's average is bfloat16")
-        super().__init__(groups, lr=lr, eps=(1e-18, 1.0))
+        super().__init__(groups, lr, eps=(1e-18, 1.0))
         self.beta1 = beta1
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ def make_optimizer(model, name, lr, weight_decay, betas):
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, lr, betas, fused=True)
     if name == "adafactor":
         return Adafactor(groups, lr, betas[0])
     raise ValueError(f"optimizer={name!r} is unknown; it is one of adamw, adafactor")

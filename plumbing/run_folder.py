@@ -1,9 +1,9 @@
 """
 The folder of a run: its lock, its config.py and its log.
 
-    lock = claim_folder("out", replace=False)
-    open_run("out", config, code_version(), iteration=0, resume=False)
-    append_log("out", {"iter": 0, "loss": 1.0})
+    lock = claim_folder(Path("out"), replace=False)
+    open_run(Path("out"), config, code_version(), iteration=0, resume=False)
+    append_log(Path("out"), {"iter": 0, "loss": 1.0})
 """
 
 import contextlib
@@ -26,16 +26,15 @@ def code_version():
     return commit if status == 0 else "an unknown commit"
 
 
-def claim_folder(out_dir, replace):
-    """Make out_dir if it is missing, and lock it. Raises ValueError if it holds a run, unless that
-    may be replaced or gone on with, and if another process has the lock.
+def claim_folder(folder, replace):
+    """Make the folder if it is missing, and lock it. Raises ValueError if it holds a run, unless
+    that may be replaced or gone on with, and if another process has the lock.
 
     Returns an open file: the lock lasts until it is closed or the process ends, however that ends.
     """
-    folder = Path(out_dir)
     if list(folder.glob("ckpt_*.pt")) and not replace:
         raise ValueError(
-            f"{out_dir} already holds a run: --init_from=auto goes on with it, --overwrite=True "
+            f"{folder} already holds a run: --init_from=auto goes on with it, --overwrite=True "
             "replaces it, or choose another --out_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,9 +43,9 @@ def claim_folder(out_dir, replace):
         if RANK == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        raise ValueError(f"another run is writing to {out_dir}; choose another --out_dir") from e
+        raise ValueError(f"another run is writing to {folder}; choose another --out_dir") from e
     except OSError as e:  # a file system without locks
-        print0(f"WARNING: {out_dir} cannot be locked ({e}): start no other run there")
+        print0(f"WARNING: {folder} cannot be locked ({e}): start no other run there")
     return lock
 
 
@@ -56,20 +55,19 @@ ckpt_*.pt generated*.npy interpolation*.npy interpolation*.png metrics*.json sam
 """
 
 
-def open_run(out_dir, config, version, iteration, resume):
+def open_run(folder, config, version, iteration, resume):
     """Begin a run at an iteration, or go on: write config.py, and keep of log.jsonl what came
     before. Of a run that is replaced, checkpoints, samples, metrics and pictures are removed.
     Raises OSError."""
-    folder = Path(out_dir)
     log = folder / "log.jsonl"
     text = f"# The settings of this run, for the code at {version}.\n"
     for key, value in config.items():
         text += f"{key} = {value!r}\n"
     kept = ""
     if resume and log.exists():
-        for record in read_log(out_dir):
+        for record in read_log(folder):
             if record["iter"] < iteration:
-                kept += json.dumps(record) + "\n"
+                kept += f"{json.dumps(record)}\n"
     replace_file(folder / "config.py", lambda f: f.write(text.encode()))
     replace_file(log, lambda f: f.write(kept.encode()))
     if not resume and list(folder.glob("ckpt_*.pt")):  # it replaces a run
@@ -78,22 +76,21 @@ def open_run(out_dir, config, version, iteration, resume):
                 path.unlink()
 
 
-def read_log(out_dir):
-    """The records of a run's log.jsonl. A line that a kill or a full disk cut short is left out."""
-    records = []
-    for line in Path(out_dir, "log.jsonl").read_text().splitlines():
+def read_log(folder):
+    """Yield the records of a run's log.jsonl. A line that a kill or a full disk cut short is left
+    out."""
+    for line in (folder / "log.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+            yield json.loads(line)
 
 
-def append_log(out_dir, record):
+def append_log(folder, record):
     """Add a line to a run's log.jsonl, or a warning to the console where that fails."""
-    log = Path(out_dir, "log.jsonl")
+    log = f"{folder}/log.jsonl"
     # JSON has no NaN
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
     try:
         with open(log, "a") as f:
-            print(json.dumps(record), file=f)
+            f.write(f"{json.dumps(record)}\n")
     except OSError as e:
         print0(f"WARNING: {log} not written ({e})")

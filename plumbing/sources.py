@@ -48,7 +48,7 @@ def list_folder(folder):
         )
     # where a file has no partner, opening that fails
     names = sorted(names, key=natural_order)
-    return [Pair((folder / "cond" / name, folder / "target" / name)) for name in names]
+    return [Pair(folder / kind / name for kind in KINDS) for name in names]
 
 
 def find_files(sources):
@@ -66,13 +66,12 @@ def find_files(sources):
 
 
 def load_contents(paths):
-    """The dicts in the files of a shard. In a Pair, a single sample is named like its file."""
-    contents = list(map(load_pickle, paths))
-    for content in contents:
+    """Yield the dicts in a shard's files. In a Pair, a single sample is named like its file."""
+    for content in map(load_pickle, paths):
         array = content.get("array")
         if isinstance(paths, Pair) and getattr(array, "ndim", 3) < 3:
             content.update(array=array[None], keys=[paths[0].stem])
-    return contents
+        yield content
 
 
 def plain(value):
@@ -191,7 +190,7 @@ def load_shard(paths, cond_key, target_key, **options):
     """
     if len(paths) == 2:
         cond_key = target_key = "array"
-    contents = load_contents(paths)
+    contents = list(load_contents(paths))
     cond = Rows(contents[0], cond_key, paths[0], **options)
     target = Rows(contents[-1], target_key, paths[-1], **options)
     if len(cond) != len(target):

@@ -136,7 +136,7 @@ def read_curves(out_dir):
     """{name: [(iteration, value)]} of what a run measured; what was not finite is left out."""
     curves = defaultdict(list)
     try:
-        for record in read_log(out_dir):
+        for record in read_log(Path(out_dir)):
             for name, value in record.items():
                 if value is not None:
                     curves[name].append((record["iter"], value))
