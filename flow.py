@@ -206,7 +206,7 @@ METHODS = ("euler", "heun", "ab2")
 def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
     """Solve dx/dt = velocity(x, t) from t = 0 to t = 1.
 
-    velocity: function of x (B, T, D) and of t, a float
+    velocity: function of x (B, T, D) and of t, a float; in the dtype of x
     x: (B, T, D) state at t = 0, sigma_max * noise
     steps: uniform in t or, with shift > 1, finer near noise
     method: euler, of order 1; heun, of order 2 with two evaluations of the velocity per step; ab2,
@@ -275,7 +275,7 @@ class Normalizer:
         if mode not in ("channel", "l2", "none"):
             raise ValueError(f"normalize={mode!r} is unknown; it is one of channel, l2, none")
         self.mode = mode
-        if mode == "none":
+        if mode == "none":  # takes them as they are
             mean, std = 0.0, 1.0
         self.mean = torch.as_tensor(mean).to(device, torch.float32)
         std = torch.as_tensor(std).to(device, torch.float32)

@@ -143,7 +143,7 @@ class Attention(nn.Module):
         self.qkvq = LinearNoBias(dim, sum(self.sizes))
         if self.cross:
             self.gate = nn.Parameter(torch.empty(config.n_head))
-            self.cond_norm = nn.RMSNorm(config.cond_width)
+            self.cond_norm = nn.RMSNorm(config.cond_width)  # keys_values uses its weight alone
             self.cond_kv = LinearNoBias(config.cond_width, 2 * kv_dim)
             self.cond_q_norm = norm(dim)
             self.cond_k_norm = norm(kv_dim)
@@ -297,7 +297,7 @@ class Prior(nn.Module):
             target, cond = read(batch.numpy())
             x = self.inputs(cond.cpu())  # (B, T, K)
             y = target.cpu()  # (B, T, D)
-            if i in range(0, 80, 5):
+            if i % 5 == 0 and len(held_out) < 16:
                 held_out.append((x, y))
             else:
                 x = x.flatten(0, 1)
@@ -306,14 +306,15 @@ class Prior(nn.Module):
         penalty = (xx.trace() + 1e-6) * torch.eye(K)
         penalty[0, 0] *= 1e-9  # the constant is not shrunk
 
-        def residuals(exponent):
-            """What the mean leaves of the held-out targets, with this penalty."""
-            weight = torch.linalg.solve(xx + 10.0**exponent * penalty, xy)
-            self.weight.copy_(weight)
-            return torch.cat([y - x @ self.weight for x, y in held_out])  # (n, T, D)
-
-        best = min(range(-8, 1), key=lambda exponent: residuals(exponent).square().sum())
-        rest = residuals(best)
+        x, y = map(torch.cat, zip(*held_out))  # (n, T, K), (n, T, D)
+        least = math.inf
+        for exponent in range(-8, 1):
+            weight = torch.linalg.solve(xx + 10.0**exponent * penalty, xy).type_as(x)
+            error = (y - x @ weight).square().sum()
+            if error < least:
+                least = error
+                self.weight.copy_(weight)
+        rest = y - x @ self.weight
         for components, equation in (
             (self.places, "ntd,nsd->ts"),
             (self.channels, "ntd,nte->de"),
@@ -385,8 +386,8 @@ class NextDiT(nn.Module):
     def embed_condition(self, cond, keys_values=False):
         """cond (B, S, C) -> its part of adaLN's input (B, emb_dim); what is added to the target's
         tokens (B, S, dim) if aligned, else None; for each block its normalized tokens for
-        attention, or its keys and values, or None if aligned; and the prior's mean (B, T, D), if
-        there is a prior."""
+        attention or, with keys_values, its keys and values, None if aligned; and the prior's mean
+        (B, T, D), if there is a prior."""
         mean = self.prior.mean(cond.detach()) if self.prior else None
         cond = self.cond_projection(cond)  # (B, S, C or dim)
         added = None

@@ -234,12 +234,13 @@ def main():
     torch.set_float32_matmul_precision("medium")  # as in train.py
     own_device = pick_device(device)
     if LAUNCHED:
-        own_device = init_distributed(own_device)
+        # minutes: the processes that are ready wait for the slowest at the end
+        own_device = init_distributed(own_device, timeout=10_000)
 
     # ---- model, conditions and truth
     data = open_dataset(data_dir) if data_dir else None
     grid = data and data["meta"]["grid"]
-    loaded = load(f"{out_dir}/{checkpoint}", own_device, weights, dtype, grid)
+    loaded = load(Path(out_dir, checkpoint), own_device, weights, dtype, grid)
     shape = loaded.shape  # (T, D)
     size = batch_size or loaded.batch_size
     folder = data_dir or loaded.data_dir
@@ -311,7 +312,7 @@ def main():
     if trajectory:
         files[states_path] = (n, steps + 1, *shape)
     read += loaded.files
-    read += ROOT.glob("*.py")
+    read += [ROOT / name for name in ("model.py", "flow.py", "sample.py")]
     modified = {os.path.realpath(path): os.path.getmtime(path) for path in read}
     paths = [*map(os.path.realpath, [*files, save_pickle]), *modified]
     if len(set(paths)) < len(paths):
@@ -339,7 +340,7 @@ def main():
                 yield batch, i if interpolate else first, draw
 
     made = generate_batches(
-        loaded, inputs(), steps, guidance, guidance_interval, seed, interpolate,
+        loaded, inputs(), steps, guidance, guidance_interval, seed, bool(interpolate),
         method=method, shift=shift, trajectory=trajectory,
     )  # fmt: skip
     for first in tqdm(batches, unit="batch", disable=RANK > 0):

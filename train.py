@@ -413,7 +413,8 @@ if RANK == 0:
             wandb.init, project=wandb_project, name=wandb_run_name, id=wandb_id, resume="allow",
             config=config, dir=out_dir,
         )  # fmt: skip
-        # offline where there is no network, no login or a wrong variable; it says how to send it
+        # offline where there is no network, no login or a wrong variable; wandb says how to send it
+        # later
         run = ask_wandb(init) or init(mode="offline")
         wandb_id = run.id
     run_folder.open_run(folder, config, version, iteration, resume)

@@ -1,5 +1,5 @@
 """
-Devices, and what the processes of a run do together: start, add up, stop, shard, end.
+Devices, and what the processes of a run do together: start, add up, share rows, stop, shard, end.
 
     device = init_distributed(pick_device("auto"), timeout=10)    # under torchrun, "cuda:3" say
     total = all_reduce_sum(torch.stack([loss, interrupts.flag()]))
@@ -26,7 +26,7 @@ LAUNCHED = "RANK" in os.environ or WORLD_SIZE > 1
 def print0(text):
     """Print in the first process only."""
     if RANK == 0:
-        print(text)
+        print(text, flush=True)
 
 
 def pick_device(name):
@@ -53,11 +53,10 @@ def pick_dtype(name, device):
     return name
 
 
-def init_distributed(device, timeout=10_000):
+def init_distributed(device, timeout):
     """Join the other processes that torchrun has started; returns the device of this one.
 
-    timeout: minutes after which a process that waits for another gives up. By default a week: those
-        that are ready wait for the slowest at the end
+    timeout: minutes after which a process that waits for another gives up
     Raises ValueError where a variable of torchrun's is missing.
     """
     backend, device_id = "gloo", None

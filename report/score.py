@@ -263,7 +263,7 @@ def total(groups):
 
 def figures(groups, true_groups):
     """METRICS and, of several draws, SPREAD and the spread_ratio by frequency, spread_0 and so on,
-    as floats, from groups of add_up() and the same of the truth."""
+    as floats, from groups of add_up() and the truth's same groups."""
     sums = total(groups)
     true_sums = total(true_groups)
     n = sums.pop("samples")

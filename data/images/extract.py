@@ -162,7 +162,7 @@ def main():
         sys.exit("error: name pictures, --out, --cond and --target; --dtype is float16 or float32")
     device = pick_device(device)
     if LAUNCHED:
-        device = init_distributed(device)
+        device = init_distributed(device, timeout=10_000)
     precision = pick_dtype(precision, device)
 
     samples = []
