@@ -310,11 +310,12 @@ def draw_race(axes, race):
             theirs = best_reference(of_seed)
             ax.plot(theirs["seconds"], theirs[name], "s", color="#b3541e", label="BLIP3-o's")
             ax.axhline(theirs[name], color="#b3541e", lw=0.8, ls=":")
-        ax.set(title=f"{race['data']}: {name}", xlabel="training seconds", xscale="log")
+        ax.set(title=f"{race['data']}: {name}", xlabel="training seconds")
+        ax.set_xscale("log", subs=[2, 3, 5])
         handles, labels = ax.get_legend_handles_labels()
         by_label = dict(zip(labels, handles))  # each once
         ax.legend(by_label.values(), by_label.keys(), fontsize=8)
-        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
 
 
