@@ -1,10 +1,10 @@
-# Features of photographs, (64, 1280) -> (64, 768): a model that a CPU trains in 39 minutes.
+# Features of photographs, (64, 1280) -> (64, 768): a model for a CPU.
 #   python prepare.py SHARDS --out=data/real
 #   python train.py config/train_real.py
 #   python sample.py --out_dir=out-real
-# That is with 6,570 training samples and one thread; the first minute is the prior's. It ends at a
-# validation loss of 1.06 (two seeds), with samples whose neighbours are as alike as the truth's.
-# With a tenth of the samples the model knows them by heart: stop sooner.
+# With 6,570 training samples this takes 39 minutes of processor time, the first of them for the
+# prior, and ends at a validation loss of 1.06 (two seeds), with samples whose neighbours are as
+# alike as the truth's. With a tenth of the samples the model knows them by heart: stop sooner.
 out_dir = "out-real"
 data_dir = "data/real"
 eval_interval = 1000
