@@ -174,32 +174,27 @@ def guided_velocity(model, cond, cfg, guidance=1.0, interval=(0.0, 1.0)):
     if not 0 <= low < high <= 1:
         raise ValueError(f"guidance's interval {low} to {high} must lie within 0 to 1")
     context = model.context(cond)
+    if guidance != 1:
+        if not cfg.cond_dropout:
+            raise ValueError(
+                f"guidance={guidance} needs a model trained with cond_dropout > 0, unlike this one"
+            )
+        null = model.null_cond.expand(len(cond), 1, -1)  # (B, 1, C): one token stands for all
+        null_context = model.context(null)
 
-    def velocity(x, t, context=context):
+    def predict(x, t, context):
         times = x.new_full((len(x),), t)  # (B,)
         out = model(x, times, context=context).float()
         return to_velocity(out, x, times, cfg)
 
-    if guidance == 1:
-        return velocity
-    if not cfg.cond_dropout:
-        raise ValueError(
-            f"guidance={guidance} needs a model trained with cond_dropout > 0, unlike this one"
-        )
-    null = model.null_cond.expand(len(cond), 1, -1)  # (B, 1, C): one token stands for all
-    null_context = model.context(null)
-
-    def guided(x, t):
-        v = velocity(x, t)
-        if not low <= t <= high:
+    def velocity(x, t):
+        v = predict(x, t, context)
+        if guidance == 1 or not low <= t <= high:
             return v
-        v_null = velocity(x, t, null_context)
+        v_null = predict(x, t, null_context)
         return v_null + guidance * (v - v_null)
 
-    return guided
-
-
-METHODS = ("euler", "heun", "ab2")
+    return velocity
 
 
 @torch.no_grad()
@@ -215,8 +210,8 @@ def integrate(velocity, x, steps, method="ab2", shift=1.0, trajectory=False):
     Returns x at t = 1, in float32 (float64 if x is); with trajectory the states at all
     steps + 1 times, stacked.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; it is one of {', '.join(METHODS)}")
+    if method not in ("euler", "heun", "ab2"):
+        raise ValueError(f"method={method!r} is unknown; it is one of euler, heun, ab2")
     if steps < 1 or steps % 1:
         raise ValueError(f"steps={steps} must be a whole number, at least 1")
     times = [shift_time(i / steps, shift) for i in range(int(steps) + 1)]
@@ -277,8 +272,8 @@ class Normalizer:
         self.mode = mode
         if mode == "none":  # takes them as they are
             mean, std = 0.0, 1.0
-        self.mean = torch.as_tensor(mean).to(device, torch.float32)
-        std = torch.as_tensor(std).to(device, torch.float32)
+        self.mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
+        std = torch.as_tensor(std, dtype=torch.float32, device=device)
         varies = std > 1e-6 * std.max()
         self.std = std.where(varies, 0.0)
         self.scale = std.where(varies, math.inf)  # what encode divides by

@@ -188,24 +188,17 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim = config.dim
-        eps = config.norm_eps
+        norm = partial(nn.RMSNorm, dim, config.norm_eps)
         self.grid = config.grid
         self.ada = nn.Linear(config.emb_dim, 4 * dim)
-        self.norm1 = nn.RMSNorm(dim, eps)
-        self.norm2 = nn.RMSNorm(dim, eps)
-        self.ffn_norm1 = nn.RMSNorm(dim, eps)
-        self.ffn_norm2 = nn.RMSNorm(dim, eps)
+        self.norm1 = norm()
+        self.norm2 = norm()
+        self.ffn_norm1 = norm()
+        self.ffn_norm2 = norm()
         self.attn = Attention(config)
         self.conv = None
         if config.conv:
-            self.conv = nn.Conv2d(
-                dim,
-                dim,
-                kernel_size=3,
-                padding=1,
-                groups=dim,
-                bias=False,
-            )
+            self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
         self.ffn = FeedForward(config)
 
     def context(self, cond):
@@ -436,9 +429,8 @@ class NextDiT(nn.Module):
         rope = rope_2d(config, x.device)
         for block, condition in zip(self.layers, conditions):
             if config.gradient_checkpointing:
-                x = checkpoint(block, x, emb, rope, condition, use_reentrant=False)
-            else:
-                x = block(x, emb, rope, condition)
+                block = partial(checkpoint, block, use_reentrant=False)
+            x = block(x, emb, rope, condition)
         scale = self.final_ada(emb)[:, None]  # (B, 1, dim)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         out = self.final(x * (1 + scale))  # (B, T, D)

@@ -107,8 +107,7 @@ def survey(shards, load):
         for item in items(shard["content"], n, paths[0]):
             if item["key"] is not None:
                 hashes.append(hash(repr(item["key"])))
-    hashes = np.sort(hashes)
-    repeated = (np.diff(hashes) == 0).sum()
+    repeated = len(hashes) - len(np.unique(hashes))
     if repeated:
         print(f"WARNING: {repeated} samples have the key of an earlier one")
     return first, counts
@@ -186,8 +185,7 @@ def write_arrays(shards, load, is_val, files):
         shard = load(paths)
         n = len(shard["cond"])
         rows = items(shard["content"], n, paths[0])
-        slices = made_ahead(convert(shard, is_val[i : i + n]))
-        for samples, sums, is_good in slices:
+        for samples, sums, is_good in made_ahead(convert(shard, is_val[i : i + n])):
             totals.update(sums)
             for good, item, cond, target in zip(is_good, rows, *samples.values()):
                 if i % 1000 == 0:

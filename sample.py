@@ -21,6 +21,7 @@ import fileinput
 import json
 import os
 import pickle
+import shutil
 import sys
 from itertools import islice, starmap
 from pathlib import Path
@@ -386,7 +387,7 @@ def main():
             data and data["folders"][0], references,
         )  # fmt: skip
         print(f"wrote {picture_path}")
-    output.finish()
+    shutil.rmtree(partial_folder)
     for path, shape in files.items():
         if path.exists():  # unlike draws that were only scored
             print(f"wrote {path} {shape}")

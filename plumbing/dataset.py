@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,7 @@ def split_arrays(data, split):
     return data[f"{split}_cond"], data[f"{split}_target"]
 
 
+@dataclass
 class Loader:
     """Which samples each micro-batch holds, and the samples themselves, as they are in the files.
 
@@ -138,17 +140,17 @@ class Loader:
     pin_memory: put batches in page-locked memory, so that copies to a GPU overlap with its work
     """
 
-    def __init__(
-        self, data, batch_size, micro_batches=1, subset_size=None, seed=0, pin_memory=False
-    ):
-        self.data = data
-        self.batch_size = batch_size
-        self.micro_batches = micro_batches
-        self.seed = seed
-        self.pin_memory = pin_memory
-        n = len(data["train_cond"])
-        self.n_train = min(n, subset_size or n)
-        self.n_val = len(data["val_cond"])
+    data: dict
+    batch_size: int
+    micro_batches: int = 1
+    subset_size: int | None = None
+    seed: int = 0
+    pin_memory: bool = False
+
+    def __post_init__(self):
+        n = len(self.data["train_cond"])
+        self.n_train = min(n, self.subset_size or n)
+        self.n_val = len(self.data["val_cond"])
         self.epoch_order = functools.lru_cache(2)(self.epoch_order)
 
     def epoch_order(self, epoch):

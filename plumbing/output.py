@@ -3,8 +3,7 @@ Samples, written as they come by several processes, such that an interrupted run
 
     output = Output(Path("a.npy.partial"), {Path("a.npy"): (600, 64, 768)}, made_with)
     output.write(first=32 * rank, arrays={Path("a.npy"): rows})
-    output.publish()
-    output.finish()
+    output.publish()  # the folder stays, for other files in it
 """
 
 import json
@@ -66,7 +65,3 @@ class Output:
             made = self.folder / path.name
             if RANK == 0 and made.exists():  # not yet done
                 made.replace(path)
-
-    def finish(self):
-        """All that was to be done with the files is done: remove the temporary folder."""
-        shutil.rmtree(self.folder)

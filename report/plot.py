@@ -22,12 +22,7 @@ from plumbing.run_folder import read_log
 from report import score
 
 # options of imshow
-PIXELS = dict(
-    cmap="gray",
-    vmin=0,
-    vmax=1,
-    interpolation="bicubic",
-)
+PIXELS = dict(cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
 COSINES = dict(cmap="coolwarm_r", vmin=-1, vmax=1)
 
 # ---- settings

@@ -300,11 +300,8 @@ def confidence(groups, true_groups):
     others = combinations(groups, n - 1)  # all but the last one, and so on
     true_others = combinations(true_groups, n - 1)
     estimates = list(map(figures, others, true_others))
-    widths = {}
-    for name in estimates[0]:
-        std = np.std([values[name] for values in estimates])
-        widths[name] = 1.96 * (n - 1) ** 0.5 * std
-    return widths
+    factor = 1.96 * (n - 1) ** 0.5
+    return {name: factor * np.std([values[name] for values in estimates]) for name in estimates[0]}
 
 
 def metrics(generated, target, grid):
@@ -410,12 +407,7 @@ def report(draws, data, split="val"):
         text += "spread_ratio by frequency, from the mean of the grid on:"
         for i in range(sum(grid) - 1):
             text += f" {scores[f'spread_{i}']:.2f}"
-    result = scores | {
-        "samples": n,
-        "draws": M,
-        "confidence": widths,
-        "baselines": baselines,
-    }
+    result = scores | {"samples": n, "draws": M, "confidence": widths, "baselines": baselines}
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     return result, text, references
 

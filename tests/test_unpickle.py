@@ -292,6 +292,9 @@ def test_long_arrays_are_views_whatever_reads_in_between(tmp_path, monkeypatch):
 class Color(enum.Enum):
     RED = 1
 
+    def __reduce_ex__(self, protocol):  # which of several ways it is depends on Python's version
+        return Color, (self.value,)
+
 
 Point = collections.namedtuple("Point", "x y")
 OBJECTS = {
