@@ -198,7 +198,14 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.conv = None
         if config.conv:
-            self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+            self.conv = nn.Conv2d(
+                dim,
+                dim,
+                kernel_size=3,
+                padding=1,
+                groups=dim,
+                bias=False,
+            )
         self.ffn = FeedForward(config)
 
     def context(self, cond):

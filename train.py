@@ -297,7 +297,7 @@ def forward_backward(micro):
     elif LAUNCHED:
         model.require_backward_grad_sync = is_last
     with autocast:
-        losses, output = flow.loss(model, x_1, cond, flow_config, generator)
+        losses, output = flow.loss(model, x_1, cond, flow_config, generator=generator)
     loss = losses.mean() / micro_steps
     scaler.scale(loss).backward()
     output_norm = output.norm(dim=-1).mean() / micro_steps  # over tokens

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from plumbing.checkpoint import replace_file
 from plumbing.distributed import RANK, print0
-from plumbing.sources import plain
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,8 +87,10 @@ def read_log(folder):
 def append_log(folder, record):
     """Add a line to a run's log.jsonl, or a warning to the console where that fails."""
     log = f"{folder}/log.jsonl"
+    # JSON has no NaN
+    record = json.loads(json.dumps(record), parse_constant=lambda name: None)
     try:
         with open(log, "a") as f:
-            f.write(f"{json.dumps(plain(record))}\n")  # JSON has no NaN
+            f.write(f"{json.dumps(record)}\n")
     except OSError as e:
         print0(f"WARNING: {log} not written ({e})")

@@ -407,7 +407,12 @@ def report(draws, data, split="val"):
         text += "spread_ratio by frequency, from the mean of the grid on:"
         for i in range(sum(grid) - 1):
             text += f" {scores[f'spread_{i}']:.2f}"
-    result = scores | {"samples": n, "draws": M, "confidence": widths, "baselines": baselines}
+    result = scores | {
+        "samples": n,
+        "draws": M,
+        "confidence": widths,
+        "baselines": baselines,
+    }
     result = json.loads(json.dumps(result), parse_constant=lambda name: None)
     return result, text, references
 

@@ -414,7 +414,7 @@ def test_one_run_in_a_folder_at_a_time(dataset, tmp_path, trained):
     out = tmp_path / "out"
     flags = ["train.py", *TINY, f"--data_dir={dataset}", f"--out_dir={out}"]
     process = start(*flags, "--max_iters=100000")
-    wait_for(process, "iter 3 ")
+    wait_for(process, "iter 4 ")  # by then there is a checkpoint
     again = [*flags, "--init_from=auto"]
     assert f"another run is writing to {out}" in refused(*again)
     process.kill()

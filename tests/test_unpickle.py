@@ -292,8 +292,13 @@ def test_long_arrays_are_views_whatever_reads_in_between(tmp_path, monkeypatch):
 class Color(enum.Enum):
     RED = 1
 
-    def __reduce_ex__(self, protocol):  # which of several ways it is depends on Python's version
+    def __reduce_ex__(self, protocol):  # as in most versions of Python
         return Color, (self.value,)
+
+
+class Attribute:
+    def __reduce__(self):  # as an Enum's value in some of them
+        return getattr, (Color, "RED")
 
 
 Point = collections.namedtuple("Point", "x y")
@@ -306,6 +311,7 @@ OBJECTS = {
     "<uuid.UUID>": uuid.UUID(int=5),
     "<builtins.complex>": 3 + 4j,
     "<test_unpickle.Color>": Color.RED,
+    "<builtins.getattr>": Attribute(),
     "<test_unpickle.Point>": Point(1, 2),
     "<collections.Counter>": collections.Counter("aab"),
     "<collections.deque>": collections.deque([1, 2]),
