@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -276,21 +277,22 @@ class Prior(nn.Module):
         return self.add(mean, linear)
 
     @torch.no_grad()
-    def fit(self, read, n, tokens=524288):
+    def fit(self, read, n, tokens=262144):
         """To n training samples: read(rows) -> their targets (B, T, D) and conditions (B, S, C).
 
         The mean is a ridge regression. Every fifth batch, up to 16 of them, is held out to choose
         its penalty, and the noise is fitted to what the mean leaves of these. Sums over batches
         are in float64, on the CPU, since not every device has that.
         tokens: at most so many are used, of samples evenly spaced. With too few the mean, and then
-            the model, is over-fitted to them
+            the model, is over-fitted to them. If there are more, every second token of a sample is
+            left out first, since neighbours are alike
         """
         T, D = self.variance.shape
         K = len(self.weight)
-        step = math.ceil(n * T / tokens)
-        rows = torch.arange(0, n, step)
-        xx = torch.zeros(K, K, dtype=torch.float64)
-        xy = torch.zeros(K, D, dtype=torch.float64)
+        stride = 2 if n * T > tokens else 1
+        rows = torch.arange(0, n, math.ceil(n * T / (stride * tokens)))
+        xx = np.zeros((K, K))
+        xy = np.zeros((K, D))
         held_out = []
         size = min(32, math.ceil(n / 10))
         for i, batch in enumerate(rows.split(size)):
@@ -300,9 +302,10 @@ class Prior(nn.Module):
             if i % 5 == 0 and len(held_out) < 16:
                 held_out.append((x, y))
             else:
-                x = x.flatten(0, 1)
-                xx += x.T @ x
-                xy += x.T @ y.flatten(0, 1)
+                x, y = (v.flatten(0, 1)[i % stride :: stride].numpy() for v in (x, y))
+                xx += x.T @ x  # which takes NumPy half as long as torch, since it is symmetric
+                xy += x.T @ y
+        xx, xy = map(torch.from_numpy, (xx, xy))
         penalty = (xx.trace() + 1e-6) * torch.eye(K)
         penalty[0, 0] *= 1e-9  # the constant is not shrunk
 

@@ -180,8 +180,9 @@ def test_the_prior_starts_at_its_known_loss():
     assert losses.mean().item() == pytest.approx(expected.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("tokens", [4, 3])
-def test_the_priors_mean_equals_scikit_learns_ridge(tokens):
+@pytest.mark.parametrize("tokens,limit", [(4, 240), (3, 240), (4, 120)])
+def test_the_priors_mean_equals_scikit_learns_ridge(tokens, limit):
+    """On all 240 tokens, and on every second one, which in other batches is the other one."""
     from sklearn.linear_model import Ridge
 
     g = np.random.default_rng(0)
@@ -189,17 +190,20 @@ def test_the_priors_mean_equals_scikit_learns_ridge(tokens):
     target = g.standard_normal((60, 4, 5)) + (cond @ g.standard_normal((8, 5)))[:, :1]
     data = [torch.from_numpy(x).float() for x in (target, cond)]
     prior = Prior((4, 1), 5, 8)
-    prior.fit(lambda rows: [x[rows] for x in data], 60)
+    prior.fit(lambda rows: [x[rows] for x in data], 60, limit)
     features = around = cond.mean(1, keepdims=True).repeat(4, 1)
     if tokens == 4:  # in a column: those above and below
         windows = cond[:, :2], cond[:, :3], cond[:, 1:], cond[:, 2:]
         features, around = cond, np.stack([window.mean(1) for window in windows], 1)
     x = np.concatenate([np.ones((60, 4, 1)), features, around], -1)
-    is_held_out = np.arange(60) // 6 % 5 == 0  # every fifth of ten batches
-    held_out, rest = np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)
+    batch = np.arange(60)[:, None] // 6
+    is_held_out = batch % 5 == 0  # every fifth of ten batches
+    stride = 240 // limit
+    rest = ~is_held_out & ((np.arange(4) - batch) % stride == 0)  # (60, 4)
+    held_out = np.flatnonzero(is_held_out)
     power = np.square(x[rest]).sum()
     fits = [
-        Ridge(alpha=penalty).fit(x[rest, :, 1:].reshape(-1, 16), target[rest].reshape(-1, 5))
+        Ridge(alpha=penalty).fit(x[rest][:, 1:], target[rest])
         for penalty in np.logspace(-8, 0, 9) * power
     ]
     predictions = [fit.predict(x[:, :, 1:].reshape(-1, 16)).reshape(60, 4, 5) for fit in fits]
