@@ -355,7 +355,8 @@ def parse_args():
     option("--batches", type=int, nargs="*", default=[8, 32], help="of the reference")
     option("--samples", type=int, default=256, help="validation samples that judge")
     option("--ours", nargs="*", metavar="SETTINGS", help=variants)
-    option("--threads", type=int, default=torch.get_num_threads())
+    threads = "of torch; OMP_NUM_THREADS limits NumPy's too, with which the prior is fitted"
+    option("--threads", type=int, default=torch.get_num_threads(), help=threads)
     option("--picture", action="store_true")
     args = parser.parse_args()
     if args.data is None and not args.picture:
